@@ -1,0 +1,51 @@
+"""What holds for every test: interpreted Triton without a GPU, poisoned fresh memory, fixed seeds.
+
+The environment is set before torch is imported: OpenMP reads it when its first threads start, and
+Triton decides about its interpreter when it is first imported (torch.compile imports it).
+"""
+
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import random
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+torch.set_num_threads(min(2, int(os.environ.get("OMP_NUM_THREADS", "2"))))
+
+
+def poisoned(make: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """`make`, with the fresh memory of floating-point results set to NaN."""
+
+    def allocate(*args: Any, **kwargs: Any) -> torch.Tensor:
+        fresh = make(*args, **kwargs)
+        if fresh.is_floating_point() or fresh.is_complex():
+            with torch.no_grad():
+                fresh.fill_(float("nan"))
+        return fresh
+
+    return allocate
+
+
+@pytest.fixture(autouse=True)
+def poison_fresh_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An output that was allocated and not written shows as NaN instead of as luck."""
+    for name in ("empty", "empty_like", "empty_strided"):
+        monkeypatch.setattr(torch, name, poisoned(getattr(torch, name)))
+    for name in ("new_empty", "new_empty_strided"):
+        monkeypatch.setattr(torch.Tensor, name, poisoned(getattr(torch.Tensor, name)))
+
+
+@pytest.fixture(autouse=True)
+def fixed_seed() -> None:
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)

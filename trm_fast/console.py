@@ -1,0 +1,44 @@
+"""The one place that writes to the terminal.
+
+Command modules (train, evaluate, solve, info, bench, data builders) print through `say`; the
+library itself never does. May be imported by any module; imports nothing of the package.
+"""
+
+import os
+import sys
+from typing import TextIO
+
+__all__ = ["say"]
+
+
+def say(text: str = "", *, err: bool = False, end: str = "\n") -> None:
+    """Write `text` and `end` to standard output (or, with `err`, standard error) and flush.
+
+    A reader that has gone away (`trm-fast info | head -1`) silences the stream instead of raising:
+    a training run does not die with its pager. Characters the stream's encoding lacks become `?`.
+    """
+    stream: TextIO | None = sys.stderr if err else sys.stdout
+    if stream is None:  # a process without a console
+        return
+    try:
+        _write(stream, text + end)
+        stream.flush()
+    except BrokenPipeError:
+        _silence(stream)
+
+
+def _write(stream: TextIO, text: str) -> None:
+    try:
+        stream.write(text)
+    except UnicodeEncodeError:
+        encoding = stream.encoding or "ascii"
+        stream.write(text.encode(encoding, "replace").decode(encoding))
+
+
+def _silence(stream: TextIO) -> None:
+    """Point the stream's descriptor at the null device, so that the flush at exit cannot fail."""
+    null = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(null, stream.fileno())
+    finally:
+        os.close(null)

@@ -1,0 +1,175 @@
+"""The import rule: a module of trm_fast imports only modules that stand before it in ORDER.
+
+The order is the reading order of the code base; where it is kept there are no import cycles and a
+reader never needs a later file to understand an earlier one. Imports inside functions count too.
+"""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# Each row may import the rows above it; members of one row do not import each other.
+ORDER = [
+    ["console"],
+    ["config", "symmetry"],
+    ["data.format"],
+    ["data.augment"],
+    ["data.sudoku_solver"],
+    ["data.sudoku_generator", "data.dataset"],
+    ["data.sudoku"],
+    ["data"],
+    ["ops"],
+    ["reference"],
+    ["memory"],
+    ["backends"],
+    ["layers", "recursion"],
+    ["model"],
+    ["losses", "optim"],
+    ["checkpoint", "viz", "progress"],
+    ["inference"],
+    ["trainer"],
+    ["bench"],
+    ["train", "evaluate", "solve", "info"],
+    ["__init__"],
+    ["__main__"],
+]
+RANK = {name: rank for rank, row in enumerate(ORDER) for name in row}
+# Names that any module may take from the package itself, whose __init__ loads the rest lazily.
+FROM_PACKAGE = {"__version__"}
+KERNELS_MAY_IMPORT = {"__future__", "collections", "dataclasses", "functools", "torch", "triton"}
+
+
+def module_name(path: Path) -> str:
+    """`data/format.py` -> `data.format`, `data/__init__.py` -> `data`, `__init__.py` -> itself."""
+    parts = list(path.relative_to(ROOT / "trm_fast").with_suffix("").parts)
+    return ".".join(parts[:-1] if len(parts) > 1 and parts[-1] == "__init__" else parts)
+
+
+def modules() -> dict[str, Path]:
+    return {module_name(p): p for p in sorted((ROOT / "trm_fast").rglob("*.py"))}
+
+
+def absolute(node: ast.ImportFrom, package: str) -> str:
+    """The dotted module that a `from ... import` statement names, with leading dots resolved."""
+    if node.level == 0:
+        return node.module or ""
+    base = package.split(".")
+    base = base[: len(base) - (node.level - 1)]
+    return ".".join([*base, *([node.module] if node.module else [])])
+
+
+def imported(source: str, package: str, known: set[str]) -> set[str]:
+    """Modules of trm_fast that `source` imports, without the leading `trm_fast.`.
+
+    Args:
+        source: Python text.
+        package: dotted package that relative imports start from, `trm_fast` or `trm_fast.data`.
+        known: module names, to tell `from trm_fast import model` from a name of the package.
+    """
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        targets: list[str] = []
+        if isinstance(node, ast.Import):
+            targets = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = absolute(node, package)
+            for alias in node.names:
+                inner = f"{base}.{alias.name}".removeprefix("trm_fast.")
+                if base == "trm_fast" and alias.name in FROM_PACKAGE:
+                    continue
+                targets.append(f"trm_fast.{inner}" if inner in known else base)
+        for target in targets:
+            if target == "trm_fast":
+                found.add("__init__")
+            elif target.startswith("trm_fast."):
+                found.add(target.removeprefix("trm_fast."))
+    return found
+
+
+def violations(name: str, source: str, package: str) -> list[str]:
+    # A package's __init__ may import its own modules: it stands after them in ORDER.
+    return sorted(
+        other
+        for other in imported(source, package, set(RANK))
+        if other not in RANK or RANK[other] >= RANK[name]
+    )
+
+
+def test_every_module_has_its_place():
+    unplaced = set(modules()) - set(RANK)
+    assert not unplaced, f"add to ORDER in {Path(__file__).name}: {sorted(unplaced)}"
+
+
+@pytest.mark.parametrize("name", sorted(modules()))
+def test_imports_only_earlier_modules(name):
+    path = modules()[name]
+    package = ".".join(["trm_fast", *path.parent.relative_to(ROOT / "trm_fast").parts])
+    assert violations(name, path.read_text(encoding="utf-8"), package) == []
+
+
+@pytest.mark.parametrize(
+    ("source", "package"),
+    [
+        ("from trm_fast.model import Model", "trm_fast"),
+        ("import trm_fast.model", "trm_fast"),
+        ("from trm_fast import model", "trm_fast"),
+        ("from trm_fast import Model", "trm_fast"),
+        ("from .model import Model", "trm_fast"),
+        ("from . import model", "trm_fast"),
+        ("from ..model import Model", "trm_fast.data"),
+        ("def late():\n    from trm_fast.model import Model", "trm_fast"),
+    ],
+)
+def test_the_rule_sees_a_violation(source, package):
+    assert violations("ops", source, package) != []
+
+
+def test_the_rule_lets_earlier_modules_pass():
+    source = "from trm_fast import __version__, config\nfrom .data.format import Metadata\n"
+    assert violations("model", source, "trm_fast") == []
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "kernels").rglob("*.py")), ids=lambda p: p.name)
+def test_kernels_import_torch_triton_and_each_other(path):
+    roots = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            roots.update(alias.name.split(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = absolute(node, "trm_fast.kernels")
+            if not (base + ".").startswith("trm_fast.kernels."):
+                roots.add(base.split(".")[0])
+    assert roots <= KERNELS_MAY_IMPORT
+
+
+def loaded_after(statement: str) -> set[str]:
+    code = f"{statement}; import sys; print('\\n'.join(sys.modules))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    return set(done.stdout.split())
+
+
+def test_import_trm_fast_loads_nothing_heavy():
+    loaded = loaded_after("import trm_fast, trm_fast.__main__")
+    assert "trm_fast" in loaded
+    assert loaded.isdisjoint({"torch", "triton", "numpy", "matplotlib", "trm_fast.model"})
+
+
+def test_every_public_name_loads_and_none_needs_triton_or_matplotlib():
+    loaded = loaded_after("import trm_fast; [getattr(trm_fast, n) for n in trm_fast.__all__]")
+    assert {"torch", "trm_fast.model"} <= loaded
+    assert loaded.isdisjoint({"triton", "matplotlib"})
+
+
+def test_unknown_attribute_is_an_attribute_error():
+    import trm_fast
+
+    with pytest.raises(AttributeError, match="'trm_fast' has no attribute 'Modle'"):
+        trm_fast.Modle  # noqa: B018
+    assert set(trm_fast.__all__) <= set(dir(trm_fast))

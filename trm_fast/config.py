@@ -1,304 +1,362 @@
-"""Every setting of the project: model, training run, presets, and the checks on their values.
+"""Every setting of the project: the model's, the training run's, the presets.
 
-Owns ModelConfig, ArchConfig, TrainConfig, PRESETS and the did-you-mean helper. Anything may import
-it; it imports the word list `names` and the standard library only. Names and defaults up to the
-line "beyond the official keys" are those of the official TinyRecursiveModels configuration files.
+Owns TrainConfig and the layering of settings, and hands on ModelConfig, ArchConfig, PRESETS,
+ConfigError and did_you_mean: anything may import those from here. It imports `model_config`,
+`presets`, `names`, `options` and the standard library only. Keys and defaults are those of the
+official TinyRecursiveModels configuration, so that its command lines keep working; the keys in
+BEYOND_OFFICIAL are ours, and their defaults leave the official behaviour as it is.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import math
-import operator
+import os
 import re
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import MISSING, dataclass
-from typing import Any, ClassVar
+import secrets
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
 
-_NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]{1,4})?")
-_WHOLE = re.compile(r"[+-]?[0-9]{1,19}(\.0*)?")
-_BOOLS = {"true": True, "yes": True, "on": True, "1": True}
-_BOOLS |= {"false": False, "no": False, "off": False, "0": False}
+from trm_fast.model_config import ARCHS, ArchConfig, ModelConfig
+from trm_fast.names import slug
+from trm_fast.options import ConfigError, check_fields, did_you_mean, option, show, to_int
+from trm_fast.presets import PRESETS
 
+__all__ = [
+    "ARCHS",
+    "PRESETS",
+    "ArchConfig",
+    "ConfigError",
+    "EvaluatorConfig",
+    "ModelConfig",
+    "TrainConfig",
+    "canonical_key",
+    "did_you_mean",
+    "flatten",
+    "from_preset",
+    "layer",
+    "option_fields",
+]
 
-class ConfigError(ValueError):
-    """A setting that cannot be used: one line saying what was given and what is allowed."""
-
-    def __init__(self, message: str) -> None:
-        super().__init__(" ".join(message.split()))
-
-
-def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """`" (did you mean 'x'?)"` for the closest of `known`, or `""`; `mlp_t` finds `arch.mlp_t`."""
-    known = list(known)
-    low = name[:100].lower()
-    inside = [k for k in known if k.lower() == low or k.lower().rpartition(".")[2] == low]
-    close = inside or difflib.get_close_matches(name[:100], known, n=1, cutoff=0.6)
-    return f" (did you mean {close[0]!r}?)" if close else ""
-
-
-def show(value: object) -> str:
-    """The value as it goes into a message: one line, at most 60 characters."""
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
-def option(
-    help: str,
-    default: Any = MISSING,
-    *,
-    low: float | None = None,
-    high: float | None = None,
-    open: str = "",
-    choices: tuple[str, ...] = (),
-    section: str = "",
-) -> Any:
-    """A dataclass field with its help and its range; `open` names the excluded ends, "(" or ")"."""
-    metadata = {"help": help, "low": low, "high": high, "open": open, "choices": choices}
-    metadata["section"] = section
-    return dataclasses.field(default=default, metadata=metadata)
-
-
-def _to_int(value: object) -> int | None:
-    if isinstance(value, str):
-        text = value.strip()
-        return int(text.partition(".")[0]) if _WHOLE.fullmatch(text) else None
-    if isinstance(value, float):
-        return int(value) if value.is_integer() else None
-    try:
-        return None if isinstance(value, bool) else operator.index(value)  # type: ignore[arg-type]
-    except TypeError:
-        return None
-
-
-def _to_float(value: object) -> float | None:
-    if isinstance(value, str):
-        text = value.strip()
-        value = float(text) if _NUMBER.fullmatch(text) else None
-    elif not isinstance(value, float):
-        value = _to_int(value)
-    try:
-        number = math.nan if value is None else float(value)  # type: ignore[arg-type]
-    except OverflowError:
-        return None
-    return number if math.isfinite(number) else None
-
-
-def _to_bool(value: object) -> bool | None:
-    if isinstance(value, bool):
-        return value
-    return _BOOLS.get(str(value).lower()) if isinstance(value, (str, int)) else None
-
-
-def _to_str(value: object) -> str | None:
-    return value if isinstance(value, str) and value.strip() and "\0" not in value else None
-
-
-def _to_strs(value: object) -> tuple[str, ...] | None:
-    items = (value,) if isinstance(value, str) else value
-    if not isinstance(items, (list, tuple)) or any(_to_str(item) is None for item in items):
-        return None
-    return tuple(items)
-
-
-_CONVERT: dict[str, tuple[str, Callable[[object], Any]]] = {
-    "int": ("an integer", _to_int),
-    "float": ("a number", _to_float),
-    "bool": ("true or false", _to_bool),
-    "str": ("text", _to_str),
-    "tuple[str, ...]": ("a list of texts", _to_strs),
+DEFAULT_PRESET = "sudoku-mini"
+LOSS_HEAD = "losses@ACTLossHead"
+# Keys that the official code does not have.
+BEYOND_OFFICIAL = """
+    preset generate augment curriculum grad_accum steps seeds max_skipped optimizer muon_lr
+    grad_clip ema_warmup eval_steps eval_max_puzzles eval_batch_size eval_steps_max resume
+    save_interval keep official log_interval logger device threads compile
+    arch.loss_type arch.intermediate_size arch.token_intermediate_size arch.intermediate_multiple
+    arch.q_readout arch.q_logits arch.dropout arch.backend arch.policy
+"""
+ALIASES = {
+    "arch": "arch.name",
+    "arch.loss.loss_type": "arch.loss_type",
+    "data_path": "data_paths",
 }
 
 
-def _span(low: float | None, high: float | None, open: str) -> str:
-    if low is None:
-        return ""
-    if high is None:
-        return f" {'>' if '(' in open else '>='} {low}"
-    return f" in {'(' if '(' in open else '['}{low}, {high}{')' if ')' in open else ']'}"
+@dataclass(frozen=True)
+class EvaluatorConfig:
+    """One evaluator by its official name, such as `arc@ARC`, with its own options."""
 
-
-def _inside(value: float, low: float | None, high: float | None, open: str) -> bool:
-    above = low is None or value > low or (value == low and "(" not in open)
-    return above and (high is None or value < high or (value == high and ")" not in open))
-
-
-def convert(name: str, field: dataclasses.Field[Any], value: object) -> Any:
-    """`value` as the type of `field`; ConfigError naming `name` for a wrong type, range or choice.
-
-    Lenient as the official pydantic classes are: 3.0 and "3" are the integer 3, an integer is a
-    number, "true" is true; but a bool is no number, and nan and infinity are refused.
-    """
-    kind = str(field.type).removesuffix(" | None")
-    optional = kind != field.type
-    meta = field.metadata
-    wanted, to = _CONVERT[kind]
-    if value is None and optional:
-        return None
-    result = to(value)
-    choices = meta["choices"]
-    if choices:
-        wanted = ("a list of " if kind.startswith("tuple") else "one of ") + ", ".join(choices)
-        bad = [r for r in (result if isinstance(result, tuple) else [result]) if r not in choices]
-        if result is None or bad:
-            hint = did_you_mean(bad[0], choices) if bad and isinstance(bad[0], str) else ""
-            raise ConfigError(f"{name} must be {wanted}, got {show(value)}{hint}")
-    numeric = kind in ("int", "float")
-    span = _span(meta["low"], meta["high"], meta["open"]) if numeric else ""
-    ok = result is not None
-    if ok and numeric:
-        ok = abs(result) < 2**63 if kind == "int" else True
-        ok = ok and _inside(result, meta["low"], meta["high"], meta["open"])
-    if not ok:
-        wanted += span + (" or null" if optional else "")
-        raise ConfigError(f"{name} must be {wanted}, got {show(value)}")
-    return result
-
-
-def check_fields(instance: Any, prefix: str = "") -> None:
-    """Convert and check every field of a frozen dataclass instance in place (for __post_init__)."""
-    for field in dataclasses.fields(instance):
-        value = convert(prefix + field.name, field, getattr(instance, field.name))
-        object.__setattr__(instance, field.name, value)
-
-
-def _reject_unknown(given: Mapping[str, object], known: Iterable[str], what: str) -> None:
-    known = list(known)
-    for key in given:
-        if key not in known:
-            hint = did_you_mean(key, known) if isinstance(key, str) else ""
-            raise ConfigError(f"unknown {what} key {show(key)}{hint}")
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Network:
-    """The keys that ModelConfig and ArchConfig share. D = hidden_size, P = prefix_len."""
-
-    PREFIX: ClassVar[str] = ""
-
-    H_cycles: int = option("answer updates per supervision step, the last with gradient", low=1)
-    L_cycles: int = option("latent updates before each answer update", low=1)
-    L_layers: int = option("blocks in the network", low=1)
-    hidden_size: int = option("width D of a token", low=1)
-    expansion: float = option("SwiGLU width as a multiple of D (times 2/3)", low=0, open="(")
-    num_heads: int = option("attention heads", low=1)
-    pos_encodings: str = option("position encoding", choices=("rope", "learned", "none"))
-    halt_max_steps: int = option("supervision steps a board gets at most", low=1)
-    halt_exploration_prob: float = option(
-        "chance that a board must think a random number of steps before it may halt", low=0, high=1
-    )
-    puzzle_emb_ndim: int = option("numbers in a puzzle's own embedding; 0 = none", 0, low=0)
-    rms_norm_eps: float = option("epsilon of RMSNorm", 1e-5, low=0, open="(")
-    rope_theta: float = option("base of the rotary frequencies", 10000.0, low=0, open="(")
-    forward_dtype: str = option(
-        "type of the forward pass",
-        "bfloat16",
-        choices=("bfloat16", "float32", "float16", "float64"),
-    )
-    mlp_t: bool = option("mix tokens by an MLP instead of attention", False)
-    puzzle_emb_len: int = option(
-        "prefix tokens P; 0 = as many as puzzle_emb_ndim needs", 16, low=0
-    )
-    no_ACT_continue: bool = option("halt by the sign of the halt logit, no Q-learning target", True)
-    # Beyond the official keys.
-    intermediate_size: int | None = option(
-        "inner width of the channel SwiGLU; null = from expansion", None, low=1
-    )
-    token_intermediate_size: int | None = option(
-        "inner width of the token MLP (mlp_t); null = from expansion", None, low=1
-    )
-    intermediate_multiple: int = option("inner widths are rounded up to a multiple", 256, low=1)
-    q_readout: str = option(
-        "halt logits read the first token or the mean", "first", choices=("first", "mean")
-    )
-    q_logits: int = option("halt logits: 2 (halt, continue) or 1 (halt)", 2, low=1, high=2)
-    dropout: float = option("dropout inside the block", 0.0, low=0, high=1, open=")")
-    backend: str = option(
-        "implementation of the fused operations",
-        "auto",
-        choices=("auto", "cuda", "triton", "cpp", "reference"),
-    )
-    policy: str = option(
-        "what the backward pass keeps: all, less, or next to nothing",
-        "auto",
-        choices=("auto", "save", "light", "recompute"),
-    )
-
-    def __post_init__(self) -> None:
-        if self.pos_encodings is None:
-            object.__setattr__(self, "pos_encodings", "none")
-        check_fields(self, self.PREFIX)
-        pre = self.PREFIX
-        if not self.mlp_t:
-            if self.hidden_size % self.num_heads:
-                raise ConfigError(
-                    f"{pre}hidden_size must be a multiple of {pre}num_heads, "
-                    f"got {self.hidden_size} and {self.num_heads}"
-                )
-            if self.pos_encodings == "rope" and self.head_dim % 2:
-                raise ConfigError(
-                    f"{pre}hidden_size / {pre}num_heads must be even for rope, got {self.head_dim}"
-                )
-        if self.puzzle_emb_ndim > self.prefix_len * self.hidden_size:
-            raise ConfigError(
-                f"{pre}puzzle_emb_ndim must be at most puzzle_emb_len * hidden_size = "
-                f"{self.prefix_len * self.hidden_size}, got {self.puzzle_emb_ndim}"
-            )
-        if self.q_logits == 1 and not self.no_ACT_continue:
-            raise ConfigError(f"{pre}no_ACT_continue=false needs {pre}q_logits=2, got 1")
-
-    @property
-    def head_dim(self) -> int:
-        """Width of one attention head."""
-        return self.hidden_size // self.num_heads
-
-    @property
-    def prefix_len(self) -> int:
-        """P, the puzzle-prefix tokens: puzzle_emb_len, or ceil(puzzle_emb_ndim / hidden_size)."""
-        return self.puzzle_emb_len or -(-self.puzzle_emb_ndim // self.hidden_size)
-
-    @property
-    def channel_width(self) -> int:
-        """Inner width of the SwiGLU over features."""
-        return self.intermediate_size or self._inner_width(self.hidden_size)
-
-    def _inner_width(self, width: int) -> int:
-        inner, multiple = round(self.expansion * width * 2 / 3), self.intermediate_multiple
-        return max(1, -(-inner // multiple)) * multiple
-
-    def to_dict(self) -> dict[str, Any]:
-        """All keys and values, ready for JSON."""
-        return dataclasses.asdict(self)
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelConfig(_Network):
-    """All a model is built from: the official dictionary, checked, and our options, default off."""
-
-    IGNORED: ClassVar[tuple[str, ...]] = ("H_layers", "causal", "name", "loss")
-
-    batch_size: int = option("boards per step on this process", low=1)
-    seq_len: int = option("tokens of a board", low=1)
-    num_puzzle_identifiers: int = option("puzzle embeddings, the blank one included", low=1)
-    vocab_size: int = option("token values, padding included", low=1)
-
-    @property
-    def total_len(self) -> int:
-        """S = P + seq_len, the tokens that the network sees."""
-        return self.prefix_len + self.seq_len
-
-    @property
-    def token_width(self) -> int:
-        """Inner width of the SwiGLU over the S tokens (mlp_t)."""
-        return self.token_intermediate_size or self._inner_width(self.total_len)
+    name: str
+    options: tuple[tuple[str, str | int | float | bool | None], ...] = ()
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> ModelConfig:
-        """From the official dictionary; ConfigError for an unknown or missing key or bad value."""
-        fields = dataclasses.fields(cls)
-        _reject_unknown(values, [f.name for f in fields] + list(cls.IGNORED), "model")
-        missing = [f.name for f in fields if f.default is MISSING and f.name not in values]
-        if missing:
-            raise ConfigError(f"the model needs the keys {', '.join(missing)}")
-        return cls(**{key: value for key, value in values.items() if key not in cls.IGNORED})
+    def from_value(cls, value: object) -> EvaluatorConfig:
+        """From a name or a mapping `{name: arc@ARC, ...}`; ConfigError for anything else."""
+        if isinstance(value, cls):
+            return value
+        given = {"name": value} if isinstance(value, str) else value
+        if isinstance(given, Mapping) and isinstance(given.get("name"), str) and given["name"]:
+            rest = tuple((k, v) for k, v in given.items() if k != "name")
+            plain = (str, int, float, bool, type(None))
+            if all(isinstance(k, str) and isinstance(v, plain) for k, v in rest):
+                return cls(given["name"], rest)
+        raise ConfigError(
+            f"evaluators must be a list of names or of {{name: NAME, option: value}}, "
+            f"got {show(value)}"
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """`{"name": ..., option: value, ...}`."""
+        return {"name": self.name, **dict(self.options)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """A training run. `TrainConfig()` is the official cfg_pretrain with arch=trm."""
+
+    preset: str | None = option("the named set of values this run started from", None)
+
+    data_paths: tuple[str, ...] = option(
+        "data directories to train on", ("data/arc-aug-1000",), section="Data"
+    )
+    data_paths_test: tuple[str, ...] = option(
+        "data directories to evaluate on; none: data_paths", ()
+    )
+    generate: int = option(
+        "train on this many generated Sudoku boards, not on data_paths", 0, low=0
+    )
+    augment: str = option(
+        "symmetries drawn anew for every board", "none", choices=("none", "sudoku")
+    )
+    curriculum: float = option(
+        "part of the run over which solution cells are handed back, fading out", 0.0, low=0, high=1
+    )
+
+    global_batch_size: int = option("boards per step on all processes", 768, low=1, section="Steps")
+    grad_accum: int = option("parts that a batch is worked off in, to save memory", 1, low=1)
+    epochs: int = option("visits of each puzzle group; sets the number of steps", 100000, low=1)
+    steps: int | None = option("optimizer steps in all; goes before epochs", None, low=1)
+    seed: int = option("seed of weights, data order and exploration", 0, low=0)
+    seeds: int = option("runs one after another with seed, seed + 1, ...", 1, low=1)
+    max_skipped: int = option("steps in a row with a non-finite gradient that stop a run", 5, low=1)
+
+    optimizer: str = option(
+        "optimizer of the weights",
+        "adam_atan2",
+        choices=("adam_atan2", "adamw", "muon"),
+        section="Optimizer",
+    )
+    lr: float = option("highest learning rate", 1e-4, low=0)
+    lr_min_ratio: float = option("last learning rate / lr; 1 = no decay", 1.0, low=0, high=1)
+    lr_warmup_steps: int = option("steps of linear warm-up", 2000, low=0)
+    weight_decay: float = option("decoupled weight decay", 0.1, low=0)
+    beta1: float = option("decay of the mean of the gradient", 0.9, low=0, high=1, open=")")
+    beta2: float = option("decay of the mean of its square", 0.95, low=0, high=1, open=")")
+    muon_lr: float = option("learning rate of the matrices with optimizer=muon", 0.02, low=0)
+    grad_clip: float = option("largest norm of the gradient; 0 = no limit", 0.0, low=0)
+    puzzle_emb_lr: float = option("learning rate of the puzzle embeddings", 1e-2, low=0)
+    puzzle_emb_weight_decay: float = option("weight decay of the puzzle embeddings", 0.1, low=0)
+    freeze_weights: bool = option("train the puzzle embeddings only", False)
+    ema: bool = option("evaluate and keep a moving average of the weights", False)
+    ema_rate: float = option("decay of the average per step", 0.999, low=0, high=1)
+    ema_warmup: bool = option("decay min(ema_rate, (1 + t) / (10 + t)) at step t", False)
+
+    evaluators: tuple[EvaluatorConfig, ...] = option(
+        "scores beyond the accuracies", (EvaluatorConfig("arc@ARC"),), section="Evaluation"
+    )
+    eval_interval: int | None = option(
+        "epochs between evaluations; null: one at the end", 10000, low=1
+    )
+    eval_steps: int | None = option(
+        "optimizer steps between evaluations; goes before eval_interval", None, low=1
+    )
+    min_eval_interval: int | None = option("evaluations left out at the start of the run", 0, low=0)
+    eval_max_puzzles: int | None = option("evaluate at most this many puzzles", None, low=1)
+    eval_batch_size: int | None = option(
+        "boards per evaluation batch; null: global_batch_size", None, low=1
+    )
+    eval_steps_max: int | None = option(
+        "supervision steps in evaluation; null: arch.halt_max_steps", None, low=1
+    )
+    eval_save_outputs: tuple[str, ...] = option("batch and output tensors to save", ())
+
+    project_name: str | None = option(
+        "folder of the runs; null: named after the data", None, section="Files"
+    )
+    run_name: str | None = option("folder of this run; null: a drawn name", None)
+    checkpoint_path: str | None = option(
+        "run folder; null: checkpoints/<project_name>/<run_name>", None
+    )
+    load_checkpoint: str | None = option("weights to start from", None)
+    resume: str = option("auto: go on where the run folder ends; never; or a PATH", "never")
+    checkpoint_every_eval: bool = option("checkpoint at every evaluation, not only the last", True)
+    save_interval: int | None = option(
+        "steps between checkpoints; null: at evaluations", None, low=1
+    )
+    keep: int | None = option("newest checkpoints kept beside best; null: all", None, low=1)
+    official: bool = option("also write the official step_N and all_config.yaml", False)
+    log_interval: int = option("steps between log lines", 1, low=1)
+    logger: tuple[str, ...] = option(
+        "trackers to report to", (), choices=("wandb", "trackio", "tensorboard")
+    )
+
+    device: str = option("auto, cpu, cuda, cuda:N or mps", "auto", section="Machine")
+    threads: int | None = option("CPU threads; null: PyTorch's choice", None, low=1)
+    compile: bool = option("run the step through torch.compile", False)
+
+    arch: ArchConfig = dataclasses.field(default_factory=ArchConfig)
+
+    def __post_init__(self) -> None:
+        check_fields(self, skip=("arch", "evaluators"))
+        if not isinstance(self.arch, ArchConfig):
+            raise ConfigError(f"arch must be an ArchConfig, got {show(self.arch)}")
+        given: Any = self.evaluators
+        items = given if isinstance(given, (list, tuple)) else [given]
+        evaluators = tuple(EvaluatorConfig.from_value(item) for item in items)
+        object.__setattr__(self, "evaluators", evaluators)
+        self._check_together()
+
+    def _check_together(self) -> None:
+        if self.preset is not None and self.preset not in PRESETS:
+            hint = did_you_mean(self.preset, PRESETS)
+            raise ConfigError(
+                f"preset must be one of {', '.join(PRESETS)}, got {show(self.preset)}{hint}"
+            )
+        if not re.fullmatch(r"auto|cpu|mps|cuda(:[0-9]{1,4})?", self.device):
+            raise ConfigError(
+                f"device must be one of auto, cpu, cuda, cuda:N, mps, got {show(self.device)}"
+            )
+        if self.generate and self.data_paths:
+            raise ConfigError("data_paths and generate exclude each other: one must be [] or 0")
+        if not self.generate and not self.data_paths:
+            raise ConfigError(
+                "data_paths must name at least one directory (or generate > 0 boards)"
+            )
+        if self.global_batch_size % self.grad_accum:
+            raise ConfigError(
+                f"global_batch_size must be a multiple of grad_accum, "
+                f"got {self.global_batch_size} and {self.grad_accum}"
+            )
+        by_epochs = self.steps is None and self.eval_steps is None
+        if by_epochs and self.eval_interval is not None and self.epochs % self.eval_interval:
+            raise ConfigError(
+                f"epochs must be a multiple of eval_interval, got {self.epochs} and "
+                f"{self.eval_interval} (eval_interval=null evaluates at the end)"
+            )
+        if self.freeze_weights and self.arch.puzzle_emb_ndim == 0:
+            raise ConfigError("freeze_weights=true needs arch.puzzle_emb_ndim > 0, got 0")
+
+    def to_dict(self) -> dict[str, Any]:
+        """All keys, `arch` nested, ready for JSON; `from_dict` gives an equal configuration."""
+        result: dict[str, Any] = {}
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            result[field.name] = list(value) if isinstance(value, tuple) else value
+        result["evaluators"] = [item.to_dict() for item in self.evaluators]
+        result["arch"] = self.arch.to_dict()
+        return result
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> TrainConfig:
+        """From nested or dotted keys over the official base; ConfigError as everywhere."""
+        return cls.from_flat(flatten(values))
+
+    @classmethod
+    def from_flat(cls, values: Mapping[str, Any]) -> TrainConfig:
+        """From dotted canonical keys, as `flatten` and `layer` give them."""
+        arch = {k[5:]: v for k, v in values.items() if k.startswith("arch.")}
+        return cls(
+            arch=ArchConfig(**arch),
+            **{k: v for k, v in values.items() if not k.startswith("arch.")},
+        )
+
+    def replace(self, values: Mapping[str, Any]) -> TrainConfig:
+        """This configuration with other values, by dotted key: `replace({"arch.L_cycles": 4})`."""
+        new = flatten(values)
+        if "preset" in new:
+            raise ConfigError("preset cannot be replaced: start from from_preset(name)")
+        return self.from_flat(layer(flatten(self.to_dict()), new))
+
+    def total_steps(self, total_groups: int, mean_puzzle_examples: float) -> int:
+        """Optimizer steps of the run: `steps`, or the official estimate from `epochs`.
+
+        Args:
+            total_groups: puzzle groups in the training data (dataset.json).
+            mean_puzzle_examples: mean examples per puzzle (dataset.json).
+        """
+        if self.steps is not None:
+            return self.steps
+        total = int(self.epochs * total_groups * mean_puzzle_examples / self.global_batch_size)
+        if total < 1:
+            raise ConfigError(
+                f"epochs={self.epochs} gives no full batch of {self.global_batch_size}: "
+                f"raise epochs or give steps"
+            )
+        return total
+
+    def with_names(self, number: int | None = None) -> TrainConfig:
+        """With project_name, run_name and checkpoint_path filled in where they are not given.
+
+        Args:
+            number: picks the drawn part of run_name, so that several processes can agree on it;
+                None draws one, again while a folder of that name exists.
+        """
+        project = self.project_name or (
+            f"{os.path.basename(os.path.normpath(self.data_paths[0])).capitalize()}-ACT-torch"
+            if self.data_paths
+            else "Sudoku-mini"
+        )
+        start = self.preset or self.arch.name.partition("@")[0].rpartition(".")[2]
+        for _ in range(100):
+            drawn = secrets.randbelow(4096) if number is None else number
+            run = self.run_name or f"{start}-{slug(drawn)}"
+            path = self.checkpoint_path or os.path.join("checkpoints", project, run)
+            if self.run_name or number is not None or not os.path.exists(path):
+                break
+        return dataclasses.replace(self, project_name=project, run_name=run, checkpoint_path=path)
+
+    def official_dict(self) -> dict[str, Any]:
+        """What the official code would put into `all_config.yaml`; our own keys are left out."""
+        ours = BEYOND_OFFICIAL.split()
+        result = {k: v for k, v in self.to_dict().items() if k not in ours}
+        arch = {k: v for k, v in result["arch"].items() if f"arch.{k}" not in ours}
+        loss = {"name": LOSS_HEAD, "loss_type": self.arch.loss_type}
+        return {**result, "arch": {"H_layers": 0, "loss": loss, **arch}}
+
+
+def option_fields() -> dict[str, dataclasses.Field[Any]]:
+    """Every key a user can set, dotted, with its field: type, default, metadata (help, range)."""
+    fields = {f.name: f for f in dataclasses.fields(TrainConfig) if f.name != "arch"}
+    return fields | {f"arch.{f.name}": f for f in dataclasses.fields(ArchConfig)}
+
+
+def canonical_key(key: object) -> str | None:
+    """The dotted key that `key` means; None for an official key without effect.
+
+    Dashes are underscores, `arch` is `arch.name`, `data_path` is `data_paths`. Raises ConfigError
+    with a did-you-mean for a key that there is not.
+    """
+    known = option_fields()
+    if isinstance(key, str):
+        name = key.replace("-", "_")
+        name = ALIASES.get(name, name)
+        if name in known or name == "arch.loss.name":
+            return name
+        if name in [f"arch.{ignored}" for ignored in ArchConfig.IGNORED]:
+            return None
+        raise ConfigError(f"unknown key {show(key)}{did_you_mean(name, known)}")
+    raise ConfigError(f"unknown key {show(key)}: a key is text")
+
+
+def flatten(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested or dotted keys as a dictionary of dotted canonical keys; values stay as they are."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if key in ("arch", "arch.loss") and isinstance(value, Mapping):
+            flat.update(flatten({f"{key}.{inner}": item for inner, item in value.items()}))
+            continue
+        name = canonical_key(key)
+        if name == "arch.loss.name":
+            if value != LOSS_HEAD:
+                raise ConfigError(f"arch.loss.name must be {LOSS_HEAD}, got {show(value)}")
+        elif name is not None:
+            # The official architecture files say "as hidden_size" in OmegaConf's language.
+            follows = name == "arch.puzzle_emb_ndim" and value == "${.hidden_size}"
+            flat[name] = None if follows else value
+    return flat
+
+
+def layer(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """Dotted keys of `above` over those of `below`.
+
+    A key that would stay without effect because of one further down switches that one off:
+    `epochs` clears `steps`, `eval_interval` clears `eval_steps`, and of `data_paths` and
+    `generate` the one given last counts.
+    """
+    merged = {**below, **above}
+    for winner, loser in (("epochs", "steps"), ("eval_interval", "eval_steps")):
+        if winner in above and loser not in above:
+            merged[loser] = None
+    if above.get("data_paths") and "generate" not in above:
+        merged["generate"] = 0
+    if to_int(above.get("generate", 0)) and "data_paths" not in above:
+        merged["data_paths"] = []
+    return merged
+
+
+def from_preset(name: str = DEFAULT_PRESET) -> TrainConfig:
+    """The configuration of a preset; ConfigError with a did-you-mean for a name there is not."""
+    return TrainConfig.from_flat({**PRESETS.get(name, {}), "preset": name})

@@ -1,0 +1,102 @@
+"""The only place that chooses an implementation for each operation.
+
+A row says which backend implements which operation and, for a device, dtype and model shape, why
+it would not serve. `auto` takes the first row of `BACKENDS` that serves; a backend named by the
+user that cannot serve raises with the reason. Choosing happens when a model is built or moved,
+never inside a kernel. Imported by `model.py`, `losses.py`, `optim.py` and `info.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from trm_fast import reference
+from trm_fast.config import ModelConfig, did_you_mean
+from trm_fast.ops import OP_NAMES, Ops
+
+BACKENDS = ("cuda", "triton", "cpp", "reference")  # in the order in which `auto` tries them
+
+
+@dataclass(frozen=True)
+class Row:
+    """One implementation of one operation; `unsupported` returns None where it serves."""
+
+    op: str
+    backend: str
+    function: Callable[..., Any]
+    unsupported: Callable[[torch.device, torch.dtype, ModelConfig | None], str | None]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What was chosen for one operation, and why nothing faster was."""
+
+    op: str
+    implementation: str
+    reason: str
+
+
+def _serves_everywhere(
+    device: torch.device, dtype: torch.dtype, config: ModelConfig | None
+) -> str | None:
+    return None
+
+
+ROWS: tuple[Row, ...] = tuple(
+    Row(op, "reference", getattr(reference, op), _serves_everywhere) for op in OP_NAMES
+)
+
+
+def _choose(
+    op: str, name: str, device: torch.device, dtype: torch.dtype, config: ModelConfig | None
+) -> tuple[Row, str]:
+    reasons: list[str] = []
+    for backend in BACKENDS if name == "auto" else (name,):
+        row = next((r for r in ROWS if r.op == op and r.backend == backend), None)
+        reason = row.unsupported(device, dtype, config) if row else "not in this version"
+        if row and reason is None:
+            return row, "; ".join(reasons) or "named by the user"
+        reasons.append(f"{backend}: {reason}")
+    raise ValueError(
+        f"backend {name!r} cannot serve {op} on {device} in {dtype} ({'; '.join(reasons)}); "
+        "backend='auto' takes what is there"
+    )
+
+
+def _check(name: str) -> None:
+    if name not in ("auto", *BACKENDS):
+        hint = did_you_mean(name, ("auto", *BACKENDS))
+        raise ValueError(f"unknown backend {name!r}{hint}; allowed: auto, {', '.join(BACKENDS)}")
+
+
+def select(
+    name: str, device: torch.device, dtype: torch.dtype, config: ModelConfig | None = None
+) -> Ops:
+    """The operations that a model on `device` in `dtype` runs on.
+
+    Args:
+        name: "auto" or one of `BACKENDS`.
+        device, dtype: of the states; nothing is allocated there.
+        config: shapes of the model, for implementations that serve some of them only.
+
+    Raises:
+        ValueError: an unknown name, or a named backend that cannot serve.
+    """
+    _check(name)
+    return Ops(**{op: _choose(op, name, device, dtype, config)[0].function for op in OP_NAMES})
+
+
+def report(
+    name: str, device: torch.device, dtype: torch.dtype, config: ModelConfig | None = None
+) -> list[Choice]:
+    """What `select` takes for the same arguments, one line per operation, with the reason."""
+    _check(name)
+    choices = []
+    for op in OP_NAMES:
+        row, reason = _choose(op, name, device, dtype, config)
+        choices.append(Choice(op, row.backend, reason))
+    return choices

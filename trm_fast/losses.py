@@ -1,0 +1,153 @@
+"""Losses over answers and halting, and the metrics of a supervision step.
+
+Owns `ACTLossHead`, a drop-in for the official class of that name. Imported by the trainer and by
+users' own loops. Source: arXiv 2510.04871, section 4; stablemax from Prieto et al. 2025,
+"Grokking at the Edge of Numerical Stability" (arXiv 2501.04697).
+
+Dims legend: B batch, L puzzle tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from trm_fast import backends
+from trm_fast.config import did_you_mean
+from trm_fast.data.format import IGNORE_LABEL_ID
+from trm_fast.ops import Ops
+
+
+def _ignored(labels: Tensor, ignore_index: int, valid_mask: Tensor | None) -> Tensor:
+    valid = labels != ignore_index if valid_mask is None else valid_mask
+    return torch.where(valid, labels, IGNORE_LABEL_ID)
+
+
+def stablemax_cross_entropy(
+    logits: Tensor,
+    labels: Tensor,
+    ignore_index: int = IGNORE_LABEL_ID,
+    valid_mask: Tensor | None = None,
+    ops: Ops | None = None,
+) -> Tensor:
+    """Cross entropy with s(x) = x + 1 (x >= 0) or 1 / (1 - x) in place of exp.
+
+    Args:
+        logits: [..., V], any floating dtype.  labels: [...] int; `ignore_index` costs nothing.
+        valid_mask: [...] bool, in place of comparing with `ignore_index`.
+        ops: whose `stablemax_loss` to run; the reference if None.
+
+    Returns:
+        [...] float64 (float32 on MPS and from fused implementations).
+    """
+    if ops is None:
+        ops = backends.select("reference", logits.device, logits.dtype)
+    return ops.stablemax_loss(logits, _ignored(labels, ignore_index, valid_mask))[0]
+
+
+def softmax_cross_entropy(
+    logits: Tensor,
+    labels: Tensor,
+    ignore_index: int = IGNORE_LABEL_ID,
+    valid_mask: Tensor | None = None,
+    ops: Ops | None = None,
+) -> Tensor:
+    """Cross entropy in float32. Arguments as `stablemax_cross_entropy`; returns [...] float32."""
+    targets = _ignored(labels, ignore_index, valid_mask).long()
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    loss = F.cross_entropy(
+        wide.flatten(0, -2), targets.flatten(), ignore_index=IGNORE_LABEL_ID, reduction="none"
+    )
+    return loss.view(labels.shape)
+
+
+LOSSES: dict[str, Callable[..., Tensor]] = {
+    "stablemax_cross_entropy": stablemax_cross_entropy,
+    "softmax_cross_entropy": softmax_cross_entropy,
+}
+
+
+class ACTLossHead(nn.Module):
+    """Runs a model for one supervision step and adds loss and metrics.
+
+    Args:
+        model: `Model`, the official model class, or either under torch.compile.
+        loss_type: a name in `LOSSES`.
+
+    Raises:
+        ValueError: an unknown loss_type.
+    """
+
+    def __init__(self, model: nn.Module, loss_type: str) -> None:
+        super().__init__()
+        if loss_type not in LOSSES:
+            hint = did_you_mean(loss_type, LOSSES)
+            raise ValueError(f"unknown loss_type {loss_type!r}{hint}; allowed: {', '.join(LOSSES)}")
+        self.model = model
+        self.loss_fn = LOSSES[loss_type]
+
+    def initial_carry(self, batch: dict[str, Tensor]) -> Any:
+        """The model's carry for batches shaped as this one."""
+        return self.model.initial_carry(batch)  # type: ignore[operator]
+
+    def forward(
+        self, return_keys: Iterable[str], carry: Any, batch: dict[str, Tensor]
+    ) -> tuple[Any, Tensor, dict[str, Tensor], dict[str, Tensor], Tensor]:
+        """One supervision step.
+
+        Args:
+            return_keys: outputs to return, detached: those of the model, and "preds" [B, L] int64.
+            carry, batch: as `Model.forward`, with "labels" [B, L] int32, -100 ignored.
+
+        Returns:
+            The next carry; the loss summed over the batch (divide by the global batch size);
+            metrics summed over halted items that have labels, losses over all items: count,
+            accuracy, exact_accuracy, q_halt_accuracy, steps, lm_loss, q_halt_loss
+            [, q_continue_loss], scalars; the outputs asked for; whether all items halted.
+        """
+        carry, outputs = self.model(carry=carry, batch=batch)
+        labels = carry.current_data["labels"]
+        q_halt = outputs["q_halt_logits"]
+        with torch.no_grad():
+            outputs["preds"] = outputs["logits"].argmax(-1)
+            mask = labels != IGNORE_LABEL_ID
+            counts = mask.sum(-1)
+            divisor = counts.clamp_min(1).unsqueeze(-1)
+            correct = mask & (outputs["preds"] == labels)
+            solved = correct.sum(-1) == counts
+            metrics = _metrics(carry, counts, divisor, correct, solved, q_halt)
+        per_token = self.loss_fn(
+            outputs["logits"], labels, valid_mask=mask, ops=getattr(self.model, "ops", None)
+        )
+        lm_loss = (per_token / divisor).sum()
+        q_loss = F.binary_cross_entropy_with_logits(
+            q_halt, solved.to(q_halt.dtype), reduction="sum"
+        )
+        metrics |= {"lm_loss": lm_loss.detach(), "q_halt_loss": q_loss.detach()}
+        if "target_q_continue" in outputs:
+            continue_loss = F.binary_cross_entropy_with_logits(
+                outputs["q_continue_logits"], outputs["target_q_continue"], reduction="sum"
+            )
+            metrics["q_continue_loss"] = continue_loss.detach()
+            q_loss = q_loss + continue_loss
+        returned = {key: outputs[key].detach() for key in return_keys if key in outputs}
+        return carry, lm_loss + 0.5 * q_loss, metrics, returned, carry.halted.all()
+
+
+def _metrics(
+    carry: Any, counts: Tensor, divisor: Tensor, correct: Tensor, solved: Tensor, q_halt: Tensor
+) -> dict[str, Tensor]:
+    """Sums over items that halted and have labels."""
+    counted = carry.halted & (counts > 0)
+    accuracy = (correct.float() / divisor).sum(-1)
+    return {
+        "count": counted.sum(),
+        "accuracy": torch.where(counted, accuracy, 0).sum(),
+        "exact_accuracy": (counted & solved).sum(),
+        "q_halt_accuracy": (counted & ((q_halt >= 0) == solved)).sum(),
+        "steps": torch.where(counted, carry.steps, 0).sum(),
+    }

@@ -1,0 +1,128 @@
+"""How much memory a training step needs, and which policy of `deep_recursion` fits.
+
+Owns the arithmetic only; runs nothing on a device. Imported by `model.py` (policy "auto") and by
+the trainer, which refuses a run that cannot fit before its first step. The counts are those of the
+reference implementation, tested against the tensors that autograd really keeps.
+
+Dims legend: B batch, S tokens incl. prefix, D width, F and F_t widths of the two SwiGLUs.
+"""
+
+from __future__ import annotations
+
+import os
+from functools import lru_cache
+
+import torch
+
+from trm_fast.config import ModelConfig
+from trm_fast.ops import POLICIES
+
+GIB = 2**30
+
+
+def parameter_count(config: ModelConfig) -> int:
+    """Trainable parameters, puzzle rows not counted."""
+    d, f = config.hidden_size, config.channel_width
+    mixer = 3 * config.total_len * config.token_width if config.mlp_t else 4 * d * d
+    positions = config.total_len * d if config.pos_encodings == "learned" else 0
+    heads = 2 * config.vocab_size * d + config.q_logits * (d + 1)
+    return config.L_layers * (mixer + 3 * d * f) + heads + positions
+
+
+def saved_elements(config: ModelConfig, policy: str) -> int:
+    """Elements per item that one block keeps for the backward of one pass."""
+    s, d = config.total_len, config.hidden_size
+    if policy == "recompute":
+        return 0
+    gate_up = 0 if policy == "light" else 3
+    channel = gate_up * config.channel_width * s + 2 * s * d
+    if policy == "light":
+        channel -= s * d
+    if config.mlp_t:
+        mixer = gate_up * config.token_width * d + (s * d if policy == "light" else 2 * s * d)
+    else:
+        mixer = 7 * s * d  # h, q, k, v, attended twice (per head and joined), sum before the norm
+    return channel + mixer
+
+
+def step_bytes(config: ModelConfig, batch: int, policy: str) -> int:
+    """Memory of one training step of `batch` items: weights, optimizer, states, saved tensors.
+
+    Weights count five times (themselves, gradient, two moments, EMA). On top, at their worst
+    moment, "recompute" holds what "save" keeps of one pass and "light" that of one block.
+    """
+    size = torch.empty((), dtype=getattr(torch, config.forward_dtype)).element_size()
+    params = parameter_count(config)
+    rows = config.num_puzzle_identifiers * config.puzzle_emb_ndim
+    passes = config.L_cycles + 1
+    state = config.total_len * config.hidden_size
+    per_item = passes * (config.L_layers * saved_elements(config, policy) + state)
+    if policy != "save":
+        again = config.L_layers if policy == "recompute" else 1
+        per_item += again * saved_elements(config, "save")
+    loss = 8 * config.seq_len * config.vocab_size * 5  # stablemax in float64
+    cast = passes * params * size if size != 4 else 0
+    return 4 * (5 * params + rows) + cast + batch * (per_item * size + 6 * state * size + loss)
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that a process can still take on the device, in bytes."""
+    if device.type == "cuda":
+        reusable = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + reusable
+    if device.type == "mps":
+        return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
+    return _free_host_bytes()
+
+
+def _free_host_bytes() -> int:
+    try:
+        with open("/proc/meminfo", encoding="ascii") as lines:
+            available = next(line for line in lines if line.startswith("MemAvailable"))
+        return int(available.split()[1]) * 1024
+    except (OSError, StopIteration):  # not Linux: all of it, where that can be asked
+        names = getattr(os, "sysconf_names", {})
+        if "SC_PHYS_PAGES" not in names:
+            return 4 * GIB
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+@torch.compiler.assume_constant_result
+@lru_cache(maxsize=256)
+def fastest_policy(config: ModelConfig, batch: int, device: torch.device) -> str:
+    """The first of "save", "light", "recompute" whose step fits nine tenths of the free memory.
+
+    Decided once per shape and device, so that a run does not change its mind half way.
+    """
+    if device.type not in ("cpu", "cuda", "mps"):
+        return "save"
+    budget = 0.9 * free_bytes(device)
+    return next((p for p in POLICIES if step_bytes(config, batch, p) <= budget), POLICIES[-1])
+
+
+def check_fits(config: ModelConfig, batch: int, device: torch.device) -> int:
+    """Estimated bytes of a training step of `batch` items.
+
+    Raises:
+        ValueError: the step cannot fit; one line naming a policy or a batch size that does.
+    """
+    free = free_bytes(device)
+    policy = config.policy
+    if policy == "auto":
+        policy = fastest_policy(config, batch, device)
+    need = step_bytes(config, batch, policy)
+    if need <= free:
+        return need
+    said = (
+        f"a training step of {batch} boards needs about {need / GIB:.1f} GiB on {device} with "
+        f"arch.policy={policy}, {free / GIB:.1f} GiB are free"
+    )
+    for other in POLICIES[POLICIES.index(policy) + 1 :]:
+        if step_bytes(config, batch, other) <= free:
+            raise ValueError(f"{said}; arch.policy={other} fits")
+    smaller = batch
+    while smaller and step_bytes(config, smaller, POLICIES[-1]) > free:
+        smaller //= 2
+    if not smaller:
+        raise ValueError(f"{said}; no batch size fits: make the model smaller")
+    raise ValueError(f"{said}; global_batch_size={smaller} with arch.policy={POLICIES[-1]} fits")

@@ -1,0 +1,248 @@
+"""The Tiny Recursive Model: embed, recurse, read out; with adaptive computation around it.
+
+Owns `Model`, a drop-in for the official `TinyRecursiveReasoningModel_ACTV1`: the same
+dictionary, carry, outputs, state_dict and random draws. Imported by losses, inference, trainer.
+Source: Jolicoeur-Martineau 2025 (arXiv 2510.04871), Algorithm 3.
+
+Dims legend: B batch, P puzzle-prefix tokens, L puzzle tokens, S = P + L tokens, D width,
+V vocabulary.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from trm_fast import backends, memory
+from trm_fast.backends import Choice
+from trm_fast.config import ModelConfig
+from trm_fast.layers import (
+    Embedding,
+    HaltingHead,
+    Linear,
+    Network,
+    PuzzleEmbedding,
+    RotaryTables,
+    truncated_normal_,
+)
+from trm_fast.ops import Ops, Recursion, Rotary
+from trm_fast.recursion import Carry, State, halting, take_new_data
+from trm_fast.reference import linear
+
+log = logging.getLogger("trm_fast")
+
+
+class InnerModel(nn.Module):
+    """One supervision step: question in, all cycles, answer and halting logits out."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.forward_dtype: torch.dtype = getattr(torch, config.forward_dtype)
+        width = config.hidden_size
+        self.embed_tokens = Embedding(config.vocab_size, width)
+        self.lm_head = Linear(width, config.vocab_size)
+        self.q_head = HaltingHead(width, config.q_logits)
+        if config.puzzle_emb_ndim > 0:
+            self.puzzle_emb = PuzzleEmbedding(
+                config.num_puzzle_identifiers, config.puzzle_emb_ndim, config.batch_size
+            )
+        if config.pos_encodings == "rope":
+            self.rotary_emb = RotaryTables(config.head_dim, config.total_len, config.rope_theta)
+        elif config.pos_encodings == "learned":
+            self.embed_pos = Embedding(config.total_len, width)
+        self.L_level = Network(config)
+        # Drawn in the forward dtype: dtype and order of the draws decide the initial weights.
+        self.H_init = nn.Buffer(self._initial_state())
+        self.L_init = nn.Buffer(self._initial_state())
+        self.ops = self._select_ops()
+
+    def _initial_state(self) -> Tensor:
+        return truncated_normal_(torch.empty(self.config.hidden_size, dtype=self.forward_dtype), 1)
+
+    def _select_ops(self) -> Ops:
+        device = self.H_init.device
+        ops = backends.select(self.config.backend, device, self.forward_dtype, self.config)
+        log.info("implementations on %s: %s", device, self.backend_report())
+        return ops
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> InnerModel:
+        super()._apply(fn, recurse)
+        self.ops = self._select_ops()
+        return self
+
+    def backend_report(self) -> list[Choice]:
+        """Which implementation serves each operation here, and why."""
+        config = self.config
+        return backends.report(config.backend, self.H_init.device, self.forward_dtype, config)
+
+    def empty_carry(self, batch_size: int) -> State:
+        """Uninitialised states [batch_size, S, D]: the first step overwrites all of them."""
+        shape = (batch_size, self.config.total_len, self.config.hidden_size)
+        return State(z_H=self.H_init.new_empty(shape), z_L=self.L_init.new_empty(shape))
+
+    def reset_carry(self, reset_flag: Tensor, carry: State) -> State:
+        """States of flagged items [B] bool back at H_init and L_init."""
+        flag = reset_flag.view(-1, 1, 1)
+        return State(
+            z_H=torch.where(flag, self.H_init, carry.z_H),
+            z_L=torch.where(flag, self.L_init, carry.z_L),
+        )
+
+    def _prefix(self, identifiers: Tensor) -> Tensor | None:
+        """Puzzle rows as P tokens [B, P, D], zero-padded; zeros where there is no embedding."""
+        config, batch = self.config, len(identifiers)
+        if config.prefix_len == 0:
+            return None
+        size = config.prefix_len * config.hidden_size
+        if config.puzzle_emb_ndim > 0:
+            rows = self.puzzle_emb(identifiers).to(self.forward_dtype)
+            rows = F.pad(rows, (0, size - config.puzzle_emb_ndim))
+        else:
+            rows = self.H_init.new_zeros(batch, size)
+        return rows.view(batch, config.prefix_len, config.hidden_size)
+
+    def _rotary(self) -> Rotary | None:
+        return self.rotary_emb.tables() if hasattr(self, "rotary_emb") else None
+
+    def _recursion(self, batch: int) -> Recursion:
+        config = self.config
+        policy = config.policy
+        if policy == "auto":
+            policy = memory.fastest_policy(config, batch, self.H_init.device)
+        return Recursion(
+            config.H_cycles,
+            config.L_cycles,
+            config.num_heads,
+            config.rms_norm_eps,
+            policy,
+            config.dropout if self.training else 0.0,
+        )
+
+    def forward(
+        self, carry: State, batch: dict[str, Tensor], halted: Tensor | None = None
+    ) -> tuple[State, Tensor, tuple[Tensor, Tensor | None]]:
+        """One supervision step.
+
+        Args:
+            carry: states [B, S, D]; of items that `halted` flags, any content.
+            batch: "inputs" [B, L] int, "puzzle_identifiers" [B] int.
+            halted: items to start anew, [B] bool; None for none.
+
+        Returns:
+            The new states without gradient, logits [B, L, V] in the forward dtype, and the
+            (halt, continue) logits, each [B] float32 (continue: None with q_logits = 1).
+        """
+        inputs = batch["inputs"]
+        if halted is None:
+            halted = torch.zeros(len(inputs), dtype=torch.bool, device=inputs.device)
+        x, y, z = self.ops.embed_reset(
+            inputs.to(torch.int32),
+            self._prefix(batch["puzzle_identifiers"]),
+            self.embed_tokens.embedding_weight,
+            self.embed_pos.embedding_weight if hasattr(self, "embed_pos") else None,
+            halted,
+            carry.z_H,
+            carry.z_L,
+            self.H_init,
+            self.L_init,
+            math.sqrt(self.config.hidden_size),
+        )
+        y, z = self.ops.deep_recursion(
+            self.ops, x, y, z, self.L_level.weights(), self._rotary(), self._recursion(len(inputs))
+        )
+        logits = linear(y, self.lm_head.weight.to(y.dtype))[:, self.config.prefix_len :]
+        readout = y[:, 0] if self.config.q_readout == "first" else y.mean(dim=1)
+        q = linear(readout, self.q_head.weight.to(y.dtype), self.q_head.bias.to(y.dtype)).float()
+        q_continue = q[..., 1] if self.config.q_logits == 2 else None
+        return State(z_H=y.detach(), z_L=z), logits.contiguous(), (q[..., 0], q_continue)
+
+
+class Model(nn.Module):
+    """Drop-in for the official model class, built from the same dictionary.
+
+    Args:
+        config_dict: a `ModelConfig` or its dictionary; official keys without a meaning are
+            accepted, unknown ones are an error.
+
+    Raises:
+        ValueError: an unknown key, a value out of range, or a backend that cannot serve.
+
+    Attributes:
+        config: the checked configuration.  inner: one supervision step.  ops: its operations.
+    """
+
+    def __init__(self, config_dict: Mapping[str, Any] | ModelConfig) -> None:
+        super().__init__()
+        given = config_dict
+        self.config = given if isinstance(given, ModelConfig) else ModelConfig.from_dict(given)
+        self.inner = InnerModel(self.config)
+
+    @property
+    def puzzle_emb(self) -> PuzzleEmbedding:
+        """The puzzle rows; AttributeError where the model has none (puzzle_emb_ndim = 0)."""
+        return self.inner.puzzle_emb
+
+    @property
+    def ops(self) -> Ops:
+        return self.inner.ops
+
+    def backend_report(self) -> list[Choice]:
+        """Which implementation serves each operation here, and why."""
+        return self.inner.backend_report()
+
+    def initial_carry(self, batch: dict[str, Tensor]) -> Carry:
+        """A carry for batches shaped as this one, on its device: every item counts as halted."""
+        inputs = batch["inputs"]
+        size = len(inputs)
+        return Carry(
+            inner_carry=self.inner.empty_carry(size),
+            steps=torch.zeros(size, dtype=torch.int32, device=inputs.device),
+            halted=torch.ones(size, dtype=torch.bool, device=inputs.device),
+            current_data={name: torch.empty_like(value) for name, value in batch.items()},
+        )
+
+    def forward(self, carry: Carry, batch: dict[str, Tensor]) -> tuple[Carry, dict[str, Tensor]]:
+        """One supervision step of every item; halted ones take their row of `batch` first.
+
+        Args:
+            carry: of `initial_carry` or of the step before.
+            batch: "inputs" [B, L] int32, "puzzle_identifiers" [B] int32, and whatever else
+                should travel with the items ("labels" [B, L]).
+
+        Returns:
+            The next carry and the outputs: "logits" [B, L, V] in the forward dtype,
+            "q_halt_logits" [B] float32, "q_continue_logits" [B] float32 (not with q_logits = 1),
+            "target_q_continue" [B] float32 (training with no_ACT_continue=False only).
+            In evaluation every item runs halt_max_steps.
+        """
+        config = self.config
+        data = take_new_data(carry.halted, batch, carry.current_data)
+        state, logits, (q_halt, q_continue) = self.inner(carry.inner_carry, data, carry.halted)
+        outputs = {"logits": logits, "q_halt_logits": q_halt}
+        if q_continue is not None:
+            outputs["q_continue_logits"] = q_continue
+        with torch.no_grad():
+            steps = torch.where(carry.halted, 0, carry.steps) + 1
+            last = steps >= config.halt_max_steps
+            halted = last
+            if self.training and config.halt_max_steps > 1:
+                against = None if config.no_ACT_continue else q_continue
+                halted = halting(
+                    steps, q_halt, against, config.halt_max_steps, config.halt_exploration_prob
+                )
+                if not config.no_ACT_continue:
+                    outputs["target_q_continue"] = self._continue_target(state, data, last)
+        return Carry(state, steps, halted, data), outputs
+
+    def _continue_target(self, state: State, data: dict[str, Tensor], last: Tensor) -> Tensor:
+        """What going on is worth: the better Q of the next step; only halting's on the last."""
+        _, _, (q_halt, q_continue) = self.inner(state, data)
+        assert q_continue is not None  # ModelConfig allows no_ACT_continue=False with two logits
+        return torch.sigmoid(torch.where(last, q_halt, torch.maximum(q_halt, q_continue)))

@@ -1,0 +1,313 @@
+"""The executable specification: one plain PyTorch function per operation, for any device.
+
+This is the product path on CPU and MPS and what every kernel is checked against. Each function
+runs in the dtype of its inputs and rounds where the published model rounds: matrix products,
+SiLU, products and residuals in that dtype, norms and rotations in float32 at least. The oracle is
+the same function on float32 or float64 inputs. Imported by `backends.py`, tests and benches.
+
+Dims legend: see `ops.py`. States may lie batch-major or token-major in memory ([B,S,D] with
+strides of [S,B,D]); token mixing needs no transposed copy in the second layout, so the recursion
+uses it there. Source: Jolicoeur-Martineau 2025, "Less is More: Recursive Reasoning with Tiny
+Networks" (arXiv 2510.04871), Algorithm 3.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from trm_fast.data.format import IGNORE_LABEL_ID
+from trm_fast.ops import BlockWeights, Ops, Recursion, Rotary, TokenMixWeights
+
+FEATURES, TOKENS = -1, 1  # the axes of [B, S, D] that a norm can run along
+POSITION_SCALE = 0.707106781  # keeps the variance of token + position at that of a token
+
+
+def linear(h: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """h @ weight.T + bias over the last axis, without a copy for either memory layout of h."""
+    if h.dim() == 3 and h.stride(0) < h.stride(1):
+        return F.linear(h.transpose(0, 1), weight, bias).transpose(0, 1)
+    return F.linear(h, weight, bias)
+
+
+def norm_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype norms and rotations are computed in: float32 at least."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def embed_reset(
+    tokens: Tensor,
+    rows: Tensor | None,
+    embedding: Tensor,
+    positions: Tensor | None,
+    halted: Tensor,
+    y: Tensor,
+    z: Tensor,
+    y_init: Tensor,
+    z_init: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    x = F.embedding(tokens, embedding.to(y.dtype))
+    if rows is not None:
+        x = torch.cat((rows, x), dim=1)
+    if positions is not None:
+        x = POSITION_SCALE * (x + positions.to(y.dtype))
+    reset = halted.view(-1, 1, 1)
+    return scale * x, torch.where(reset, y_init, y), torch.where(reset, z_init, z)
+
+
+def inject(z: Tensor, y: Tensor, x: Tensor) -> Tensor:
+    return z + (y + x)
+
+
+class _ResidualRMSNorm(torch.autograd.Function):
+    """Keeps the sum and one scale per row for the backward; autograd would keep three tensors."""
+
+    @staticmethod
+    def forward(ctx: Any, h: Tensor, u: Tensor, axis: int, eps: float) -> Tensor:
+        total = h + u
+        wide = total.to(norm_dtype(total.dtype))
+        scale = torch.rsqrt(wide.square().mean(axis, keepdim=True) + eps)
+        ctx.save_for_backward(total, scale)
+        ctx.axis = axis
+        return (wide * scale).to(total.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        total, scale = ctx.saved_tensors
+        normed = total.to(scale.dtype) * scale
+        grad = grad.to(scale.dtype)
+        projection = (grad * normed).mean(ctx.axis, keepdim=True)
+        d = torch.addcmul(grad, normed, projection, value=-1).mul_(scale).to(total.dtype)
+        return d, d, None, None
+
+
+def residual_rmsnorm(h: Tensor, u: Tensor, axis: int, eps: float) -> Tensor:
+    return _ResidualRMSNorm.apply(h, u, axis, eps)
+
+
+class _SwiGLU(torch.autograd.Function):
+    """Writes both gradients into one tensor; autograd would concatenate two."""
+
+    @staticmethod
+    def forward(ctx: Any, gate_up: Tensor, axis: int) -> Tensor:
+        ctx.save_for_backward(gate_up)
+        ctx.axis = axis
+        gate, up = gate_up.chunk(2, axis)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (gate_up,) = ctx.saved_tensors
+        gate, up = gate_up.chunk(2, ctx.axis)
+        d = torch.empty_like(gate_up)
+        d_gate, d_up = d.chunk(2, ctx.axis)
+        torch.mul(grad, F.silu(gate), out=d_up)
+        torch.ops.aten.silu_backward.grad_input(grad * up, gate, grad_input=d_gate)
+        return d, None
+
+
+def swiglu(gate_up: Tensor) -> Tensor:
+    return _SwiGLU.apply(gate_up, FEATURES)
+
+
+def linear_rmsnorm(a: Tensor, w: Tensor, h: Tensor, eps: float) -> Tensor:
+    return residual_rmsnorm(h, linear(a, w), FEATURES, eps)
+
+
+def swiglu_rmsnorm(h: Tensor, w_gate_up: Tensor, w_down: Tensor, eps: float) -> Tensor:
+    return linear_rmsnorm(swiglu(linear(h, w_gate_up)), w_down, h, eps)
+
+
+def token_mix(h: Tensor, w_gate_up: Tensor, w_down: Tensor, eps: float) -> Tensor:
+    return residual_rmsnorm(h, _token_swiglu(h, w_gate_up, w_down), TOKENS, eps)
+
+
+def rope_attention(qkv: Tensor, rotary: Rotary | None, heads: int) -> Tensor:
+    q, k, v = rearrange(qkv, "b s (n h k) -> n b h s k", n=3, h=heads).unbind(0)
+    if rotary is not None:
+        q, k = (_rotate(t, *rotary) for t in (q, k))
+    out = F.scaled_dot_product_attention(q, k, v)
+    return rearrange(out, "b h s k -> b s (h k)")
+
+
+def _rotate(t: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    wide = t.to(norm_dtype(t.dtype))
+    first, second = wide.chunk(2, dim=-1)
+    return (wide * cos + torch.cat((-second, first), dim=-1) * sin).to(t.dtype)
+
+
+class _StablemaxLoss(torch.autograd.Function):
+    """Closed form with its own gradient, right where the published form is not (x = 1 in float32).
+
+    s(x) = 1 + x for x >= 0, else 1 / (1 - x); loss = log(1 + rest / s_label), where rest is the sum
+    over the other classes; ds/dx = s / (1 + |x|).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        wide = logits.to(torch.float32 if logits.device.type == "mps" else torch.float64)
+        size = 1 + wide.abs()
+        s = torch.where(wide < 0, 1 / size, size)
+        valid = labels != IGNORE_LABEL_ID
+        index = torch.where(valid, labels, 0).long().unsqueeze(-1)
+        s_label = s.gather(-1, index)
+        others = s.scatter(-1, index, 0)
+        rest = others.sum(-1, keepdim=True)
+        d = others.scatter(-1, index, -rest).div_(s_label + rest).div_(size)
+        ctx.save_for_backward(torch.where(valid.unsqueeze(-1), d, 0))
+        ctx.dtype = logits.dtype
+        preds = logits.argmax(-1)
+        loss = torch.where(valid, torch.log1p(rest / s_label).squeeze(-1), 0)
+        correct = valid & (preds == labels)
+        ctx.mark_non_differentiable(preds, correct)
+        return loss, preds, correct
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, *unused: Tensor) -> tuple[Tensor, None]:
+        (d,) = ctx.saved_tensors
+        return (d * grad.unsqueeze(-1)).to(ctx.dtype), None
+
+
+def stablemax_loss(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return _StablemaxLoss.apply(logits, labels)
+
+
+def deep_recursion(
+    ops: Ops,
+    x: Tensor,
+    y: Tensor,
+    z: Tensor,
+    blocks: Sequence[BlockWeights],
+    rotary: Rotary | None,
+    r: Recursion,
+) -> tuple[Tensor, Tensor]:
+    if isinstance(blocks[0].mixer, TokenMixWeights):
+        x, y, z = (t.transpose(0, 1).contiguous().transpose(0, 1) for t in (x, y, z))
+    tracked = torch.is_grad_enabled()
+    with torch.no_grad():
+        cast = [_cast(block, x.dtype) for block in blocks]
+        for _ in range(r.H_cycles - 1 if tracked else r.H_cycles):
+            y, z = latent_cycle(partial(_network, ops, cast, rotary, r), ops, x, y, z, r)
+    if tracked:
+        network = partial(_cast_network, ops, blocks, rotary, r)
+        if r.policy == "recompute":
+            network = partial(_recomputed, network)
+        y, z = latent_cycle(network, ops, x, y, z, r)
+    return y, z.detach()
+
+
+def latent_cycle(
+    network: Callable[[Tensor], Tensor], ops: Ops, x: Tensor, y: Tensor, z: Tensor, r: Recursion
+) -> tuple[Tensor, Tensor]:
+    """Improve the latent L_cycles times given question and answer, then the answer once."""
+    for _ in range(r.L_cycles):
+        z = network(ops.inject(z, y, x))
+    return network(y + z), z
+
+
+def _network(
+    ops: Ops,
+    blocks: Sequence[BlockWeights],
+    rotary: Rotary | None,
+    r: Recursion,
+    h: Tensor,
+) -> Tensor:
+    for block in blocks:
+        apply = _block_with_dropout if r.dropout else _block
+        h = apply(ops, block, rotary, r, h)
+    return h
+
+
+def _cast_network(
+    ops: Ops,
+    blocks: Sequence[BlockWeights],
+    rotary: Rotary | None,
+    r: Recursion,
+    h: Tensor,
+) -> Tensor:
+    """The network on master weights: cast on each pass, so that gradients add up in their dtype."""
+    return _network(ops, [_cast(block, h.dtype) for block in blocks], rotary, r, h)
+
+
+def _block(ops: Ops, w: BlockWeights, rotary: Rotary | None, r: Recursion, h: Tensor) -> Tensor:
+    run = _recomputed if r.policy == "light" and torch.is_grad_enabled() else _direct
+    if isinstance(w.mixer, TokenMixWeights):
+        h = run(ops.token_mix, h, w.mixer.gate_up, w.mixer.down, r.eps)
+    else:
+        attended = ops.rope_attention(linear(h, w.mixer.qkv), rotary, r.heads)
+        h = ops.linear_rmsnorm(attended, w.mixer.out, h, r.eps)
+    return run(ops.swiglu_rmsnorm, h, w.gate_up, w.down, r.eps)
+
+
+def _block_with_dropout(
+    ops: Ops, w: BlockWeights, rotary: Rotary | None, r: Recursion, h: Tensor
+) -> Tensor:
+    """The same with elements of each sublayer's output dropped before the residual."""
+    run = _recomputed if r.policy == "light" and torch.is_grad_enabled() else _direct
+    if isinstance(w.mixer, TokenMixWeights):
+        update, axis = run(_token_swiglu, h, w.mixer.gate_up, w.mixer.down), TOKENS
+    else:
+        attended = ops.rope_attention(linear(h, w.mixer.qkv), rotary, r.heads)
+        update, axis = linear(attended, w.mixer.out), FEATURES
+    h = ops.residual_rmsnorm(h, F.dropout(update, r.dropout), axis, r.eps)
+    update = run(_swiglu_mlp, ops, h, w.gate_up, w.down)
+    return ops.residual_rmsnorm(h, F.dropout(update, r.dropout), FEATURES, r.eps)
+
+
+def _swiglu_mlp(ops: Ops, h: Tensor, w_gate_up: Tensor, w_down: Tensor) -> Tensor:
+    return linear(ops.swiglu(linear(h, w_gate_up)), w_down)
+
+
+def _token_swiglu(h: Tensor, w_gate_up: Tensor, w_down: Tensor) -> Tensor:
+    by_token = h.transpose(0, 1)  # [S, B, D]
+    gate_up = w_gate_up @ by_token.flatten(1)  # [2F_t, B*D]
+    return (w_down @ _SwiGLU.apply(gate_up, 0)).view(by_token.shape).transpose(0, 1)
+
+
+def _direct(f: Callable[..., Tensor], *args: object) -> Tensor:
+    return f(*args)
+
+
+def _recomputed(f: Callable[..., Tensor], *args: object) -> Tensor:
+    return checkpoint(f, *args, use_reentrant=False)
+
+
+def _cast(w: BlockWeights, dtype: torch.dtype) -> BlockWeights:
+    mixer = type(w.mixer)(*(t.to(dtype) for t in w.mixer))
+    return BlockWeights(mixer, w.gate_up.to(dtype), w.down.to(dtype))
+
+
+def adam_atan2_ema_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    emas: Sequence[Tensor],
+    copies: Sequence[Tensor],
+    *,
+    lr: float,
+    weight_decay: float,
+    beta1: float,
+    beta2: float,
+    step: int,
+    ema_decay: float,
+) -> None:
+    correction1, correction2 = 1 - beta1**step, 1 - beta2**step
+    for p, g, m, v in zip(params, grads, exp_avgs, exp_avg_sqs, strict=True):
+        g = g.to(m.dtype)
+        m.lerp_(g, 1 - beta1)
+        v.lerp_(g.square(), 1 - beta2)
+        p.mul_(1 - lr * weight_decay)
+        p.sub_(torch.atan2(m, (v / correction2).sqrt_()), alpha=lr / correction1)
+    for p, ema in zip(params, emas, strict=False):
+        ema.lerp_(p, 1 - ema_decay)
+    for p, low in zip(params, copies, strict=False):
+        low.copy_(p)

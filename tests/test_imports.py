@@ -15,7 +15,8 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # Each row may import the rows above it; members of one row do not import each other.
 ORDER = [
-    ["console"],
+    ["console", "options", "names"],
+    ["model_config"],
     ["config", "symmetry"],
     ["data.format"],
     ["data.augment"],

@@ -4,13 +4,13 @@ Owns the list of commands. Each is a module with `main(argv) -> int`, imported o
 called, so that `trm-fast --help` answers at once. Imported by nobody.
 """
 
-import difflib
 import sys
 from collections.abc import Sequence
 from importlib import import_module
 
 from trm_fast import __version__
 from trm_fast.console import say
+from trm_fast.options import did_you_mean
 
 __all__ = ["main"]
 
@@ -61,9 +61,8 @@ def _run(module: str, args: list[str]) -> int:
 
 
 def _unknown(kind: str, given: str, allowed: list[str]) -> int:
-    close = difflib.get_close_matches(given, allowed, n=1)
-    hint = f"did you mean {close[0]!r}? " if close else ""
-    say(f"trm-fast: unknown {kind} {given!r}; {hint}allowed: {', '.join(allowed)}", err=True)
+    hint = did_you_mean(given, allowed)
+    say(f"trm-fast: unknown {kind} {given!r}{hint}; allowed: {', '.join(allowed)}", err=True)
     return 2
 
 

@@ -1,0 +1,169 @@
+"""The command shell: dispatch, help, did-you-mean, exit statuses, and `say` itself."""
+
+import io
+import json
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+
+import trm_fast
+from trm_fast import __main__ as shell
+from trm_fast import console
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def run(*args: str, **kwargs) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, *args], cwd=ROOT, capture_output=True, text=True, **kwargs
+    )
+
+
+@pytest.fixture
+def recorded(monkeypatch):
+    """Commands answered by a stand-in that records module and arguments and returns 7."""
+    calls = []
+
+    def load(module):
+        return types.SimpleNamespace(main=lambda argv: calls.append((module, argv)) or 7)
+
+    monkeypatch.setattr(shell, "import_module", load)
+    return calls
+
+
+@pytest.mark.parametrize(
+    ("argv", "module", "rest"),
+    [
+        (["train", "seed=1"], "trm_fast.train", ["seed=1"]),
+        (["evaluate", "a", "b"], "trm_fast.evaluate", ["a", "b"]),
+        (["eval", "--json"], "trm_fast.evaluate", ["--json"]),
+        (["solve", "--help"], "trm_fast.solve", ["--help"]),
+        (["info"], "trm_fast.info", []),
+        (["bench"], "trm_fast.bench", []),
+        (["data", "sudoku", "--seed", "1"], "trm_fast.data.sudoku", ["--seed", "1"]),
+    ],
+)
+def test_dispatch(recorded, argv, module, rest):
+    assert shell.main(argv) == 7
+    assert recorded == [(module, rest)]
+
+
+def test_argv_comes_from_the_process(recorded, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["trm-fast", "info", "--json"])
+    assert shell.main() == 7
+    assert recorded == [("trm_fast.info", ["--json"])]
+
+
+@pytest.mark.parametrize("argv", [[], ["--help"], ["-h"], ["help"]])
+def test_help_lists_every_command(capsys, argv):
+    assert shell.main(argv) == 0
+    out = capsys.readouterr().out
+    for name, (_, meaning) in shell.COMMANDS.items():
+        assert name in out
+        assert meaning in out
+
+
+def test_version(capsys):
+    assert shell.main(["--version"]) == 0
+    assert capsys.readouterr().out == f"trm-fast {trm_fast.__version__}\n"
+
+
+def test_data_help_lists_the_builders(capsys):
+    assert shell.main(["data"]) == 0
+    assert "sudoku" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["trian"], "unknown command 'trian' (did you mean 'train'?); allowed: train, evaluate,"),
+        (["evla"], "unknown command 'evla' (did you mean 'eval'?);"),
+        (["zzz"], "unknown command 'zzz'; allowed: train,"),
+        (["data", "sudoko"], "unknown builder 'sudoko' (did you mean 'sudoku'?);"),
+    ],
+)
+def test_unknown_name_is_one_line_and_status_2(capsys, argv, said):
+    assert shell.main(argv) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith(f"trm-fast: {said}")
+    assert captured.err.count("\n") == 1
+
+
+def test_module_run_answers_like_the_function():
+    done = run("-m", "trm_fast", "trian")
+    assert done.returncode == 2
+    assert "did you mean 'train'?" in done.stderr
+
+
+def test_say_writes_and_flushes(capsys, monkeypatch):
+    console.say("to stdout")
+    console.say("to stderr", err=True)
+    console.say("no newline", end="")
+    captured = capsys.readouterr()
+    assert captured.out == "to stdout\nno newline"
+    assert captured.err == "to stderr\n"
+
+
+def test_say_survives_a_narrow_encoding(monkeypatch):
+    raw = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding="ascii"))
+    console.say("9×9 done")
+    assert raw.getvalue() == b"9?9 done\n"
+
+
+def test_say_without_a_console(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", None)
+    console.say("nobody listens")
+
+
+def test_say_outlives_its_reader():
+    code = (
+        "import sys; from trm_fast.console import say\n"
+        "sys.stdin.readline()\n"  # until the reader has closed its end
+        "for i in range(5000): say('x' * 100)\n"
+        "say('still here', err=True)\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    process.stdout.close()
+    process.stdin.write(b"\n")
+    process.stdin.close()
+    err = process.stderr.read()
+    process.stderr.close()
+    assert process.wait() == 0
+    assert err == b"still here\n"
+
+
+def test_info_as_text():
+    done = run("-m", "trm_fast", "info")
+    assert done.returncode == 0, done.stderr
+    for part in (f"trm_fast {trm_fast.__version__}", "torch", "cpu", "rope_attention", "reference"):
+        assert part in done.stdout
+
+
+def test_info_as_json():
+    done = run("-m", "trm_fast", "info", "--json")
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)
+    assert told["versions"]["trm_fast"] == trm_fast.__version__
+    assert told["versions"]["python"] == ".".join(map(str, sys.version_info[:3]))
+    assert told["devices"][0]["name"] == "cpu"
+    assert told["threads"]["torch"] >= 1
+    for table in told["backends"].values():
+        assert {row["op"] for row in table} >= {"rope_attention", "token_mix", "stablemax_loss"}
+        assert all(row["implementation"] and row["reason"] for row in table)
+
+
+def test_info_rejects_an_unknown_flag():
+    done = run("-m", "trm_fast", "info", "--jsno")
+    assert done.returncode == 2
+    assert "--jsno" in done.stderr

@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # Each row may import the rows above it; members of one row do not import each other.
 ORDER = [
     ["console", "options", "names"],
-    ["model_config"],
+    ["model_config", "presets"],
     ["config", "symmetry"],
     ["data.format"],
     ["data.augment"],

@@ -18,6 +18,7 @@ ORDER = [
     ["console", "options", "names"],
     ["model_config", "presets"],
     ["config", "symmetry"],
+    ["overrides"],
     ["data.format"],
     ["data.augment"],
     ["data.sudoku_solver"],

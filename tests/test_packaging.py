@@ -160,9 +160,17 @@ def test_readme_commands_exist():
 )
 def test_links_between_pages_lead_somewhere(page):
     text = (ROOT / page).read_text(encoding="utf-8")
-    for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", text):
-        if not re.match(r"[a-z]+:", target):
-            assert ((ROOT / page).parent / target).exists(), target
+    targets = re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", text)
+    local = [target for target in targets if not re.match(r"[a-z]+:", target)]
+    assert [t for t in local if not ((ROOT / page).parent / t).exists()] == []
+
+
+def test_readme_python_example_runs(capsys):
+    (example,) = re.findall(r"```python\n(.*?)```", README, flags=re.S)
+    exec(compile(example, "README.md", "exec"), {})
+    out = capsys.readouterr().out
+    assert out.startswith("torch.Size([4, 81]) ")
+    assert "rope_attention reference" in out
 
 
 def test_readme_names_every_file_of_the_package():

@@ -1,0 +1,501 @@
+"""What a puzzle data set is on disk: the layouts that are read, the one that is written.
+
+Owns Metadata, PuzzleArrays, DataError, the checks of everything read, and the atomic writer. May be
+imported by any module above it; imports numpy only.
+
+The layout is that of the official code: `<root>/identifiers.json`, and per split
+`<root>/<split>/dataset.json` (Metadata) with `<set>__{inputs,labels,puzzle_identifiers,
+puzzle_indices,group_indices}.npy` for every set that dataset.json names. Also read: a flat folder
+without splits or index files (one puzzle per group), and nano-trm's layout (tokens one higher).
+Beside the layout the writer leaves `<root>/manifest.json`: what was asked for, and the sha256 of
+every file.
+
+Dims: E examples, L tokens of one example, Z puzzles, G groups. Puzzle p holds the examples
+puzzle_indices[p] .. puzzle_indices[p + 1], group g the puzzles group_indices[g] .. [g + 1].
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+__all__ = [
+    "IGNORE_LABEL_ID",
+    "MANIFEST_FORMAT",
+    "DataError",
+    "DatasetWriter",
+    "Metadata",
+    "PuzzleArrays",
+    "check_arrays",
+    "one_puzzle_per_group",
+    "open_writer",
+    "read_manifest",
+    "read_metadata",
+    "read_split",
+    "verify_manifest",
+    "write_dataset",
+]
+
+IGNORE_LABEL_ID = -100
+"""Label of a token that no loss and no metric counts."""
+
+MANIFEST_FORMAT = "trm_fast data set 1"
+FIELDS = ("inputs", "labels", "puzzle_identifiers", "puzzle_indices", "group_indices")
+_MANIFEST = "manifest.json"
+_MAX_JSON_BYTES = 1 << 20
+_MAX_IDENTIFIERS_BYTES = 1 << 30
+_CHECK_ROWS = 1 << 16
+
+
+class DataError(ValueError):
+    """Data that cannot be used: one line that names the file and, where there is one, the row."""
+
+
+@dataclass(frozen=True)
+class Metadata:
+    """The fields of dataset.json; `sets` names the array files of the split.
+
+    total_groups counts groups over all sets; mean_puzzle_examples is examples per puzzle;
+    ignore_label_id (or None) is the label value that becomes IGNORE_LABEL_ID in a batch.
+    """
+
+    pad_id: int
+    ignore_label_id: int | None
+    blank_identifier_id: int
+    vocab_size: int
+    seq_len: int
+    num_puzzle_identifiers: int
+    total_groups: int
+    mean_puzzle_examples: float
+    total_puzzles: int
+    sets: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """What dataset.json holds."""
+        return {**asdict(self), "sets": list(self.sets)}
+
+
+@dataclass(frozen=True)
+class PuzzleArrays:
+    """The arrays of one set: inputs, labels [E, L]; puzzle_identifiers [Z]; indices [Z+1], [G+1].
+
+    Any integer dtype; inputs and labels may be read-only memory maps.
+    """
+
+    inputs: np.ndarray
+    labels: np.ndarray
+    puzzle_identifiers: np.ndarray
+    puzzle_indices: np.ndarray
+    group_indices: np.ndarray
+
+    def items(self) -> Iterator[tuple[str, np.ndarray]]:
+        """(field name, array) in the order of the files."""
+        return ((name, getattr(self, name)) for name in FIELDS)
+
+
+def one_puzzle_per_group(
+    inputs: np.ndarray, labels: np.ndarray, puzzle_identifiers: np.ndarray | None = None
+) -> PuzzleArrays:
+    """PuzzleArrays in which every example is a puzzle and a group of its own; identifiers 0."""
+    index = np.arange(len(inputs) + 1, dtype=np.int32)
+    if puzzle_identifiers is None:
+        puzzle_identifiers = np.zeros(len(inputs), np.int32)
+    return PuzzleArrays(inputs, labels, puzzle_identifiers, index, index.copy())
+
+
+def read_metadata(root: str | os.PathLike[str], split: str) -> Metadata:
+    """Metadata of one split. Raises DataError naming the file that is missing or wrong.
+
+    Flat folders and nano-trm's layout have other fields: their arrays are read to fill the rest.
+    """
+    folder, raw = _read_description(Path(root), split)
+    if _is_official(folder, raw):
+        return _parse_metadata(folder / "dataset.json", raw)
+    return read_split(root, split)[0]
+
+
+def read_split(
+    root: str | os.PathLike[str], split: str
+) -> tuple[Metadata, dict[str, PuzzleArrays]]:
+    """Metadata and checked arrays per set of one split; inputs and labels as memory maps.
+
+    Everything is checked: dtypes, shapes, index arrays, every token, label and identifier.
+    Raises DataError naming the file and the row. Pickled and object arrays are refused.
+    """
+    folder, raw = _read_description(Path(root), split)
+    if not _is_official(folder, raw):
+        return _read_foreign(folder, raw)
+    metadata = _parse_metadata(folder / "dataset.json", raw)
+    sets = {name: _read_set(folder, name) for name in metadata.sets}
+    for name, arrays in sets.items():
+        check_arrays(metadata, arrays, folder / f"{name}__")
+    groups = sum(arrays.group_indices.size - 1 for arrays in sets.values())
+    if groups != metadata.total_groups:
+        raise DataError(
+            f"{folder / 'dataset.json'}: total_groups is {metadata.total_groups}, "
+            f"the arrays hold {groups} groups"
+        )
+    return metadata, sets
+
+
+def _read_description(root: Path, split: str) -> tuple[Path, dict[str, Any]]:
+    """The folder of a split and its dataset.json ({} where a flat folder has none)."""
+    if not root.is_dir():
+        raise DataError(f"{root}: no such data directory")
+    if (root / split).is_dir():
+        folder = root / split
+    elif (root / "all__inputs.npy").is_file():
+        folder = root
+    else:
+        found = sorted(p.name for p in root.iterdir() if (p / "dataset.json").is_file())
+        raise DataError(f"{root}: no split {split!r}; it has {', '.join(found) or 'no splits'}")
+    path = folder / "dataset.json"
+    if folder == root and not path.exists():
+        return folder, {}
+    raw = _read_json(path, _MAX_JSON_BYTES)
+    if not isinstance(raw, dict):
+        raise DataError(f"{path}: expected a JSON object, got {type(raw).__name__}")
+    return folder, raw
+
+
+def _is_official(folder: Path, raw: Mapping[str, Any]) -> bool:
+    """Whether dataset.json is the official one, or meant to be (then its faults are reported)."""
+    return "sets" in raw or (folder / "all__group_indices.npy").exists()
+
+
+def _read_json(path: Path, limit: int) -> Any:
+    try:
+        with path.open("rb") as file:
+            data = file.read(limit + 1)
+        if len(data) > limit:
+            raise DataError(f"{path}: larger than {limit} bytes")
+        return json.loads(data.decode("utf-8"))
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror or error}") from None
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise DataError(f"{path}: not valid JSON ({_one_line(error)})") from None
+
+
+def _parse_metadata(path: Path, raw: Mapping[str, Any]) -> Metadata:
+    names = [field.name for field in fields(Metadata)]
+    missing = [name for name in names if name not in raw]
+    if missing:
+        raise DataError(f"{path}: {', '.join(missing)} missing")
+    smallest = {"vocab_size": 1, "seq_len": 1, "num_puzzle_identifiers": 1}
+    values: dict[str, Any] = {}
+    for name in names:
+        value = raw[name]
+        if name == "sets":
+            values[name] = _parse_sets(path, value)
+        elif name == "mean_puzzle_examples":
+            if isinstance(value, bool) or not isinstance(value, int | float) or not value >= 0:
+                raise DataError(f"{path}: {name} is {value!r}, expected a number >= 0")
+            values[name] = float(value)
+        elif name == "ignore_label_id" and value is None:
+            values[name] = None
+        else:
+            low = -(2**31) if name == "ignore_label_id" else smallest.get(name, 0)
+            if isinstance(value, bool) or not isinstance(value, int) or not low <= value < 2**31:
+                raise DataError(f"{path}: {name} is {value!r}, expected an integer >= {low}")
+            values[name] = value
+    metadata = Metadata(**values)
+    if metadata.pad_id >= metadata.vocab_size:
+        raise DataError(
+            f"{path}: pad_id {metadata.pad_id} is outside vocab_size {metadata.vocab_size}"
+        )
+    return metadata
+
+
+def _parse_sets(path: Path, value: Any) -> tuple[str, ...]:
+    """Set names become file names, so only plain words are let through."""
+    plain = isinstance(value, list) and all(
+        isinstance(name, str) and 0 < len(name) <= 100 and name.replace("-", "_").isidentifier()
+        for name in value
+    )
+    if not plain or not value or len(set(value)) != len(value):
+        raise DataError(f"{path}: sets is {str(value)[:80]!r}, expected a list of different names")
+    return tuple(value)
+
+
+def _read_set(folder: Path, name: str) -> PuzzleArrays:
+    arrays = {}
+    for field in FIELDS:
+        array = _load(folder / f"{name}__{field}.npy")
+        in_memory = field not in ("inputs", "labels")
+        arrays[field] = np.array(array) if in_memory else array
+    return PuzzleArrays(**arrays)
+
+
+def _load(path: Path) -> np.ndarray:
+    """One .npy file of integers as a read-only memory map; never unpickles."""
+    try:
+        array = np.lib.format.open_memmap(path, mode="r")
+    except FileNotFoundError:
+        raise DataError(f"{path}: missing") from None
+    except (OSError, EOFError, ValueError, TypeError, SyntaxError, OverflowError) as error:
+        raise DataError(f"{path}: not a readable .npy file ({_one_line(error)})") from None
+    if array.dtype.kind not in "iu":
+        raise DataError(f"{path}: holds {array.dtype}, expected integers")
+    return array
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:160]
+
+
+def _read_foreign(folder: Path, raw: Mapping[str, Any]) -> tuple[Metadata, dict[str, PuzzleArrays]]:
+    """A folder without index files: the flat variant, or nano-trm's with its shifted tokens."""
+    where = folder / "dataset.json"
+    inputs, labels = _load(folder / "all__inputs.npy"), _load(folder / "all__labels.npy")
+    identifiers = None
+    if (folder / "all__puzzle_identifiers.npy").exists():
+        identifiers = np.array(_load(folder / "all__puzzle_identifiers.npy"))
+    if inputs.ndim != 2:
+        raise DataError(f"{folder / 'all__inputs.npy'}: shape {inputs.shape}, expected [E, L]")
+    vocab_size, seq_len = raw.get("vocab_size", 256), raw.get("seq_len", inputs.shape[1])
+    if "num_groups" in raw or "grid_size" in raw:
+        if raw.get("max_grid_size", raw.get("grid_size")) != raw.get("grid_size"):
+            raise DataError(f"{where}: boards padded to max_grid_size are not supported")
+        inputs, labels = _shift_tokens(inputs), _shift_tokens(labels)
+        vocab_size = vocab_size - 1 if isinstance(vocab_size, int) else vocab_size
+    arrays = one_puzzle_per_group(inputs, labels, identifiers)
+    ids = arrays.puzzle_identifiers
+    metadata = _parse_metadata(
+        where,
+        {
+            "pad_id": 0,
+            "ignore_label_id": 0,
+            "blank_identifier_id": 0,
+            "vocab_size": vocab_size,
+            "seq_len": seq_len,
+            "num_puzzle_identifiers": int(ids.max()) + 1 if ids.size else 1,
+            "total_groups": len(inputs),
+            "mean_puzzle_examples": 1.0,
+            "total_puzzles": len(inputs),
+            "sets": ["all"],
+        },
+    )
+    check_arrays(metadata, arrays, folder / "all__")
+    return metadata, {"all": arrays}
+
+
+def _shift_tokens(tokens: np.ndarray) -> np.ndarray:
+    """nano-trm's tokens (0 padding, 1 end, 2 blank, digit d as d + 2) as ours; ignored become 0."""
+    shifted = np.empty(tokens.shape, np.int32)
+    for start in range(0, len(tokens), _CHECK_ROWS):
+        rows = slice(start, start + _CHECK_ROWS)
+        np.maximum(tokens[rows].astype(np.int64) - 1, 0, out=shifted[rows], casting="unsafe")
+    return shifted
+
+
+def check_arrays(metadata: Metadata, arrays: PuzzleArrays, prefix: str | os.PathLike[str]) -> None:
+    """Raise DataError, naming `<prefix><field>.npy` and the row, unless the arrays fit.
+
+    Labels may also be metadata.ignore_label_id or IGNORE_LABEL_ID.
+    """
+    for name, array in arrays.items():
+        want = 2 if name in ("inputs", "labels") else 1
+        if array.dtype.kind not in "iu":
+            raise DataError(f"{prefix}{name}.npy: holds {array.dtype}, expected integers")
+        if array.ndim != want:
+            raise DataError(f"{prefix}{name}.npy: shape {array.shape}, expected {want} dimensions")
+    if arrays.inputs.shape != arrays.labels.shape:
+        raise DataError(
+            f"{prefix}labels.npy: shape {arrays.labels.shape} does not match the inputs' "
+            f"{arrays.inputs.shape}"
+        )
+    if arrays.inputs.shape[1] != metadata.seq_len:
+        raise DataError(
+            f"{prefix}inputs.npy: rows of {arrays.inputs.shape[1]} tokens, "
+            f"seq_len is {metadata.seq_len}"
+        )
+    _check_index(arrays.puzzle_indices, len(arrays.inputs), f"{prefix}puzzle_indices.npy")
+    puzzles = arrays.puzzle_indices.size - 1
+    _check_index(arrays.group_indices, puzzles, f"{prefix}group_indices.npy")
+    if arrays.puzzle_identifiers.size != puzzles:
+        raise DataError(
+            f"{prefix}puzzle_identifiers.npy: {arrays.puzzle_identifiers.size} identifiers for "
+            f"{puzzles} puzzles"
+        )
+    count, vocab = metadata.num_puzzle_identifiers, metadata.vocab_size
+    _check_range(arrays.puzzle_identifiers, count, (), f"{prefix}puzzle_identifiers.npy")
+    _check_range(arrays.inputs, vocab, (), f"{prefix}inputs.npy")
+    ignored = {IGNORE_LABEL_ID, metadata.ignore_label_id} - {None}
+    _check_range(arrays.labels, vocab, tuple(ignored), f"{prefix}labels.npy")
+
+
+def _check_index(index: np.ndarray, total: int, path: str) -> None:
+    if index.size == 0 or int(index[0]) != 0:
+        raise DataError(f"{path}: must begin with 0")
+    falls = np.flatnonzero(index[1:] < index[:-1])
+    if falls.size:
+        raise DataError(f"{path} row {falls[0] + 1}: smaller than the row before it")
+    if int(index[-1]) != total:
+        raise DataError(f"{path}: ends with {int(index[-1])}, expected {total}")
+
+
+def _check_range(array: np.ndarray, limit: int, allowed: Sequence[int | None], path: str) -> None:
+    for start in range(0, len(array), _CHECK_ROWS):
+        rows = array[start : start + _CHECK_ROWS]
+        if rows.size == 0 or (int(rows.min()) >= 0 and int(rows.max()) < limit):
+            continue
+        wrong = (rows < 0) | (rows >= limit)
+        for value in allowed:
+            wrong &= rows != value
+        if wrong.any():
+            place = np.argwhere(wrong)[0]
+            raise DataError(
+                f"{path} row {start + int(place[0])}: {int(rows[tuple(place)])} is not in "
+                f"0..{limit - 1}"
+            )
+
+
+def read_manifest(root: str | os.PathLike[str]) -> dict[str, Any] | None:
+    """The manifest that our writer left in `root`; None where there is none.
+
+    Raises DataError if there is one that cannot be read.
+    """
+    path = Path(root) / _MANIFEST
+    if not path.is_file():
+        return None
+    manifest = _read_json(path, _MAX_IDENTIFIERS_BYTES)
+    if not isinstance(manifest, dict) or manifest.get("format") != MANIFEST_FORMAT:
+        return None
+    if not isinstance(manifest.get("files"), dict):
+        raise DataError(f"{path}: files missing")
+    return manifest
+
+
+def verify_manifest(root: str | os.PathLike[str], manifest: Mapping[str, Any]) -> str | None:
+    """The first file that is missing or differs from its sha256 in the manifest; None if none."""
+    for name, digest in manifest["files"].items():
+        path = Path(root) / name
+        if not path.is_file() or _sha256(path) != digest:
+            return str(name)
+    return None
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+class DatasetWriter:
+    """Fills a temporary folder that open_writer turns into the data set; never used alone."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def array(
+        self, split: str, set_name: str, field: str, shape: tuple[int, ...], dtype: Any
+    ) -> np.memmap:
+        """A new writable memory map for `<split>/<set_name>__<field>.npy`, to be filled."""
+        path = self._folder / split / f"{set_name}__{field}.npy"
+        path.parent.mkdir(exist_ok=True)
+        return np.lib.format.open_memmap(path, mode="w+", dtype=np.dtype(dtype), shape=shape)
+
+    def arrays(self, split: str, set_name: str, arrays: PuzzleArrays) -> None:
+        """Write the arrays of one set, in their dtypes."""
+        (self._folder / split).mkdir(exist_ok=True)
+        for field, array in arrays.items():
+            np.save(self._folder / split / f"{set_name}__{field}.npy", array, allow_pickle=False)
+
+    def metadata(self, split: str, metadata: Metadata) -> None:
+        """Write `<split>/dataset.json`."""
+        (self._folder / split).mkdir(exist_ok=True)
+        self.json(f"{split}/dataset.json", metadata.to_dict())
+
+    def json(self, name: str, value: Any) -> None:
+        """Write `value` as JSON to the file `name`, relative to the root."""
+        (self._folder / name).write_text(json.dumps(value), encoding="utf-8")
+
+
+@contextmanager
+def open_writer(
+    root: str | os.PathLike[str], manifest: Mapping[str, Any]
+) -> Iterator[DatasetWriter]:
+    """Write a data set that appears at `root` whole or not at all.
+
+    Files go to a hidden folder beside `root`; on leaving the block they get a manifest.json
+    (`manifest` plus format and the sha256 of each file) and the folder is renamed. If the block
+    raises, nothing is left. Raises DataError if `root` exists and is neither empty nor exactly what
+    an earlier manifest of ours lists.
+    """
+    target = Path(os.path.realpath(root))
+    _check_replaceable(target)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    except OSError as error:
+        raise DataError(f"{target}: cannot be written ({error.strerror or error})") from None
+    try:
+        yield DatasetWriter(folder)
+        files = sorted(p for p in folder.rglob("*") if p.is_file())
+        digests = {p.relative_to(folder).as_posix(): _sha256(p) for p in files}
+        content = {**manifest, "format": MANIFEST_FORMAT, "files": digests}
+        (folder / _MANIFEST).write_text(json.dumps(content, indent=1), encoding="utf-8")
+        folder.chmod(0o755)
+        _check_replaceable(target)
+        _swap_in(folder, target)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _check_replaceable(target: Path) -> None:
+    if not target.exists():
+        return
+    if not target.is_dir():
+        raise DataError(f"{target}: exists and is not a directory")
+    present = {p.relative_to(target).as_posix() for p in target.rglob("*") if not p.is_dir()}
+    if not present:
+        return
+    manifest = read_manifest(target)
+    if manifest is None:
+        raise DataError(f"{target}: not empty and not written by this builder; choose another")
+    foreign = sorted(present - set(manifest["files"]) - {_MANIFEST})
+    if foreign:
+        raise DataError(f"{target}: holds {foreign[0]}, which its manifest does not list")
+
+
+def _swap_in(folder: Path, target: Path) -> None:
+    if not target.exists():
+        folder.rename(target)
+        return
+    old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
+    target.rename(old / "data")
+    folder.rename(target)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def write_dataset(
+    root: str | os.PathLike[str],
+    splits: Mapping[str, tuple[Metadata, Mapping[str, PuzzleArrays]]],
+    identifiers: Sequence[str] = ("<blank>",),
+    manifest: Mapping[str, Any] | None = None,
+) -> None:
+    """Write arrays held in memory: {split: (metadata, {set: arrays})}; see open_writer.
+
+    Raises DataError for arrays that do not fit their metadata.
+    """
+    for split, (metadata, sets) in splits.items():
+        for name, arrays in sets.items():
+            check_arrays(metadata, arrays, f"{split}/{name}__")
+    with open_writer(root, manifest or {}) as writer:
+        for split, (metadata, sets) in splits.items():
+            writer.metadata(split, metadata)
+            for name, arrays in sets.items():
+                writer.arrays(split, name, arrays)
+        writer.json("identifiers.json", list(identifiers))

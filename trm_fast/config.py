@@ -24,6 +24,7 @@ from trm_fast.presets import PRESETS
 
 __all__ = [
     "ARCHS",
+    "DEFAULT_PRESET",
     "PRESETS",
     "ArchConfig",
     "ConfigError",
@@ -36,6 +37,7 @@ __all__ = [
     "from_preset",
     "layer",
     "option_fields",
+    "show",
 ]
 
 DEFAULT_PRESET = "sudoku-mini"
@@ -87,7 +89,7 @@ class EvaluatorConfig:
 class TrainConfig:
     """A training run. `TrainConfig()` is the official cfg_pretrain with arch=trm."""
 
-    preset: str | None = option("the named set of values this run started from", None)
+    preset: str | None = option("start from a named set of values, see Presets", None)
 
     data_paths: tuple[str, ...] = option(
         "data directories to train on", ("data/arc-aug-1000",), section="Data"

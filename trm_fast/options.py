@@ -39,7 +39,10 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 
 def show(value: object) -> str:
     """The value as it goes into a message: one line, at most 60 characters."""
-    text = repr(value)
+    try:
+        text = repr(value)
+    except ValueError:  # Python refuses to print integers of thousands of digits
+        text = "a huge number"
     return text if len(text) <= 60 else text[:57] + "..."
 
 

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+import trm_fast
+
 ROOT = Path(__file__).resolve().parent.parent
 
 # Each row may import the rows above it; members of one row do not import each other.
@@ -34,7 +36,9 @@ ORDER = [
     ["losses", "optim"],
     ["checkpoint", "viz", "progress"],
     ["inference"],
+    ["interop", "loading", "puzzles"],
     ["trainer"],
+    ["runner"],
     ["bench"],
     ["train", "evaluate", "solve", "info"],
     ["__init__"],
@@ -169,9 +173,20 @@ def test_every_public_name_loads_and_none_needs_triton_or_matplotlib():
     assert loaded.isdisjoint({"triton", "matplotlib"})
 
 
-def test_unknown_attribute_is_an_attribute_error():
-    import trm_fast
+def test_the_public_names_are_those_type_checkers_see():
+    tree = ast.parse((ROOT / "trm_fast" / "__init__.py").read_text(encoding="utf-8"))
+    (block,) = (n for n in tree.body if isinstance(n, ast.If) and "TYPE_CHECKING" in ast.dump(n))
+    declared = {
+        alias.name: node.module
+        for node in block.body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+    assert declared == trm_fast._MODULE_OF
+    assert {*declared, "__version__"} == set(trm_fast.__all__)
 
+
+def test_unknown_attribute_is_an_attribute_error():
     with pytest.raises(AttributeError, match="'trm_fast' has no attribute 'Modle'"):
         trm_fast.Modle  # noqa: B018
     assert set(trm_fast.__all__) <= set(dir(trm_fast))

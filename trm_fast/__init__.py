@@ -9,33 +9,40 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from trm_fast.checkpoint import load_checkpoint, save_checkpoint
     from trm_fast.config import ModelConfig, TrainConfig
     from trm_fast.data.dataset import PuzzleDataset, PuzzleDatasetConfig, from_arrays
     from trm_fast.losses import ACTLossHead
     from trm_fast.model import Model
+    from trm_fast.optim import EMA, AdamATan2, SparseEmbeddingSignSGD
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "EMA",
     "ACTLossHead",
+    "AdamATan2",
     "Model",
     "ModelConfig",
     "PuzzleDataset",
     "PuzzleDatasetConfig",
+    "SparseEmbeddingSignSGD",
     "TrainConfig",
     "__version__",
     "from_arrays",
+    "load_checkpoint",
+    "save_checkpoint",
 ]
 
 _HOME = {
-    "ACTLossHead": "trm_fast.losses",
-    "Model": "trm_fast.model",
-    "ModelConfig": "trm_fast.config",
-    "PuzzleDataset": "trm_fast.data.dataset",
-    "PuzzleDatasetConfig": "trm_fast.data.dataset",
-    "TrainConfig": "trm_fast.config",
-    "from_arrays": "trm_fast.data.dataset",
+    "trm_fast.checkpoint": ("load_checkpoint", "save_checkpoint"),
+    "trm_fast.config": ("ModelConfig", "TrainConfig"),
+    "trm_fast.data.dataset": ("PuzzleDataset", "PuzzleDatasetConfig", "from_arrays"),
+    "trm_fast.losses": ("ACTLossHead",),
+    "trm_fast.model": ("Model",),
+    "trm_fast.optim": ("EMA", "AdamATan2", "SparseEmbeddingSignSGD"),
 }
+_MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 
 # In a checkout that is not installed, kernels/ and csrc/ stand beside this folder; an installed
 # package has them inside (setup.py).
@@ -50,9 +57,9 @@ del _checkout
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOME:
+    if name not in _MODULE_OF:
         raise AttributeError(f"module 'trm_fast' has no attribute {name!r}")
-    value = getattr(import_module(_HOME[name]), name)
+    value = getattr(import_module(_MODULE_OF[name]), name)
     globals()[name] = value
     return value
 

@@ -250,7 +250,7 @@ def _read_yaml(path: Path, text: str) -> Any:
     try:
         return yaml.safe_load(text)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{path} is not YAML: {error}") from None
+        raise ConfigError(f"{path} is not YAML: {str(error)[:150]}") from None
 
 
 def read_config_file(path: str | Path) -> dict[str, Any]:
@@ -272,13 +272,16 @@ def read_config_file(path: str | Path) -> dict[str, Any]:
         try:
             values = json.loads(text)
         except (ValueError, RecursionError) as error:
-            raise ConfigError(f"{path} is not JSON: {error}") from None
+            raise ConfigError(f"{path} is not JSON: {str(error)[:150]}") from None
     else:
         values = _read_yaml(path, text)
     if not isinstance(values, Mapping):
         raise ConfigError(f"{path} must hold keys and values, got {show(values)}")
     values = {k: v for k, v in values.items() if k != "hydra"}
-    for entry in values.pop("defaults", None) or []:
+    defaults = values.pop("defaults", [])
+    if not isinstance(defaults, list):
+        raise ConfigError(f"{path}: defaults must be a list, got {show(defaults)}")
+    for entry in defaults:
         if isinstance(entry, Mapping) and "arch" in entry:
             values.setdefault("arch", entry["arch"])
     try:

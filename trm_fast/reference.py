@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from trm_fast.data.format import IGNORE_LABEL_ID
@@ -80,6 +81,7 @@ class _ResidualRMSNorm(torch.autograd.Function):
         return (wide * scale).to(total.dtype)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
         total, scale = ctx.saved_tensors
         normed = total.to(scale.dtype) * scale
@@ -104,6 +106,7 @@ class _SwiGLU(torch.autograd.Function):
         return F.silu(gate).mul_(up)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (gate_up,) = ctx.saved_tensors
         gate, up = gate_up.chunk(2, ctx.axis)
@@ -171,6 +174,7 @@ class _StablemaxLoss(torch.autograd.Function):
         return loss, preds, correct
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor, *unused: Tensor) -> tuple[Tensor, None]:
         (d,) = ctx.saved_tensors
         return (d * grad.unsqueeze(-1)).to(ctx.dtype), None
@@ -197,6 +201,7 @@ def deep_recursion(
         for _ in range(r.H_cycles - 1 if tracked else r.H_cycles):
             y, z = latent_cycle(partial(_network, ops, cast, rotary, r), ops, x, y, z, r)
     if tracked:
+        y, z = y.detach(), z.detach()  # with one cycle they are still the caller's
         network = partial(_cast_network, ops, blocks, rotary, r)
         if r.policy == "recompute":
             network = partial(_recomputed, network)

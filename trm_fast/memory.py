@@ -10,7 +10,6 @@ Dims legend: B batch, S tokens incl. prefix, D width, F and F_t widths of the tw
 from __future__ import annotations
 
 import os
-from functools import lru_cache
 
 import torch
 
@@ -87,13 +86,8 @@ def _free_host_bytes() -> int:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-@torch.compiler.assume_constant_result
-@lru_cache(maxsize=256)
 def fastest_policy(config: ModelConfig, batch: int, device: torch.device) -> str:
-    """The first of "save", "light", "recompute" whose step fits nine tenths of the free memory.
-
-    Decided once per shape and device, so that a run does not change its mind half way.
-    """
+    """The first of "save", "light", "recompute" whose step fits nine tenths of the free memory."""
     if device.type not in ("cpu", "cuda", "mps"):
         return "save"
     budget = 0.9 * free_bytes(device)

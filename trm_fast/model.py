@@ -62,6 +62,7 @@ class InnerModel(nn.Module):
         self.H_init = nn.Buffer(self._initial_state())
         self.L_init = nn.Buffer(self._initial_state())
         self.ops = self._select_ops()
+        self._policies: dict[int, str] = {}
 
     def _initial_state(self) -> Tensor:
         return truncated_normal_(torch.empty(self.config.hidden_size, dtype=self.forward_dtype), 1)
@@ -75,6 +76,7 @@ class InnerModel(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> InnerModel:
         super()._apply(fn, recurse)
         self.ops = self._select_ops()
+        self._policies = {}
         return self
 
     def backend_report(self) -> list[Choice]:
@@ -84,6 +86,7 @@ class InnerModel(nn.Module):
 
     def empty_carry(self, batch_size: int) -> State:
         """Uninitialised states [batch_size, S, D]: the first step overwrites all of them."""
+        self._policy(batch_size)
         shape = (batch_size, self.config.total_len, self.config.hidden_size)
         return State(z_H=self.H_init.new_empty(shape), z_L=self.L_init.new_empty(shape))
 
@@ -111,17 +114,23 @@ class InnerModel(nn.Module):
     def _rotary(self) -> Rotary | None:
         return self.rotary_emb.tables() if hasattr(self, "rotary_emb") else None
 
+    def _policy(self, batch: int) -> str:
+        """What the backward keeps. "auto" is decided once per batch size, when a carry is made, so
+        that a run does not change its mind and a compiled forward does not ask for free memory."""
+        if self.config.policy != "auto":
+            return self.config.policy
+        if batch not in self._policies:
+            self._policies[batch] = memory.fastest_policy(self.config, batch, self.H_init.device)
+        return self._policies[batch]
+
     def _recursion(self, batch: int) -> Recursion:
         config = self.config
-        policy = config.policy
-        if policy == "auto":
-            policy = memory.fastest_policy(config, batch, self.H_init.device)
         return Recursion(
             config.H_cycles,
             config.L_cycles,
             config.num_heads,
             config.rms_norm_eps,
-            policy,
+            self._policy(batch),
             config.dropout if self.training else 0.0,
         )
 

@@ -1,0 +1,397 @@
+"""The training loop: its order, its schedule, what it survives, and that resuming is bitwise."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from trm_fast import checkpoint, memory, optim
+from trm_fast.config import TrainConfig
+from trm_fast.data.dataset import from_arrays
+from trm_fast.data.format import write_dataset
+from trm_fast.losses import ACTLossHead
+from trm_fast.model import Model
+from trm_fast.trainer import Trainer, TrainingStopped, open_splits, pick_device
+
+SEQ, VOCAB = 16, 6
+
+
+class Recorder:
+    """A Reporter that remembers, and stops the run at a step of choice."""
+
+    def __init__(self, stop_at=None):
+        self.stop_at, self.trainer = stop_at, None
+        self.steps, self.evaluations, self.saved, self.skipped = [], [], [], []
+
+    def on_step(self, trainer, metrics):
+        self.trainer = trainer
+        self.steps.append((trainer.step, metrics))
+
+    def on_evaluation(self, trainer, reports):
+        self.evaluations.append((trainer.step, reports))
+
+    def on_checkpoint(self, trainer, path):
+        self.saved.append(path.name)
+
+    def on_skip(self, trainer, norm):
+        self.skipped.append((trainer.step, norm))
+
+    def wants_to_stop(self):
+        return self.stop_at is not None and self.trainer.step >= self.stop_at
+
+
+@pytest.fixture
+def data(tmp_path):
+    """20 puzzles of 4 identifiers to train on, 10 to test on, 16 tokens each."""
+    rng = np.random.default_rng(0)
+    splits = {}
+    for split, count in (("train", 20), ("test", 10)):
+        tokens = rng.integers(2, VOCAB, (count, SEQ)).astype(np.uint8)
+        blanks = np.where(rng.random(tokens.shape) < 0.5, 1, tokens).astype(np.uint8)
+        ids = np.arange(count) % 4
+        metadata, arrays = from_arrays(blanks, tokens, vocab_size=VOCAB, puzzle_identifiers=ids)
+        splits[split] = (metadata, {"all": arrays})
+    write_dataset(tmp_path / "data", splits, ["<blank>", "a", "b", "c"])
+    return str(tmp_path / "data")
+
+
+def make_config(data, **changes):
+    values = {
+        "data_paths": [data],
+        "evaluators": [],
+        "global_batch_size": 4,
+        "steps": 8,
+        "eval_steps": 4,
+        "lr": 1e-2,
+        "lr_warmup_steps": 2,
+        "puzzle_emb_lr": 1e-2,
+        "ema": True,
+        "arch.hidden_size": 16,
+        "arch.num_heads": 2,
+        "arch.L_layers": 1,
+        "arch.H_cycles": 2,
+        "arch.L_cycles": 1,
+        "arch.intermediate_multiple": 8,
+        "arch.halt_max_steps": 3,
+        "arch.halt_exploration_prob": 0.5,
+        "arch.puzzle_emb_len": 1,
+        "arch.forward_dtype": "float32",
+        "device": "cpu",
+    }
+    dotted = {name.replace("__", "."): value for name, value in changes.items()}
+    return TrainConfig.from_dict(values | dotted)
+
+
+def make_trainer(config, run_dir, reporter=None):
+    return Trainer(config, open_splits(config), Path(run_dir), reporter or Recorder())
+
+
+def everything(trainer):
+    """All that decides how a run goes on, as a flat dictionary of tensors and plain values."""
+    flat = {}
+
+    def walk(value, name):
+        if isinstance(value, dict):
+            for key, item in value.items():
+                walk(item, f"{name}.{key}")
+        elif isinstance(value, list | tuple):
+            for key, item in enumerate(value):
+                walk(item, f"{name}.{key}")
+        else:
+            flat[name] = value.clone() if isinstance(value, torch.Tensor) else value
+
+    walk(trainer.state_dict(), "state")
+    walk(dict(trainer.model.state_dict()), "model")
+    walk(trainer.ema.shadow if trainer.ema else {}, "ema")
+    return flat
+
+
+def assert_same(one, other):
+    assert one.keys() == other.keys()
+    for name, value in one.items():
+        if isinstance(value, torch.Tensor):
+            assert torch.equal(value, other[name]), name
+        else:
+            assert value == other[name], name
+
+
+VARIANTS = {
+    "official": {"epochs": 4, "eval_interval": 2, "steps": None, "eval_steps": None},
+    "mlp-adamw": {
+        "optimizer": "adamw",
+        "arch__mlp_t": True,
+        "grad_clip": 1.0,
+        "ema_warmup": True,
+        "augment": "sudoku",
+        "curriculum": 0.8,
+        "arch__puzzle_emb_ndim": 0,
+        "arch__puzzle_emb_len": 0,
+        "arch__pos_encodings": "none",
+    },
+    "muon-accumulate": {"optimizer": "muon", "grad_accum": 2},
+    "no-ema": {"ema": False, "arch__dropout": 0.1},
+}
+
+
+@pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS.keys())
+def test_resuming_is_bitwise_from_every_step(data, tmp_path, changes):
+    config = make_config(data, save_interval=1, **changes)
+    straight = make_trainer(config, tmp_path / "straight")
+    assert straight.run()
+    for stop in (1, 4, 5, straight.step - 1):
+        again = make_trainer(config, tmp_path / "resumed")
+        torch.manual_seed(99)  # whatever the process did before must not matter
+        again.resume(tmp_path / "straight" / f"step_{stop}")
+        assert again.step == stop
+        assert again.run()
+        assert_same(everything(straight), everything(again))
+
+
+def test_a_stopped_run_saves_and_continues(data, tmp_path):
+    config = make_config(data, log_interval=1)
+    straight = make_trainer(config, tmp_path / "a")
+    straight.run()
+    reporter = Recorder(stop_at=3)
+    first = make_trainer(config, tmp_path / "b", reporter)
+    assert first.run() is False
+    assert reporter.saved == ["step_3"]
+    second = make_trainer(config, tmp_path / "b")
+    second.resume(checkpoint.resolve(tmp_path / "b"))
+    assert second.run()
+    assert_same(everything(straight), everything(second))
+
+
+def test_steps_are_those_of_the_official_loop(data, tmp_path):
+    """Step counted first, loss / batch, rates of the schedule, rows then weights, then the EMA."""
+    config = make_config(data, steps=5)
+    trainer = make_trainer(config, tmp_path)
+    batches = [batch for _, batch, _ in trainer._train_dataset()][:5]
+    torch.manual_seed(config.seed)
+    model = Model(trainer.model_config).train()
+    head = ACTLossHead(model, config.arch.loss_type)
+    rows = optim.SparseEmbeddingSignSGD(model.puzzle_emb.buffers(), 0, 0.1)
+    weights = optim.AdamATan2(model.parameters(), 0, (0.9, 0.95), 0.1)
+    average = {n: p.detach().clone() for n, p in model.named_parameters()}
+    carry = None
+    for step, batch in enumerate(batches, start=1):
+        carry = head.initial_carry(batch) if carry is None else carry
+        carry, loss, _, _, _ = head(return_keys=[], carry=carry, batch=batch)
+        (loss / 4).backward()
+        rate = 1e-2 * (step / 2 if step < 2 else 1)
+        for optimizer in (rows, weights):
+            optimizer.param_groups[0]["lr"] = rate
+            optimizer.step()
+            optimizer.zero_grad()
+        for name, p in model.named_parameters():
+            average[name] = 0.999 * average[name] + 0.001 * p.detach()
+    assert trainer.run()
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, trainer.model.state_dict()[name]), name
+    for name, value in average.items():
+        torch.testing.assert_close(trainer.ema.shadow[name], value, rtol=0, atol=1e-8)
+
+
+def test_parts_of_a_batch_give_the_gradient_of_the_whole(data, tmp_path):
+    whole = make_trainer(make_config(data), tmp_path)
+    parts = make_trainer(make_config(data, grad_accum=2), tmp_path)
+    batch = next(iter(whole._train_dataset()))[1]
+    batch["puzzle_identifiers"] = torch.tensor([1, 2, 2, 3], dtype=torch.int32)
+    for trainer in (whole, parts):
+        trainer._backward(batch)
+    for (name, one), (_, two) in zip(
+        whole.model.named_parameters(), parts.model.named_parameters(), strict=True
+    ):
+        torch.testing.assert_close(one.grad, two.grad, rtol=1e-4, atol=1e-6, msg=name)
+    for trainer in (whole, parts):
+        trainer.step = 1
+        trainer._apply_gradients()
+    rows = [t.model.puzzle_emb.weights for t in (whole, parts)]
+    assert rows[0].abs().sum() > 0
+    assert torch.equal(*rows)
+
+
+def test_evaluation_by_epochs_as_the_official_loop(data, tmp_path):
+    reporter = Recorder()
+    config = make_config(
+        data, epochs=6, eval_interval=2, min_eval_interval=1, steps=None, eval_steps=None
+    )
+    trainer = make_trainer(config, tmp_path, reporter)
+    assert trainer.total_steps == 30
+    trainer.run()
+    assert [step for step, _ in reporter.evaluations] == [20, 30]
+    assert reporter.saved == ["step_20", "step_30"]
+
+
+def test_evaluation_and_checkpoints_by_steps(data, tmp_path):
+    reporter = Recorder()
+    config = make_config(data, steps=10, eval_steps=4, save_interval=3, log_interval=5)
+    make_trainer(config, tmp_path, reporter).run()
+    assert [step for step, _ in reporter.evaluations] == [4, 8, 10]
+    assert reporter.saved == [f"step_{n}" for n in (3, 4, 6, 8, 9, 10)]
+    assert [step for step, _ in reporter.steps] == [5, 10]
+    assert checkpoint.read_pointer(tmp_path, "last") == "step_10"
+    exact = {step: r["all"].exact_accuracy[-1] for step, r in reporter.evaluations}
+    best = max(exact, key=lambda step: (exact[step], -step))
+    assert checkpoint.read_pointer(tmp_path, "best") == f"step_{best}"
+
+
+def test_only_the_last_checkpoint_where_so_configured(data, tmp_path):
+    reporter = Recorder()
+    make_trainer(make_config(data, checkpoint_every_eval=False), tmp_path, reporter).run()
+    assert reporter.saved == ["step_8"]
+
+
+def test_evaluation_uses_the_average_and_leaves_the_weights(data, tmp_path):
+    trainer = make_trainer(make_config(data, eval_steps=100), tmp_path)
+    before = {n: p.clone() for n, p in trainer.model.named_parameters()}
+    with torch.no_grad():
+        for value in trainer.ema.shadow.values():
+            value.zero_()
+    reports = trainer.evaluate()
+    # All-zero weights answer token 0, which no label is.
+    assert reports["all"].accuracy[-1] == 0.0
+    assert reports["all"].puzzles == 10
+    for name, p in trainer.model.named_parameters():
+        assert torch.equal(p, before[name])
+    assert trainer.model.training
+
+
+def test_saved_ema_loads_alone(data, tmp_path):
+    trainer = make_trainer(make_config(data), tmp_path)
+    trainer.run()
+    saved = checkpoint.load_checkpoint(tmp_path / "step_8")
+    model = Model(saved.config["model"])
+    model.load_state_dict(saved.ema, strict=True)
+    for name, p in model.named_parameters():
+        assert torch.equal(p, trainer.ema.shadow[name.removeprefix("model.")]), name
+    assert saved.config["data"]["metadata"]["seq_len"] == SEQ
+
+
+def poison(trainer, monkeypatch, steps, what):
+    """Make the loss ("loss") or only its gradient ("gradient") NaN at the given steps."""
+    real = trainer.forward
+
+    def forward(**kwargs):
+        carry, loss, metrics, outputs, done = real(**kwargs)
+        if trainer.step in steps:
+            loss = loss * math.nan if what == "loss" else _NaNGradient.apply(loss)
+        return carry, loss, metrics, outputs, done
+
+    monkeypatch.setattr(trainer, "forward", forward)
+
+
+class _NaNGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * math.nan
+
+
+def test_a_step_without_finite_gradient_changes_nothing(data, tmp_path, monkeypatch):
+    reporter = Recorder()
+    trainer = make_trainer(make_config(data), tmp_path, reporter)
+    poison(trainer, monkeypatch, {2}, "gradient")
+    batches = [batch for _, batch, _ in trainer._train_dataset()]
+    trainer.train_step(batches[0])
+    before = everything(trainer)
+    trainer.train_step(batches[1])
+    after = everything(trainer)
+    untouched = ("model.", "ema.", "state.optimizers.", "state.ema_updates")
+    changed = {n for n in before if n.startswith(untouched) and not same(before[n], after[n])}
+    assert not changed
+    assert trainer.guard.skipped == 1
+    assert [step for step, _ in reporter.skipped] == [2]
+    trainer.train_step(batches[2])
+    assert all(p.isfinite().all() for p in trainer.model.parameters())
+    assert not same(before["model.inner.lm_head.weight"], trainer.model.inner.lm_head.weight)
+
+
+def same(one, other):
+    return torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other
+
+
+def test_repeated_bad_gradients_stop_the_run(data, tmp_path, monkeypatch):
+    trainer = make_trainer(make_config(data, max_skipped=3), tmp_path)
+    poison(trainer, monkeypatch, {2, 3, 4}, "gradient")
+    with pytest.raises(TrainingStopped, match=r"3 gradients in a row .* step 4 \(iteration 0,"):
+        trainer.run()
+
+
+def test_a_bad_loss_stops_the_run_and_keeps_the_last_checkpoint(data, tmp_path, monkeypatch):
+    trainer = make_trainer(make_config(data), tmp_path)
+    poison(trainer, monkeypatch, {6}, "loss")
+    with pytest.raises(TrainingStopped, match=r"the loss is nan at step 6 .*puzzle identifiers"):
+        trainer.run()
+    saved = checkpoint.load_checkpoint(checkpoint.resolve(tmp_path))
+    assert saved.step == 4
+    assert all(value.isfinite().all() for value in saved.model.values())
+
+
+def test_learning_rate_and_metrics_of_the_log(data, tmp_path):
+    reporter = Recorder()
+    make_trainer(make_config(data, log_interval=1, steps=4), tmp_path, reporter).run()
+    metrics = dict(reporter.steps)
+    assert metrics[1]["train/lr"] == pytest.approx(5e-3)
+    assert metrics[2]["train/lr"] == pytest.approx(1e-2)
+    first = metrics[1]
+    # Loss per item: near log(VOCAB) over classes, one BCE at bias -5.
+    assert 0.5 < first["train/lm_loss"] < 4
+    assert first["train/q_halt_loss"] == pytest.approx(math.log1p(math.exp(-5)), rel=1e-3)
+    assert 0 <= metrics[3]["train/accuracy"] <= 1
+
+
+def test_a_run_that_cannot_fit_is_refused(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 1000)
+    with pytest.raises(ValueError, match="GiB are free"):
+        make_trainer(make_config(data), tmp_path)
+
+
+def test_data_smaller_than_a_batch_is_refused(data, tmp_path):
+    config = make_config(
+        data, global_batch_size=64, steps=None, epochs=5, eval_interval=1, eval_steps=None
+    )
+    with pytest.raises(ValueError, match="fewer examples than global_batch_size=64"):
+        make_trainer(config, tmp_path).run()
+
+
+def test_small_data_is_repeated_when_steps_are_given(data, tmp_path):
+    trainer = make_trainer(make_config(data, global_batch_size=64, steps=3), tmp_path)
+    assert trainer.run()
+    assert trainer.step == 3
+
+
+def test_weights_to_start_from(data, tmp_path):
+    trainer = make_trainer(make_config(data), tmp_path / "a")
+    trainer.run()
+    official = tmp_path / "step_8"
+    checkpoint.write_official(official, trainer.model.state_dict())
+    for path in (official, tmp_path / "a"):
+        started = make_trainer(make_config(data, load_checkpoint=str(path)), tmp_path / "b")
+        expected = trainer.model.inner.lm_head.weight
+        if path.is_dir():
+            expected = trainer.ema.shadow["inner.lm_head.weight"]
+        assert torch.equal(started.model.inner.lm_head.weight, expected)
+
+
+def test_devices():
+    assert pick_device("cpu") == torch.device("cpu")
+    assert pick_device("auto").type in ("cpu", "cuda", "mps")
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match="device=cuda is not there"):
+            pick_device("cuda")
+
+
+def test_compiled_step_equals_the_plain_one(data, tmp_path, monkeypatch):
+    plain = make_trainer(make_config(data, steps=3), tmp_path / "a")
+    plain.run()
+    eager = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda module: eager(module, backend="aot_eager"))
+    compiled = make_trainer(make_config(data, steps=3, compile=True), tmp_path / "b")
+    compiled.run()
+    for name, value in plain.model.state_dict().items():
+        torch.testing.assert_close(compiled.model.state_dict()[name], value, rtol=1e-4, atol=1e-5)

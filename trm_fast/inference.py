@@ -1,0 +1,290 @@
+"""Answers of a trained model, step by step, and how good they are.
+
+Owns the evaluation loop: every command and the trainer measure through it. Imported by trainer,
+bench, evaluate and solve. Terms: a supervision step is one call of the model; `last` is the answer
+of the last step, `best_q` that of the step with the highest halting logit (a model trained with
+early halting may leave a right answer again; arXiv 2605.19943 selects by the same logit).
+
+Dims legend: B batch, L puzzle tokens, M supervision steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from trm_fast.config import ModelConfig
+from trm_fast.data.format import IGNORE_LABEL_ID, Metadata
+from trm_fast.data.sudoku_solver import rules_hold
+from trm_fast.losses import LOSSES
+from trm_fast.model import Model
+
+Rules = Callable[[np.ndarray, np.ndarray], np.ndarray]
+SUDOKU_SIZES = {16: 4, 36: 6, 81: 9}  # tokens -> side
+
+
+def sudoku_side(shape: Metadata | ModelConfig) -> int | None:
+    """Side of the board (4, 6, 9) if data or model have the sizes of Sudoku, or None."""
+    side = SUDOKU_SIZES.get(shape.seq_len)
+    return side if side is not None and shape.vocab_size == side + 2 else None
+
+
+def sudoku_rules(inputs: np.ndarray, preds: np.ndarray) -> np.ndarray:
+    """Whether answers keep the clues and the rules: tokens [N, L] and [N, L] -> [N] bool."""
+    clues = np.maximum(inputs.astype(np.int64) - 1, 0)
+    answers = preds.astype(np.int64) - 1
+    digits = (answers >= 1) & (answers <= SUDOKU_SIZES[inputs.shape[1]])
+    full = np.asarray(digits.all(1))
+    return full & rules_hold(clues, np.where(full[:, None], answers, 1))
+
+
+@dataclass
+class StepOutput:
+    """One supervision step of a batch: preds [B, L] int64, q [B] float32, logits [B, L, V]."""
+
+    preds: Tensor
+    q: Tensor
+    logits: Tensor
+
+
+@torch.inference_mode()
+def supervision_steps(model: Model, batch: dict[str, Tensor], steps: int) -> Iterator[StepOutput]:
+    """The model's outputs after each of `steps` supervision steps, none of them halting early.
+
+    Args:
+        model: in evaluation mode.
+        batch: "inputs" [B, L] int32 and "puzzle_identifiers" [B] int32 on the model's device.
+        steps: M >= 1, also beyond halt_max_steps.
+    """
+    data = {name: batch[name] for name in ("inputs", "puzzle_identifiers")}
+    carry = model.initial_carry(data)
+    for _ in range(steps):
+        carry, outputs = model(carry, data)
+        carry.halted = torch.zeros_like(carry.halted)
+        logits = outputs["logits"]
+        yield StepOutput(logits.argmax(-1), outputs["q_halt_logits"], logits)
+
+
+@dataclass
+class SetReport:
+    """Results on one set of puzzles; the lists have one entry per supervision step.
+
+    Attributes:
+        puzzles: number of boards with labels.
+        accuracy: mean fraction of labelled tokens that are right.
+        exact_accuracy: fraction of boards that are right in every labelled token.
+        valid: fraction of boards that keep clues and rules; empty where no rules are known.
+        q_halt_accuracy: fraction of boards where q >= 0 agrees with being right.
+        lm_loss, q_halt_loss: mean per board at the last step, as the training losses.
+        best_q_accuracy, best_q_exact_accuracy, best_q_valid: of the answer of the step with the
+            highest q, the earliest of several.
+        best_q_steps: mean 1-based step that answer comes from.
+    """
+
+    puzzles: int = 0
+    accuracy: list[float] = field(default_factory=list)
+    exact_accuracy: list[float] = field(default_factory=list)
+    valid: list[float] = field(default_factory=list)
+    q_halt_accuracy: list[float] = field(default_factory=list)
+    lm_loss: float = 0.0
+    q_halt_loss: float = 0.0
+    best_q_accuracy: float = 0.0
+    best_q_exact_accuracy: float = 0.0
+    best_q_valid: float | None = None
+    best_q_steps: float = 0.0
+
+    def metrics(self) -> dict[str, float]:
+        """The last step under the official metric names, and the best-q answer beside it."""
+        values = {
+            "accuracy": self.accuracy[-1],
+            "exact_accuracy": self.exact_accuracy[-1],
+            "q_halt_accuracy": self.q_halt_accuracy[-1],
+            "steps": float(len(self.accuracy)),
+            "lm_loss": self.lm_loss,
+            "q_halt_loss": self.q_halt_loss,
+            "best_q_exact_accuracy": self.best_q_exact_accuracy,
+        }
+        return values | ({"valid": self.valid[-1]} if self.valid else {})
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields, ready for JSON."""
+        return asdict(self)
+
+
+class _Tally:
+    """Sums over batches of one set; `report` divides them."""
+
+    def __init__(self, steps: int, loss_type: str, rules: Rules | None) -> None:
+        self.per_step = np.zeros((steps, 4))  # accuracy, exact, q agrees, valid
+        self.ends = np.zeros(6)  # lm loss, q loss; best-q accuracy, exact, valid, step
+        self.puzzles = 0
+        self.loss = LOSSES[loss_type]
+        self.rules = rules
+
+    def add(self, model: Model, batch: dict[str, Tensor]) -> None:
+        """Count a batch in which every row has at least one label that is not ignored."""
+        labels = batch["labels"]
+        mask = labels != IGNORE_LABEL_ID
+        counts = mask.sum(-1)
+        self.puzzles += len(labels)
+        best_q = torch.full((len(labels),), -torch.inf, device=labels.device)
+        best = torch.zeros(4, len(labels), device=labels.device)  # accuracy, exact, valid, step
+        inputs = batch["inputs"].cpu().numpy()
+        for index, out in enumerate(supervision_steps(model, batch, len(self.per_step))):
+            right = mask & (out.preds == labels)
+            solved = right.sum(-1) == counts
+            accuracy = right.sum(-1) / counts
+            valid = torch.zeros_like(solved)
+            if self.rules is not None:
+                kept = self.rules(inputs, out.preds.cpu().numpy())
+                valid = torch.as_tensor(kept, device=labels.device)
+            agrees = (out.q >= 0) == solved
+            columns = torch.stack([c.float() for c in (accuracy, solved, agrees, valid)])
+            self.per_step[index] += columns.cpu().double().sum(-1).numpy()
+            here = [accuracy, solved, valid, torch.full_like(accuracy, index + 1)]
+            best = torch.where(out.q > best_q, torch.stack([row.float() for row in here]), best)
+            best_q = torch.maximum(best_q, out.q)
+        per_token = self.loss(out.logits, labels)
+        q_loss = torch.nn.functional.softplus(torch.where(solved, -out.q, out.q))
+        losses = torch.stack([per_token.sum(-1).float() / counts, q_loss])
+        self.ends += torch.cat([losses, best]).cpu().double().sum(-1).numpy()
+
+    def report(self) -> SetReport:
+        count = max(self.puzzles, 1)
+        accuracy, exact, agrees, valid = (self.per_step / count).T.tolist()
+        lm_loss, q_loss, *best = (self.ends / count).tolist()
+        return SetReport(
+            puzzles=self.puzzles,
+            accuracy=accuracy,
+            exact_accuracy=exact,
+            valid=valid if self.rules else [],
+            q_halt_accuracy=agrees,
+            lm_loss=lm_loss,
+            q_halt_loss=q_loss,
+            best_q_accuracy=best[0],
+            best_q_exact_accuracy=best[1],
+            best_q_valid=best[2] if self.rules else None,
+            best_q_steps=best[3],
+        )
+
+
+def evaluate(
+    model: Model,
+    batches: Iterable[tuple[str, dict[str, Tensor], int]],
+    *,
+    steps: int | None = None,
+    max_puzzles: int | None = None,
+    loss_type: str = "stablemax_cross_entropy",
+    rules: Rules | None = None,
+) -> dict[str, SetReport]:
+    """Measure a model on labelled puzzles, set by set.
+
+    Args:
+        model: put into evaluation mode, and back as it was.
+        batches: (set name, Batch, size) as `PuzzleDataset` yields them; rows that are all padding
+            (every label -100) do not count.
+        steps: supervision steps M; None is the model's halt_max_steps.
+        max_puzzles: boards to measure per set, from its start; None is all.
+        loss_type: a name in `LOSSES`.  rules: adds `valid`, see `sudoku_rules`.
+
+    Raises:
+        ValueError: no puzzles at all.
+    """
+    device = model.inner.H_init.device
+    depth = model.config.halt_max_steps if steps is None else steps
+    tallies: dict[str, _Tally] = {}
+    was_training = model.training
+    model.eval()
+    try:
+        for name, batch, _ in batches:
+            tally = tallies.setdefault(name, _Tally(depth, loss_type, rules))
+            rows = (batch["labels"] != IGNORE_LABEL_ID).any(-1).nonzero().squeeze(-1)
+            if max_puzzles is not None:
+                rows = rows[: max(0, max_puzzles - tally.puzzles)]
+            if len(rows):
+                tally.add(model, {key: value[rows].to(device) for key, value in batch.items()})
+    finally:
+        model.train(was_training)
+    if not tallies:
+        raise ValueError("there is nothing to evaluate: the data has no puzzles")
+    return {name: tally.report() for name, tally in tallies.items()}
+
+
+@dataclass(frozen=True)
+class Answers:
+    """Answers to N puzzles: tokens [N, L] int64, q [N] float32, 1-based step [N] int64 each."""
+
+    tokens: Tensor
+    q: Tensor
+    step: Tensor
+
+
+def predict(
+    model: Model,
+    inputs: Tensor,
+    puzzle_identifiers: Tensor | None = None,
+    *,
+    steps: int | None = None,
+    select: str = "best_q",
+    batch_size: int = 256,
+) -> Answers:
+    """Answer puzzles given as tokens.
+
+    Args:
+        model: put into evaluation mode, and back as it was.
+        inputs: [N, L] int, on any device.  puzzle_identifiers: [N] int; None is the blank one.
+        steps: supervision steps; None is the model's halt_max_steps.
+        select: "last", or "best_q" for the answer of the step with the highest halting logit.
+        batch_size: boards at a time.
+
+    Raises:
+        ValueError: a wrong shape, or another `select`.
+    """
+    config = model.config
+    if inputs.dim() != 2 or inputs.shape[1] != config.seq_len:
+        raise ValueError(f"inputs must be [N, {config.seq_len}], got {list(inputs.shape)}")
+    if inputs.numel() and not 0 <= int(inputs.min()) <= int(inputs.max()) < config.vocab_size:
+        raise ValueError(f"tokens must be in 0..{config.vocab_size - 1}")
+    if select not in ("last", "best_q"):
+        raise ValueError(f"select must be 'last' or 'best_q', got {select!r}")
+    if puzzle_identifiers is None:
+        puzzle_identifiers = torch.zeros(len(inputs), dtype=torch.int32)
+    device = model.inner.H_init.device
+    depth = config.halt_max_steps if steps is None else steps
+    was_training = model.training
+    model.eval()
+    parts = []
+    try:
+        for start in range(0, len(inputs), batch_size):
+            rows = slice(start, start + batch_size)
+            batch = {
+                "inputs": inputs[rows].to(device, torch.int32),
+                "puzzle_identifiers": puzzle_identifiers[rows].to(device, torch.int32),
+            }
+            parts.append(_answer(model, batch, depth, select == "best_q"))
+    finally:
+        model.train(was_training)
+    if not parts:
+        empty = torch.zeros(0, dtype=torch.int64)
+        return Answers(empty.view(0, config.seq_len), torch.zeros(0), empty)
+    return Answers(*(torch.cat(column).cpu() for column in zip(*parts, strict=True)))
+
+
+def _answer(
+    model: Model, batch: dict[str, Tensor], depth: int, by_q: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    size = len(batch["inputs"])
+    tokens = torch.zeros_like(batch["inputs"], dtype=torch.int64)
+    q = torch.full((size,), -torch.inf, device=tokens.device)
+    step = torch.zeros(size, dtype=torch.int64, device=tokens.device)
+    for index, out in enumerate(supervision_steps(model, batch, depth)):
+        better = out.q > q if by_q else torch.ones_like(q, dtype=torch.bool)
+        tokens = torch.where(better.unsqueeze(-1), out.preds, tokens)
+        q = torch.where(better, out.q, q)
+        step = torch.where(better, index + 1, step)
+    return tokens, q, step

@@ -1,0 +1,500 @@
+"""Deep supervision with adaptive computation: the training loop, its evaluation, its checkpoints.
+
+Owns `Trainer`: everything a run consists of, saved and restored as a whole, so that a resumed run
+continues bitwise. Prints nothing: what happens is told to a `Reporter`. Imported by `train.py`
+and bench. The order of operations is that of the official loop (arXiv 2510.04871, Algorithm 3):
+count the step, forward, loss / global batch, backward, learning rate, optimizers, EMA.
+
+Dims legend: B batch, L puzzle tokens.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from trm_fast import checkpoint, memory, optim
+from trm_fast.config import TrainConfig
+from trm_fast.data.augment import hand_back, sudoku_augment
+from trm_fast.data.dataset import PuzzleDataset, PuzzleDatasetConfig
+from trm_fast.data.format import Metadata
+from trm_fast.inference import SetReport, evaluate, sudoku_rules, sudoku_side
+from trm_fast.interop import load_weights
+from trm_fast.losses import ACTLossHead
+from trm_fast.model import Model
+from trm_fast.recursion import Carry, State
+
+
+class TrainingStopped(RuntimeError):
+    """The run cannot go on; one line with step and batch. The last checkpoint is as it was."""
+
+
+class Reporter(Protocol):
+    """Whoever wants to know how a run goes."""
+
+    def on_step(self, trainer: Trainer, metrics: dict[str, float]) -> None:
+        """After every `log_interval` steps, with the means over them."""
+
+    def on_evaluation(self, trainer: Trainer, reports: dict[str, SetReport]) -> None:
+        """After every evaluation."""
+
+    def on_checkpoint(self, trainer: Trainer, path: Path) -> None:
+        """After a checkpoint is complete on disk."""
+
+    def on_skip(self, trainer: Trainer, norm: float) -> None:
+        """After a step whose gradient was not finite was left out."""
+
+    def wants_to_stop(self) -> bool:
+        """Asked after every step; True ends the run after a checkpoint."""
+
+
+@dataclass(frozen=True)
+class Splits:
+    """The data of a run: where it lies, and its training and test metadata."""
+
+    paths: tuple[str, ...]
+    paths_test: tuple[str, ...]
+    train: Metadata
+    test: Metadata | None
+
+
+def open_splits(config: TrainConfig) -> Splits:
+    """Read the metadata of the training data and, where there is one, of the test data.
+
+    Raises:
+        DataError: missing or malformed training data, malformed test data.
+    """
+    paths, paths_test = config.data_paths, config.data_paths_test or config.data_paths
+    train = PuzzleDataset(_dataset_config(config, paths, 1, test=False)).metadata
+    has_test = all(Path(path, "test").is_dir() for path in paths_test)
+    test = None
+    if has_test:
+        test = PuzzleDataset(_dataset_config(config, paths_test, 1, test=True), "test").metadata
+    return Splits(tuple(paths), tuple(paths_test), train, test)
+
+
+def _dataset_config(
+    config: TrainConfig, paths: tuple[str, ...], epochs_per_iter: int, *, test: bool
+) -> PuzzleDatasetConfig:
+    batch = config.global_batch_size
+    return PuzzleDatasetConfig(
+        seed=config.seed,
+        dataset_paths=list(paths),
+        global_batch_size=(config.eval_batch_size or batch) if test else batch,
+        test_set_mode=test,
+        epochs_per_iter=epochs_per_iter,
+        rank=0,
+        num_replicas=1,
+    )
+
+
+def pick_device(name: str) -> torch.device:
+    """The device `name` means; "auto" is CUDA, MPS or CPU, whichever is there first.
+
+    Raises:
+        ValueError: a device that this machine or this PyTorch does not have.
+    """
+    have = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if name == "auto":
+        return torch.device(next((kind for kind, there in have.items() if there), "cpu"))
+    device = torch.device(name)
+    if not have.get(device.type, device.type == "cpu"):
+        raise ValueError(f"device={name} is not there; device=auto takes what is")
+    return device
+
+
+@dataclass
+class _Sums:
+    """Metrics added up on the device, so that reading them is left to the log line."""
+
+    steps: int = 0
+    values: dict[str, Tensor] = field(default_factory=dict)
+
+    def add(self, metrics: dict[str, Tensor]) -> None:
+        for name, value in metrics.items():
+            wide = value.to(torch.float64 if value.device.type != "mps" else torch.float32)
+            self.values[name] = self.values[name] + wide if name in self.values else wide
+
+    def means(self, batch: int) -> dict[str, float]:
+        """Losses per item of the batch, everything else per halted item with labels."""
+        sums = {name: float(value) for name, value in self.values.items()}
+        count = max(sums.get("count", 0.0), 1.0)
+        per_item = batch * max(self.steps, 1)
+        return {
+            f"train/{name}": value / (per_item if name.endswith("loss") else count)
+            for name, value in sums.items()
+        }
+
+
+class Trainer:
+    """One run: model, optimizers, EMA, carry, data position, random state.
+
+    Args:
+        config: with names filled in; `data_paths` name what `splits` was opened from.
+        splits: of `open_splits`.
+        run_dir: where checkpoints go; made when the first one is written.
+        reporter: told about everything.
+
+    Raises:
+        ValueError: the device is missing, or a step does not fit its memory.
+
+    Attributes:
+        step: optimizer steps so far.  total_steps: of the whole run.
+        best: (exact accuracy, step) of the best evaluation, or None.
+        reports: of the last evaluation.
+    """
+
+    def __init__(
+        self, config: TrainConfig, splits: Splits, run_dir: Path, reporter: Reporter
+    ) -> None:
+        self.splits, self.run_dir, self.reporter = splits, run_dir, reporter
+        self.device = pick_device(config.device)
+        if self.device.type == "mps" and config.arch.forward_dtype == "bfloat16":
+            config = config.replace({"arch.forward_dtype": "float32"})
+        self.config = config
+        if config.threads:
+            torch.set_num_threads(config.threads)
+        metadata = splits.train
+        self.total_steps = config.total_steps(metadata.total_groups, metadata.mean_puzzle_examples)
+        self.model_config = config.arch.model_config(
+            batch_size=config.global_batch_size,
+            seq_len=metadata.seq_len,
+            vocab_size=metadata.vocab_size,
+            num_puzzle_identifiers=metadata.num_puzzle_identifiers,
+        )
+        self.part = config.global_batch_size // config.grad_accum
+        self.step_bytes = memory.check_fits(self.model_config, self.part, self.device)
+        torch.manual_seed(config.seed)
+        self.model = Model(self.model_config).to(self.device).train()
+        if config.load_checkpoint:
+            load_weights(self.model, config.load_checkpoint)
+        self.head = ACTLossHead(self.model, config.arch.loss_type)
+        self.forward = torch.compile(self.head) if config.compile else self.head
+        self.optimizers = optim.build_optimizers(self.model, config)
+        self.ema = optim.EMA(self.model, config.ema_rate, config.ema_warmup) if config.ema else None
+        self.guard = optim.NonFiniteGuard(config.max_skipped)
+        self.dataset = self._train_dataset()
+        self.carries: list[Carry] = []
+        self.step = self.iteration = 0
+        self.lr = 0.0
+        self.best: tuple[float, int] | None = None
+        self.reports: dict[str, SetReport] = {}
+        self._sums = _Sums()
+        self._evaluated_at = self._saved_at = -1
+
+    # Data
+
+    def _epochs_per_iteration(self) -> int:
+        """Epochs drawn at once: the evaluation interval, which decides the official order."""
+        config = self.config
+        if config.steps is None:
+            return config.eval_interval or config.epochs
+        # An iteration drops its short last batch: make it many batches long for tiny data.
+        return max(1, math.ceil(16 * config.global_batch_size / self.splits.train.total_groups))
+
+    def _train_dataset(self) -> PuzzleDataset:
+        epochs = self._epochs_per_iteration()
+        return PuzzleDataset(_dataset_config(self.config, self.splits.paths, epochs, test=False))
+
+    def _prepare(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Augment and hand back solution cells, drawn from (seed, step) alone."""
+        config = self.config
+        fraction = 0.0
+        if config.curriculum > 0:
+            fraction = max(0.0, 1 - self.step / (config.curriculum * self.total_steps))
+        if config.augment == "none" and fraction == 0:
+            return {name: value.to(self.device) for name, value in batch.items()}
+        rng = np.random.Generator(np.random.Philox(key=[config.seed, self.step]))
+        inputs, labels = batch["inputs"].numpy(), batch["labels"].numpy()
+        if config.augment == "sudoku":
+            inputs, labels = sudoku_augment(inputs, labels, rng)
+        if fraction > 0:
+            inputs = hand_back(inputs, labels, fraction, rng)
+        changed = {"inputs": torch.from_numpy(inputs), "labels": torch.from_numpy(labels)}
+        return {name: value.to(self.device) for name, value in (batch | changed).items()}
+
+    # Training
+
+    def train_step(self, batch: dict[str, Tensor]) -> None:
+        """One optimizer step on a Batch [B, L]; nothing changes where its gradient is not finite.
+
+        Raises:
+            TrainingStopped: the loss is not finite, or too many steps in a row were left out.
+        """
+        self.step += 1
+        if self.step <= self.total_steps:
+            config = self.config
+            batch = self._prepare(batch)
+            loss = self._backward(batch)
+            norm = optim.clip_gradients(self.optimizers, config.grad_clip)
+            if not math.isfinite(float(loss)):
+                raise TrainingStopped(f"the loss is {float(loss)} {self._where(batch)}")
+            if not self.guard.allows(norm):
+                optim.zero_gradients(self.model, self.optimizers)
+                self.reporter.on_skip(self, float(norm))
+                if self.guard.exhausted:
+                    raise TrainingStopped(
+                        f"{self.guard.consecutive} gradients in a row are not finite, "
+                        f"the last one {self._where(batch)}"
+                    )
+                return
+            self._apply_gradients()
+        if self.ema is not None:
+            self.ema.update(self.model)
+
+    def _apply_gradients(self) -> None:
+        config = self.config
+        self.lr = optim.set_learning_rates(
+            self.optimizers,
+            self.step,
+            config.lr_warmup_steps,
+            self.total_steps,
+            config.lr_min_ratio,
+        )
+        for optimizer, _ in self.optimizers:
+            optimizer.step()
+        optim.zero_gradients(self.model, self.optimizers)
+
+    def _backward(self, batch: dict[str, Tensor]) -> Tensor:
+        """Gradients of the whole batch, part by part; returns the loss per item, 0-d."""
+        total = torch.zeros((), device=self.device)
+        rows: list[tuple[Tensor, Tensor]] = []
+        self._sums.steps += 1
+        for index in range(self.config.grad_accum):
+            part = {n: v[index * self.part :][: self.part] for n, v in batch.items()}
+            if len(self.carries) <= index:
+                self.carries.append(self.head.initial_carry(part))
+            carry, loss, metrics, _, _ = self.forward(
+                return_keys=(), carry=self.carries[index], batch=part
+            )
+            self.carries[index] = carry
+            loss = loss / self.config.global_batch_size
+            loss.backward()
+            total = total + loss.detach()
+            self._sums.add(metrics)
+            if self.config.grad_accum > 1 and self.model_config.puzzle_emb_ndim:
+                rows.append(self._take_row_gradients())
+        if rows:
+            self._put_row_gradients(rows)
+        return total
+
+    def _take_row_gradients(self) -> tuple[Tensor, Tensor]:
+        emb = self.model.puzzle_emb
+        assert emb.local_weights.grad is not None
+        taken = emb.local_ids[: self.part].clone(), emb.local_weights.grad[: self.part].clone()
+        emb.local_weights.grad = None
+        return taken
+
+    def _put_row_gradients(self, rows: list[tuple[Tensor, Tensor]]) -> None:
+        ids, grads = zip(*rows, strict=True)
+        self.model.puzzle_emb.local_ids.copy_(torch.cat(ids))
+        self.model.puzzle_emb.local_weights.grad = torch.cat(grads)
+
+    def _where(self, batch: dict[str, Tensor]) -> str:
+        ids = batch["puzzle_identifiers"].unique().tolist()
+        shown = ", ".join(map(str, ids[:8])) + (", ..." if len(ids) > 8 else "")
+        return (
+            f"at step {self.step} (iteration {self.iteration}, puzzle identifiers {shown}); "
+            f"the last good checkpoint is kept in {self.run_dir}"
+        )
+
+    # The run
+
+    def run(self) -> bool:
+        """Train from where the state stands to the end; True if it got there, False if stopped.
+
+        Raises:
+            TrainingStopped: see `train_step`.
+            CheckpointError: a checkpoint could not be written.
+        """
+        if self.step >= self.total_steps and not self.reports:
+            self.evaluate()
+        for batch in self._batches():
+            if batch is None:
+                if self._evaluates_by_epoch() and self._past_first_evaluations():
+                    self._evaluate_and_save()
+                continue
+            self.train_step(batch)
+            if self.step % self.config.log_interval == 0:
+                self._report_step()
+            if self.config.eval_steps and self.step % self.config.eval_steps == 0:
+                self._evaluate_and_save()
+            every = self.config.save_interval
+            if every and self.step % every == 0 and self._saved_at != self.step:
+                self.save()
+            if self.reporter.wants_to_stop():
+                if self._saved_at != self.step:
+                    self.save()
+                return False
+        if self._evaluated_at != self.step:
+            self.evaluate()
+        if self._saved_at != self.step:
+            self.save()
+        return True
+
+    def _batches(self) -> Iterator[dict[str, Tensor] | None]:
+        """Batches to the end of the run; None where an iteration over the data ends."""
+        config = self.config
+        iterations = None if config.steps else config.epochs // self._epochs_per_iteration()
+        while iterations is None or self.iteration < iterations:
+            before = self.step
+            resumed = self.step > 0
+            for _, batch, _ in self.dataset:
+                if config.steps and self.step >= self.total_steps:
+                    return
+                yield batch
+            if self.step == before and not resumed:
+                raise ValueError(
+                    f"the data has fewer examples than global_batch_size={config.global_batch_size}"
+                )
+            self.iteration += 1
+            yield None
+            if config.steps and self.step >= self.total_steps:
+                return
+
+    def _evaluates_by_epoch(self) -> bool:
+        return self.config.eval_steps is None and self.config.steps is None
+
+    def _past_first_evaluations(self) -> bool:
+        return self.iteration > (self.config.min_eval_interval or 0)
+
+    def _report_step(self) -> None:
+        metrics = self._sums.means(self.config.global_batch_size)
+        self._sums = _Sums()
+        self.reporter.on_step(self, metrics | {"train/lr": self.lr})
+
+    def _evaluate_and_save(self) -> None:
+        self.evaluate()
+        if self.config.checkpoint_every_eval:
+            self.save()
+
+    def evaluate(self, max_puzzles: int | None = None) -> dict[str, SetReport]:
+        """Measure the EMA weights (the raw ones without EMA) on the test data; {} without any."""
+        self._evaluated_at = self.step
+        if self.splits.test is None:
+            return {}
+        config = self.config
+        batches = PuzzleDataset(
+            _dataset_config(config, self.splits.paths_test, 1, test=True), "test"
+        )
+        with self.evaluation_weights():
+            self.reports = evaluate(
+                self.model,
+                batches,
+                steps=config.eval_steps_max,
+                max_puzzles=max_puzzles or config.eval_max_puzzles,
+                loss_type=config.arch.loss_type,
+                rules=sudoku_rules if sudoku_side(self.splits.test) else None,
+            )
+        exact = next(iter(self.reports.values())).exact_accuracy[-1]
+        if self.best is None or exact > self.best[0]:
+            self.best = (exact, self.step)
+        self.reporter.on_evaluation(self, self.reports)
+        return self.reports
+
+    def evaluation_weights(self) -> AbstractContextManager[None]:
+        """A context in which the model has the weights that are evaluated."""
+        return self.ema.swap(self.model) if self.ema else nullcontext()
+
+    # Checkpoints
+
+    def save(self) -> Path:
+        """Write a checkpoint of everything, and move the pointers `last` and `best` to it."""
+        state = self.model.state_dict()
+        path = checkpoint.save_checkpoint(
+            self.run_dir,
+            self.step,
+            model=state,
+            ema=self.ema.merged(state) if self.ema else None,
+            config=self._config_record(),
+            train_state=self.state_dict(),
+        )
+        checkpoint.write_pointer(self.run_dir, "last", path.name)
+        if self.best is not None and self.best[1] == self.step:
+            checkpoint.write_pointer(self.run_dir, "best", path.name)
+        if self.config.keep:
+            checkpoint.prune(self.run_dir, self.config.keep)
+        self._saved_at = self.step
+        self.reporter.on_checkpoint(self, path)
+        return path
+
+    def _config_record(self) -> dict[str, Any]:
+        splits = self.splits
+        return {
+            **self.config.to_dict(),
+            "model": self.model_config.to_dict(),
+            "data": {
+                "data_paths": list(splits.paths),
+                "data_paths_test": list(splits.paths_test),
+                "metadata": asdict(splits.train),
+            },
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything but the weights, for torch.load(weights_only=True)."""
+        rng = {"cpu": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            rng["cuda"] = torch.cuda.get_rng_state(self.device)
+        return {
+            "step": self.step,
+            "iteration": self.iteration,
+            "evaluated_at": self._evaluated_at,
+            "lr": self.lr,
+            "best": list(self.best) if self.best else None,
+            "optimizers": [optimizer.state_dict() for optimizer, _ in self.optimizers],
+            "ema_updates": self.ema.updates if self.ema else 0,
+            "guard": self.guard.state_dict(),
+            "dataset": self.dataset.state_dict(),
+            "carries": [_carry_to_dict(carry) for carry in self.carries],
+            "sums": {"steps": self._sums.steps, "values": self._sums.values},
+            "rng": rng,
+        }
+
+    def resume(self, path: Path) -> None:
+        """Take up a checkpoint of this run: the next step is bitwise the one that would have come.
+
+        Raises:
+            CheckpointError: damaged, or of another model.
+        """
+        saved = checkpoint.load_checkpoint(path)
+        state = saved.train_state
+        self.model.load_state_dict(saved.model, strict=True)
+        if self.ema is not None and saved.ema is not None:
+            self.ema.load_merged(saved.ema, state["ema_updates"])
+        for (optimizer, _), values in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(values)
+        self.guard.load_state_dict(state["guard"])
+        self.dataset.load_state_dict(state["dataset"])
+        self.carries = [_carry_from_dict(values, self.device) for values in state["carries"]]
+        self.step, self.iteration, self.lr = state["step"], state["iteration"], state["lr"]
+        self.best = (state["best"][0], state["best"][1]) if state["best"] else None
+        self._evaluated_at, self._saved_at = state["evaluated_at"], self.step
+        sums = {name: value.to(self.device) for name, value in state["sums"]["values"].items()}
+        self._sums = _Sums(state["sums"]["steps"], sums)
+        torch.set_rng_state(state["rng"]["cpu"])
+        if self.device.type == "cuda" and "cuda" in state["rng"]:
+            torch.cuda.set_rng_state(state["rng"]["cuda"], self.device)
+
+
+def _carry_to_dict(carry: Carry) -> dict[str, Any]:
+    return {
+        "z_H": carry.inner_carry.z_H,
+        "z_L": carry.inner_carry.z_L,
+        "steps": carry.steps,
+        "halted": carry.halted,
+        "current_data": dict(carry.current_data),
+    }
+
+
+def _carry_from_dict(values: dict[str, Any], device: torch.device) -> Carry:
+    data = {name: value.to(device) for name, value in values["current_data"].items()}
+    z_H, z_L, steps, halted = (values[n].to(device) for n in ("z_H", "z_L", "steps", "halted"))
+    return Carry(State(z_H, z_L), steps, halted, data)

@@ -118,6 +118,25 @@ def test_make_covers_its_targets():
     assert listed == ["help", "train", "test", "check", "bench", "clean"]
 
 
+@pytest.mark.parametrize(
+    ("target", "extra", "runs"),
+    [
+        ("train", "viz", "python -m trm_fast.train seed=1"),
+        ("test", "test", "python -m pytest seed=1"),
+        ("check", "dev", "mypy"),
+        ("bench", "test", "python -m pytest bench/ --benchmark-only seed=1"),
+    ],
+)
+def test_make_installs_what_the_target_needs(tmp_path, target, extra, runs):
+    given = [f"VENV={tmp_path}/env", "ARGS=seed=1", "TORCH_INDEX=https://example.org/cpu"]
+    done = subprocess.run(
+        ["make", "--dry-run", target, *given], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    install = f'install --quiet --editable ".[{extra}]" --constraint constraints.txt'
+    assert f'{install} --extra-index-url "https://example.org/cpu"' in done.stdout
+    assert f"{tmp_path}/env/bin/{runs}" in done.stdout
+
+
 def readme_commands() -> list[list[str]]:
     """Words of each shell line of the README's fenced bash blocks."""
     blocks = re.findall(r"```bash\n(.*?)```", README, flags=re.S)

@@ -1,0 +1,253 @@
+"""`trm-fast solve PUZZLE ...`: answers of a trained model to Sudoku puzzles.
+
+Owns where puzzles come from, where answers go, and how they are shown; answering is
+`inference.predict`. Imported by `__main__.py` only. An answer has the clues written over it, and
+is checked against the rules, so that a wrong one is never passed off as right.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from trm_fast.console import say
+from trm_fast.inference import predict, sudoku_side
+from trm_fast.loading import (
+    MISMATCH,
+    MODEL,
+    UNREADABLE,
+    USAGE,
+    CommandError,
+    Loaded,
+    Parser,
+    load_or_stop,
+    supervision_depth,
+)
+from trm_fast.puzzles import (
+    Breach,
+    Puzzle,
+    PuzzleError,
+    SizeError,
+    board_line,
+    board_rows,
+    breaches,
+    parse_arguments,
+    parse_text,
+    with_clues,
+)
+
+__all__ = ["main", "newest_run"]
+
+BROKEN = 1
+"""Exit status when at least one answer breaks the rules."""
+
+RUNS = "checkpoints"
+SELECT = {"best-q": "best_q", "last": "last"}
+
+
+@dataclass(frozen=True)
+class Solved:
+    """One answer: digits [L] with the clues kept, the broken units, sigmoid(q), 1-based step."""
+
+    puzzle: Puzzle
+    cells: np.ndarray
+    breach: Breach
+    confidence: float
+    step: int
+
+    def text(self) -> str:
+        """One line, an empty line, the rows, and what to think of it."""
+        verdict = f"breaks the rules in {self.breach}" if self.breach else "valid"
+        judged = f"{verdict}; halting confidence {self.confidence:.3f} at step {self.step}"
+        return f"{board_line(self.cells)}\n\n{board_rows(self.cells)}\n\n{judged}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Ready for JSON; `broken` names 1-based units."""
+        return {
+            "place": self.puzzle.place,
+            "puzzle": self.puzzle.text,
+            "answer": board_line(self.cells),
+            "valid": not self.breach,
+            "broken": {
+                "rows": list(self.breach.rows),
+                "columns": list(self.breach.columns),
+                "boxes": list(self.breach.boxes),
+            },
+            "confidence": self.confidence,
+            "step": self.step,
+        }
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Answer and print. Returns 0 if every answer keeps the rules, 1 if not, else as `Parser`."""
+    try:
+        options = _parser().parse_args(argv)
+        puzzles = _puzzles(options)
+        path = options.model if options.model is not None else newest_run()
+        loaded = load_or_stop(path, options.weights, options.device)
+        _check_sizes(puzzles, loaded)
+        answers = _answer(puzzles, loaded, options)
+        _write(_shown(answers, loaded, options), options.output)
+    except CommandError as error:
+        say(f"trm-fast solve: {error}", err=True)
+        return error.status
+    return BROKEN if any(answer.breach for answer in answers) else 0
+
+
+def _parser() -> Parser:
+    parser = Parser(
+        "trm-fast solve",
+        "Answer Sudoku puzzles of 16, 36 or 81 characters, row by row; 0 . _ or * is a blank.\n"
+        "Shown are the answer with the clues kept, whether it keeps the rules, and how sure the\n"
+        "model is.",
+    )
+    parser.add_argument("puzzles", nargs="*", metavar="PUZZLE", help="a puzzle on one line")
+    parser.add_argument(
+        "-i",
+        "--input",
+        metavar="FILE",
+        help="puzzles one a line, one row a line, or CSV (- is standard input, which is also read "
+        "when there are no arguments)",
+    )
+    parser.add_argument("-o", "--output", metavar="FILE", help="write the answers there")
+    parser.add_argument(
+        "-m",
+        "--model",
+        metavar="CHECKPOINT",
+        help=f"a run folder, RUN/last, RUN/best or RUN/step_N (default: newest in ./{RUNS})",
+    )
+    parser.add_argument(
+        "--select",
+        choices=tuple(SELECT),
+        default="best-q",
+        help="answer of the step with the highest halting logit, or of the last (default: best-q)",
+    )
+    parser.add_shared()
+    return parser
+
+
+def newest_run(root: str | os.PathLike[str] = RUNS) -> Path:
+    """The run folder below `root` whose `last` checkpoint was written last.
+
+    Raises:
+        CommandError: there is no run.
+    """
+    found: list[tuple[float, Path]] = []
+    for folder, names, files in os.walk(root):
+        # A run's own folders hold no runs.
+        names[:] = [name for name in names if not name.startswith((".", "step_"))]
+        if "last" in files:
+            pointer = Path(folder) / "last"
+            found.append((pointer.stat().st_mtime, pointer.parent))
+    if not found:
+        raise CommandError(
+            MODEL,
+            f"no trained model in ./{os.fspath(root)}: `make train` makes one, "
+            "or -m CHECKPOINT names one",
+        )
+    return max(found)[1]
+
+
+def _puzzles(options: argparse.Namespace) -> list[Puzzle]:
+    """The puzzles of the arguments, then those of the file or stdin."""
+    try:
+        puzzles = parse_arguments(options.puzzles)
+        if options.input is not None or not options.puzzles:
+            puzzles += parse_text(*_read(options.input))
+    except SizeError as error:
+        raise CommandError(MISMATCH, error) from None
+    except PuzzleError as error:
+        raise CommandError(UNREADABLE, error) from None
+    if not puzzles:
+        raise CommandError(USAGE, "no puzzle given: 81 characters as argument, -i FILE, or stdin")
+    return puzzles
+
+
+def _read(path: str | None) -> tuple[str, str]:
+    """(text, name for errors) of a file or of stdin, which is not waited for at a terminal."""
+    try:
+        if path is not None and path != "-":
+            return Path(path).read_bytes().decode("utf-8"), path
+        if path is None and (sys.stdin is None or sys.stdin.isatty()):
+            return "", "stdin"
+        return sys.stdin.read(), "stdin"
+    except FileNotFoundError:
+        raise CommandError(USAGE, f"{path}: no such file") from None
+    except OSError as error:
+        raise CommandError(UNREADABLE, f"{path}: {error.strerror or error}") from None
+    except UnicodeDecodeError:
+        raise CommandError(UNREADABLE, f"{path or 'stdin'}: not UTF-8 text") from None
+
+
+def _check_sizes(puzzles: Sequence[Puzzle], loaded: Loaded) -> None:
+    config = loaded.model.config
+    if sudoku_side(config) is None:
+        raise CommandError(
+            MISMATCH,
+            f"{loaded.folder}: not a Sudoku model ({config.seq_len} tokens of "
+            f"{config.vocab_size} values)",
+        )
+    for puzzle in puzzles:
+        if len(puzzle.cells) != config.seq_len:
+            raise CommandError(
+                MISMATCH,
+                f"{puzzle.place}: {len(puzzle.cells)} characters, the model {loaded.folder} "
+                f"answers boards of {config.seq_len}",
+            )
+
+
+def _answer(puzzles: Sequence[Puzzle], loaded: Loaded, options: argparse.Namespace) -> list[Solved]:
+    tokens = torch.from_numpy(np.stack([puzzle.cells for puzzle in puzzles]).astype(np.int32) + 1)
+    answers = predict(
+        loaded.model,
+        tokens,
+        steps=supervision_depth(loaded, options.steps),
+        select=SELECT[options.select],
+        batch_size=options.batch_size,
+    )
+    digits = answers.tokens.numpy() - 1
+    confidence, steps = torch.sigmoid(answers.q.double()).tolist(), answers.step.tolist()
+    solved = []
+    for index, puzzle in enumerate(puzzles):
+        cells = with_clues(digits[index], puzzle.cells)
+        solved.append(Solved(puzzle, cells, breaches(cells), confidence[index], steps[index]))
+    return solved
+
+
+def _shown(answers: Sequence[Solved], loaded: Loaded, options: argparse.Namespace) -> str:
+    if not options.json:
+        return "\n\n".join(answer.text() for answer in answers)
+    document = {
+        "checkpoint": str(loaded.folder),
+        "optimizer_step": loaded.step,
+        "weights": loaded.weights,
+        "select": options.select,
+        "supervision_steps": supervision_depth(loaded, options.steps),
+        "answers": [answer.to_dict() for answer in answers],
+    }
+    return json.dumps(document, indent=2)
+
+
+def _write(text: str, path: str | None) -> None:
+    if path is None or path == "-":
+        say(text)
+        return
+    try:
+        Path(path).write_text(text + "\n", encoding="utf-8")
+    except OSError as error:
+        raise CommandError(
+            USAGE, f"{path}: cannot be written ({error.strerror or error})"
+        ) from None
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

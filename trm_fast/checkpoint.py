@@ -1,0 +1,500 @@
+"""Checkpoints: a whole training state in a folder that is either complete or not there.
+
+Owns the layout `RUN/step_N/{model.safetensors, ema.safetensors, config.json, train_state.pt,
+manifest.json}`, the one-line pointers `RUN/last` and `RUN/best`, and the official single-file
+format. May be imported by inference, trainer and the command modules; imports no other module.
+
+A checkpoint is written as a hidden folder whose files and entries are forced to the disk before it
+is renamed, so that a process killed at any moment leaves the earlier checkpoints as they were. The
+manifest holds the sha256 of every file and of itself: nothing is parsed before it is verified.
+One process writes to a run folder; any number may read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+__all__ = [
+    "Checkpoint",
+    "CheckpointError",
+    "list_steps",
+    "load_checkpoint",
+    "prune",
+    "read_pointer",
+    "read_weights",
+    "resolve",
+    "save_checkpoint",
+    "verify",
+    "write_official",
+    "write_pointer",
+]
+
+MODEL, EMA, CONFIG, STATE = "model.safetensors", "ema.safetensors", "config.json", "train_state.pt"
+MANIFEST = "manifest.json"
+REQUIRED = {MODEL, CONFIG, STATE}
+FORMAT = 1
+OFFICIAL_PREFIX = "_orig_mod.model.inner."
+_STEP = re.compile(r"step_(\d{1,15})")
+# .tmp is being written or deleted; .old is complete and about to be replaced by its successor.
+_HIDDEN = re.compile(r"\.(step_\d{1,15})\.(tmp|old)")
+_SCALARS = (bool, int, float, str, type(None))
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be written or read; one line that names the file and the reason."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What `save_checkpoint` was given, tensors on the CPU, and the folder it was read from."""
+
+    step: int
+    model: dict[str, Tensor]
+    ema: dict[str, Tensor] | None
+    config: dict[str, Any]
+    train_state: dict[str, Any]
+    path: Path
+
+
+def save_checkpoint(
+    run_dir: str | os.PathLike[str],
+    step: int,
+    *,
+    model: Mapping[str, Tensor],
+    ema: Mapping[str, Tensor] | None,
+    config: Mapping[str, Any],
+    train_state: Mapping[str, Any],
+) -> Path:
+    """Write RUN/step_N durably, point `last` at it, and return its path.
+
+    A step_N that is already there is replaced; leftovers of killed processes are removed. If
+    anything fails, what was written is removed and earlier checkpoints are as they were.
+
+    Args:
+        run_dir: the run folder; made if missing. step: N >= 0.
+        model, ema: state_dicts on any device, any dtype that safetensors knows.
+        config: anything JSON can hold; stored as config.json and in the safetensors metadata.
+        train_state: nested dicts, lists and tuples of tensors, int, float, bool, str, None.
+
+    Raises CheckpointError for a full disk or a folder that cannot be written, ValueError for a
+    train_state or config that could not be read back.
+    """
+    if type(step) is not int or not 0 <= step < 10**15:
+        raise ValueError(f"step is {step!r}; an integer >= 0 is allowed")
+    state = _portable(train_state, "train_state")
+    try:
+        text = json.dumps(config, indent=2, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"config cannot be stored as JSON: {_one_line(error)}") from None
+    run, name = Path(run_dir), f"step_{step}"
+    temp = run / f".{name}.tmp"
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        _tidy(run)
+        temp.mkdir()
+        _write_files(temp, step, model, ema, text, state)
+        _install(temp, run / name)
+        _write_line(run / "last", name)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise _unwritable(run / name, error) from error
+    finally:
+        shutil.rmtree(temp, ignore_errors=True)
+    return run / name
+
+
+def _write_files(
+    folder: Path,
+    step: int,
+    model: Mapping[str, Tensor],
+    ema: Mapping[str, Tensor] | None,
+    config: str,
+    state: dict[str, Any],
+) -> None:
+    metadata = {"format": "pt", "trm_fast": config}
+    safetensors.torch.save_file(_separate(model), folder / MODEL, metadata)
+    if ema is not None:
+        safetensors.torch.save_file(_separate(ema), folder / EMA, metadata)
+    (folder / CONFIG).write_text(config + "\n", encoding="utf-8")
+    with open(folder / STATE, "wb") as file:
+        torch.save(state, file)
+    files = {}
+    for path in sorted(folder.iterdir()):
+        _sync(path)
+        files[path.name] = _fingerprint(path.read_bytes())
+    body = {"format": FORMAT, "step": step, "files": files}
+    manifest = {**body, "sha256": _body_digest(body)}
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+    _sync(folder / MANIFEST)
+    _sync(folder)
+
+
+def _install(temp: Path, final: Path) -> None:
+    """Give the complete folder `temp` its name; at every moment one version can be found."""
+    if not final.exists():
+        os.rename(temp, final)
+        _sync(final.parent)
+        return
+    if not final.is_dir():
+        raise OSError("a file of that name is in the way")
+    old = final.with_name(f".{final.name}.old")
+    os.rename(final, old)
+    try:
+        os.rename(temp, final)
+    except OSError:
+        os.rename(old, final)
+        raise
+    _sync(final.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _tidy(run: Path) -> None:
+    """Undo what a killed process had begun: restore a version being replaced, drop the rest."""
+    for path in sorted(run.iterdir()):
+        if match := _HIDDEN.fullmatch(path.name):
+            if match[2] == "old" and not (run / match[1]).exists():
+                os.rename(path, run / match[1])
+            else:
+                shutil.rmtree(path)
+
+
+def load_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
+    """Read and verify one step folder (`resolve` finds it); tensors come to the CPU.
+
+    Every file is read once, compared with the manifest and only then parsed; train_state.pt is
+    loaded with weights_only, so that no checkpoint can run code.
+    Raises CheckpointError for a file missing, damaged, or not what it should be.
+    """
+    folder = _present(Path(path))
+    step, files = _read_manifest(folder)
+    data = {name: _verified(folder / name, entry) for name, entry in files.items()}
+    config = _parse_json(folder / CONFIG, data[CONFIG])
+    model = _parse_tensors(folder / MODEL, data.pop(MODEL))
+    ema = _parse_tensors(folder / EMA, data.pop(EMA)) if EMA in data else None
+    state = _parse_pickle(folder / STATE, data.pop(STATE))
+    return Checkpoint(step, model, ema, config, state, folder)
+
+
+def verify(path: str | os.PathLike[str]) -> int:
+    """The step of a step folder whose files all match its manifest; CheckpointError otherwise."""
+    folder = _present(Path(path))
+    step, files = _read_manifest(folder)
+    for name, entry in files.items():
+        _verified(folder / name, entry)
+    return step
+
+
+def resolve(path: str | os.PathLike[str], which: str = "last") -> Path:
+    """The step folder meant by `path`: itself, or the one its run points at.
+
+    In a run folder it is the checkpoint of pointer `which` ("last" or "best"); where that is
+    missing or damaged, the newest intact step. Compare its name with `read_pointer` to tell.
+    Raises CheckpointError for a damaged step folder or a run without an intact checkpoint.
+    """
+    _check_pointer(which)
+    run = Path(path)
+    if (run / MANIFEST).exists() or (_STEP.fullmatch(run.name) and not list_steps(run)):
+        verify(run)
+        return _present(run)
+    folders = [folder for _, folder in reversed(list_steps(run))]
+    name = None
+    with suppress(CheckpointError):
+        name = read_pointer(run, which)
+    folders.sort(key=lambda folder: _step_name(folder) != name)  # stable: the pointer's own first
+    reasons = []
+    for folder in folders:
+        try:
+            verify(folder)
+            return folder
+        except CheckpointError as error:
+            reasons.append(str(error))
+    found = f": {reasons[0]}" if reasons else " (no step_N folder)"
+    raise CheckpointError(f"{run}: no readable checkpoint{found}")
+
+
+def list_steps(run_dir: str | os.PathLike[str]) -> list[tuple[int, Path]]:
+    """(step, folder) of every checkpoint of a run, ascending, unverified; empty if there is none.
+
+    Includes a version caught in the middle of being replaced, under its hidden name.
+    """
+    try:
+        folders = [path for path in Path(run_dir).iterdir() if path.is_dir()]
+    except OSError:
+        return []
+    replaced = [f for f in folders if f.name.endswith(".old") and _HIDDEN.fullmatch(f.name)]
+    found = {_step_name(f): f for f in replaced}
+    found |= {f.name: f for f in folders if _STEP.fullmatch(f.name)}
+    return sorted((int(name.removeprefix("step_")), folder) for name, folder in found.items())
+
+
+def prune(run_dir: str | os.PathLike[str], keep: int | None) -> list[str]:
+    """Delete all steps but those of `last` and `best` and the newest `keep`; returns their names.
+
+    None keeps all. Raises ValueError for keep < 1, CheckpointError for a folder that stays.
+    """
+    if keep is None:
+        return []
+    if keep < 1:
+        raise ValueError(f"keep is {keep!r}; an integer >= 1, or None for all, is allowed")
+    run = Path(run_dir)
+    kept = {read_pointer(run, "last"), read_pointer(run, "best")}
+    dropped = []
+    for _, folder in list_steps(run)[:-keep]:
+        if _step_name(folder) in kept or folder.name.startswith("."):
+            continue
+        hidden = folder.with_name(f".{folder.name}.tmp")
+        try:
+            os.rename(folder, hidden)  # a half-deleted folder never looks like a checkpoint
+            shutil.rmtree(hidden)
+        except OSError as error:
+            raise _unwritable(folder, error) from None
+        dropped.append(folder.name)
+    return dropped
+
+
+def read_pointer(run_dir: str | os.PathLike[str], which: str) -> str | None:
+    """The name, such as "step_400", that RUN/last or RUN/best holds; None where there is none.
+
+    Raises CheckpointError for a pointer that holds something else.
+    """
+    _check_pointer(which)
+    path = Path(run_dir) / which
+    try:
+        name = path.read_bytes()[:100].decode("ascii", "replace").strip()
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise CheckpointError(f"{path}: {_one_line(error)}") from None
+    if not _STEP.fullmatch(name):
+        raise CheckpointError(f"{path}: holds {name!r}; the name of a step folder was expected")
+    return name
+
+
+def write_pointer(run_dir: str | os.PathLike[str], which: str, name: str) -> None:
+    """Make RUN/last or RUN/best name a step folder, atomically.
+
+    Raises ValueError for another pointer or name, CheckpointError if it cannot be written.
+    """
+    _check_pointer(which)
+    if not _STEP.fullmatch(name):
+        raise ValueError(f"{which} cannot point at {name!r}; step_N is allowed")
+    try:
+        _write_line(Path(run_dir) / which, name)
+    except OSError as error:
+        raise _unwritable(Path(run_dir) / which, error) from None
+
+
+def write_official(
+    path: str | os.PathLike[str], state_dict: Mapping[str, Tensor], prefix: str = OFFICIAL_PREFIX
+) -> None:
+    """Write weights as the one pickled file (named step_N, no ending) that the official code loads.
+
+    Args:
+        path: the file; not in the run folder, where step_N is a folder of ours.
+        state_dict: of a Model, its `.inner` or a loss head; keys get `prefix` before inner names.
+        prefix: as the official compiled model writes them; `model.inner.` is its uncompiled form.
+
+    Raises CheckpointError for a path that cannot be written.
+    """
+    target = Path(path)
+    temp = target.with_name(f".{target.name}.tmp")
+    weights = {prefix + _inner_name(k): v for k, v in _separate(state_dict).items()}
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with open(temp, "wb") as file:
+            torch.save(weights, file)
+        _sync(temp)
+        os.replace(temp, target)
+        _sync(target.parent)
+    except (OSError, RuntimeError) as error:
+        raise _unwritable(target, error) from error
+    finally:
+        _unlink(temp)
+
+
+def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """Weights from one file, official (pickled, weights only) or safetensors, as `inner.<name>`.
+
+    Raises CheckpointError for a file that is neither. Nothing in it is executed.
+    """
+    file = Path(path)
+    parse = _parse_tensors if file.suffix == ".safetensors" else _parse_pickle
+    weights: dict[str, Any] = parse(file, _read(file))
+    if odd := [k for k, v in weights.items() if not (type(k) is str and isinstance(v, Tensor))]:
+        raise CheckpointError(
+            f"{file}: entry {odd[0]!r} is not a tensor; a state_dict was expected"
+        )
+    return {"inner." + _inner_name(key): value for key, value in weights.items()}
+
+
+def _inner_name(key: str) -> str:
+    """The parameter's name inside the model: `_orig_mod.`, `model.` and `inner.` taken off."""
+    return key.replace("_orig_mod.", "").removeprefix("model.").removeprefix("inner.")
+
+
+def _check_pointer(which: str) -> None:
+    if which not in ("last", "best"):
+        raise ValueError(f"pointer is {which!r}; last and best are allowed")
+
+
+def _step_name(folder: Path) -> str:
+    match = _HIDDEN.fullmatch(folder.name)
+    return match[1] if match else folder.name
+
+
+def _present(folder: Path) -> Path:
+    """`folder`, or its version that a killed process had put aside to replace it."""
+    old = folder.with_name(f".{folder.name}.old")
+    return old if not folder.exists() and old.is_dir() else folder
+
+
+def _read_manifest(folder: Path) -> tuple[int, dict[str, dict[str, Any]]]:
+    """(step, files) of a manifest that agrees with its own checksum and names our files."""
+    path = folder / MANIFEST
+    manifest = _parse_json(path, _read(path))
+    digest = manifest.pop("sha256", None)
+    if digest != _body_digest(manifest):
+        raise CheckpointError(f"{path}: damaged (its checksum does not match)")
+    if manifest.get("format") != FORMAT:
+        raise CheckpointError(f"{path}: format {manifest.get('format')!r}; {FORMAT} is known")
+    step, files = manifest.get("step"), manifest.get("files")
+    if type(step) is not int or not isinstance(files, dict):
+        raise CheckpointError(f"{path}: has no step or no files")
+    if not (REQUIRED <= files.keys() <= REQUIRED | {EMA}):
+        raise CheckpointError(f"{path}: lists {', '.join(sorted(files)) or 'no files'}")
+    if not all(isinstance(entry, dict) for entry in files.values()):
+        raise CheckpointError(f"{path}: has an entry without checksum")
+    return step, files
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"{path}: {_one_line(error)}") from None
+
+
+def _verified(path: Path, entry: dict[str, Any]) -> bytes:
+    data = _read(path)
+    found = _fingerprint(data)
+    if found["bytes"] != entry.get("bytes"):
+        raise CheckpointError(f"{path}: damaged ({len(data)} bytes, not {entry.get('bytes')})")
+    if found["sha256"] != entry.get("sha256"):
+        raise CheckpointError(f"{path}: damaged (its checksum does not match)")
+    return data
+
+
+def _parse_json(path: Path, data: bytes) -> dict[str, Any]:
+    try:
+        value = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: is not JSON: {_one_line(error)}") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path}: holds a {type(value).__name__}; an object was expected")
+    return value
+
+
+def _parse_tensors(path: Path, data: bytes) -> dict[str, Tensor]:
+    try:
+        return safetensors.torch.load(data)
+    except Exception as error:  # whatever the parser meets in a hostile file
+        raise CheckpointError(f"{path}: is not safetensors: {_one_line(error)}") from error
+
+
+def _parse_pickle(path: Path, data: bytes) -> dict[str, Any]:
+    try:
+        value = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever the parser meets in a hostile file
+        raise CheckpointError(f"{path}: cannot be loaded: {_one_line(error)}") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path}: holds a {type(value).__name__}; a dict was expected")
+    return value
+
+
+def _portable(value: Any, where: str) -> Any:
+    """`value` with compact CPU tensors; ValueError for what weights_only would not load again."""
+    if isinstance(value, Tensor):
+        return _separate({"": value})[""]
+    if isinstance(value, Mapping):
+        if odd := [key for key in value if type(key) not in (str, int)]:
+            raise ValueError(f"{where} has the key {odd[0]!r}; str and int are allowed")
+        return {key: _portable(item, f"{where}[{key!r}]") for key, item in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(_portable(v, f"{where}[{i}]") for i, v in enumerate(value))
+    if type(value) in _SCALARS:
+        return value
+    raise ValueError(
+        f"{where} is a {type(value).__name__}; tensors, int, float, bool, str, None, and "
+        "dicts, lists and tuples of them are allowed"
+    )
+
+
+def _separate(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors on the CPU, contiguous, each in storage of its own size that no other shares."""
+    result, taken = {}, set()
+    for name, tensor in tensors.items():
+        t = tensor.detach().cpu().contiguous()
+        storage = t.untyped_storage()
+        if storage.nbytes() != t.nbytes or (t.nbytes and storage.data_ptr() in taken):
+            t = t.clone()
+        taken.add(t.untyped_storage().data_ptr())
+        result[name] = t
+    return result
+
+
+def _write_line(path: Path, line: str) -> None:
+    temp = path.with_name(f".{path.name}.tmp")
+    try:
+        temp.write_text(line + "\n", encoding="utf-8")
+        _sync(temp)
+        os.replace(temp, path)
+    finally:
+        _unlink(temp)
+    _sync(path.parent)
+
+
+def _unlink(temp: Path) -> None:
+    with suppress(OSError):
+        temp.unlink(missing_ok=True)
+
+
+def _sync(path: Path) -> None:
+    """Force a file's bytes or a folder's entries to the disk."""
+    if path.is_dir() and os.name == "nt":  # Windows opens no folders
+        return
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _fingerprint(data: bytes) -> dict[str, Any]:
+    return {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
+
+
+def _body_digest(body: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+
+
+def _unwritable(path: Path, error: Exception) -> CheckpointError:
+    return CheckpointError(f"{path}: cannot be written: {_one_line(error)}")
+
+
+def _one_line(error: BaseException) -> str:
+    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    return " ".join(text.splitlines()[0].split())[:200]

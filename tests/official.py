@@ -21,8 +21,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 # The commit that the recorded tensors were made from, and the files that made them.
 OFFICIAL_COMMIT = "e7b68717f0a6c4cbb4ce6fbef787b14f42083bd9"
 OFFICIAL_FILES = (
@@ -131,18 +129,6 @@ class Official:
     @property
     def pretrain(self) -> types.ModuleType:
         return official_module(self.path, "pretrain")
-
-    def carry(
-        self,
-        z_H: torch.Tensor,
-        z_L: torch.Tensor,
-        steps: torch.Tensor,
-        halted: torch.Tensor,
-        data: dict,
-    ) -> Any:
-        """The official carry dataclass from its parts."""
-        inner = self.trm.TinyRecursiveReasoningModel_ACTV1InnerCarry(z_H=z_H, z_L=z_L)
-        return self.trm.TinyRecursiveReasoningModel_ACTV1Carry(inner, steps, halted, dict(data))
 
 
 def load_official(checkout: str | Path) -> Official:

@@ -179,7 +179,7 @@ def fill_weights(model: torch.nn.Module, seed: int, *, zero_rows: bool = False) 
 
 
 def make_batch(config: dict[str, Any], seed: int, step: int) -> dict[str, torch.Tensor]:
-    """A batch with some unlabelled cells; the last row has no label at all, as padding rows."""
+    """A batch with unlabelled cells: all of the last row (padding), all but one of that before."""
     rows, length, vocab = config["batch_size"], config["seq_len"], config["vocab_size"]
     inputs = portable_integers((rows, length), 1, vocab, seed, f"inputs{step}")
     labels = portable_integers((rows, length), 1, vocab, seed, f"labels{step}")
@@ -187,6 +187,9 @@ def make_batch(config: dict[str, Any], seed: int, step: int) -> dict[str, torch.
     labels = torch.where(unlabelled, -100, labels).to(torch.int32)
     if rows > 1:
         labels[-1] = -100
+    if rows > 2:
+        labels[-2, 1:] = -100
+        labels[-2, 0] = inputs[-2, 0]
     identifiers = portable_integers(
         (rows,), 0, config["num_puzzle_identifiers"], seed, f"identifiers{step}"
     )

@@ -1,5 +1,6 @@
 """The solve command: puzzles in every form, the printed answer, each option, error and status."""
 
+import importlib
 import io
 import json
 import os
@@ -15,6 +16,7 @@ from answering import BLANK, DEPTH, SOLVED, save_run, tiny_model
 from trm_fast import puzzles as text
 from trm_fast import solve
 from trm_fast.inference import supervision_steps
+from trm_fast.loading import load_model
 
 ROOT = Path(__file__).resolve().parent.parent
 CLUES = "12..34..21..43.."
@@ -153,14 +155,14 @@ def test_lines_grids_and_both_csv_dialects_read_alike():
     rows = [CLUES, BLANK, SOLVED]
     grid = "\n".join(CLUES[i : i + 4] for i in range(0, 16, 4))
     forms = {
-        "lines": f"{CLUES}\n\n{BLANK}\r\n{SOLVED}",
+        "lines": f"{CLUES}\n\n{BLANK}\r\n# three\n{SOLVED}",
         "grid": f"\ufeff\n{grid}\n\n{BLANK}\n{SOLVED}\n",
         "hf": "source,question,answer,rating\n"
         + "".join(f'"a, b",{row},{SOLVED},0\n' for row in rows),
         "kaggle": "quizzes,solutions\r\n" + "".join(f"{row},{SOLVED}\r\n" for row in rows),
     }
     places = {
-        "lines": ["f:1", "f:3", "f:4"],
+        "lines": ["f:1", "f:3", "f:5"],
         "grid": ["f:2", "f:7", "f:8"],
         "hf": ["f:2", "f:3", "f:4"],
         "kaggle": ["f:2", "f:3", "f:4"],
@@ -352,8 +354,8 @@ def test_the_newest_run_is_the_default(ask, tmp_path, monkeypatch):
         (("-i", "nowhere.txt"), 2, "nowhere.txt: no such file"),
         (("-i", "."), 4, ".: Is a directory"),
         ((SOLVED, "-o", "no/such/folder"), 2, "no/such/folder: cannot be written (No such file"),
-        ((SOLVED, "1x" + BLANK[2:]), 4, "argument 2: character 2 is 'x'"),
-        (("11" + BLANK[2:],), 4, "argument 1: clues clash, a digit stands twice in row 1; box 1"),
+        ((SOLVED, "1x" + BLANK[2:]), 2, "argument 2: character 2 is 'x'"),
+        (("11" + BLANK[2:],), 2, "argument 1: clues clash, a digit stands twice in row 1; box 1"),
         ((SOLVED, SOLVED + "1"), 5, "argument 2: 17 characters, expected 16, 36 or 81"),
         ((NINE,), 5, "argument 1: 81 characters, the model "),
     ],
@@ -370,6 +372,24 @@ def test_a_choice_there_is_not(ask, option):
     status, out, err = ask(SOLVED, option, "frist")
     assert (status, out) == (2, "")
     assert err.startswith(f"trm-fast solve: argument {option}: invalid choice: 'frist'")
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("content", "status", "said"),
+    [
+        (f"{SOLVED}\n1x{BLANK[2:]}\n", 4, "stdin:2: character 2 is 'x'"),
+        (f"question\n11{BLANK[2:]}\n", 4, "stdin:2: clues clash"),
+        ("1,2\n", 4, "stdin:1: a CSV file needs a column"),
+        (f"{SOLVED}\n123\n", 5, "stdin:2: 3 characters"),
+        (f"{NINE}\n", 5, "stdin:1: 81 characters, the model"),
+        ("\n", 2, "no puzzle given"),
+    ],
+)
+def test_faults_in_what_is_read(ask, content, status, said):
+    got, out, err = ask(stdin=content)
+    assert (got, out) == (status, "")
+    assert err.startswith(f"trm-fast solve: {said}")
     assert err.count("\n") == 1
 
 
@@ -488,6 +508,26 @@ def test_puzzle_rows_answer_under_the_blank_identifier(ask, tmp_path):
     status, out, _ = ask(SOLVED, model=run)
     assert status == 0
     assert out.startswith(SOLVED)
+
+
+def test_load_model_gives_model_and_configuration(run):
+    model, config = load_model(run, weights="raw", device="cpu")
+    assert not model.training
+    assert config["model"]["hidden_size"] == 16
+    for name, value in tiny_model(7).state_dict().items():
+        assert torch.equal(model.state_dict()[name], value), name
+    with pytest.raises(ValueError, match="weights must be 'ema' or 'raw', got 'EMA'"):
+        load_model(run, weights="EMA")
+
+
+@pytest.mark.parametrize("command", ["solve", "evaluate"])
+def test_the_page_explains_every_option(command):
+    parser = importlib.import_module(f"trm_fast.{command}")._parser()
+    page = (ROOT / "docs" / "answers.md").read_text(encoding="utf-8")
+    for action in parser._actions[1:]:
+        assert any(f"`{name}" in page or f" {name} " in page for name in action.option_strings) or (
+            action.metavar in page
+        ), action
 
 
 def test_as_a_module(run):

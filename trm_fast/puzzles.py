@@ -123,15 +123,15 @@ def parse_text(text: str, name: str) -> list[Puzzle]:
     """Puzzles of a file's text; `name` stands before the line number in errors.
 
     Read are lines of one puzzle each, grids of one row a line (4, 6 or 9 lines of as many
-    characters), and CSV with a header that has a column `question` or `quizzes`. Empty lines are
-    skipped.
+    characters), and CSV with a header that has a column `question` or `quizzes`. Empty lines and,
+    outside CSV, lines that begin with # are skipped.
 
     Raises:
         PuzzleError: a puzzle that `parse_puzzle` refuses, or a grid or CSV row cut short.
     """
     text = text.removeprefix("\ufeff")
     lines = [(number, line.strip()) for number, line in enumerate(text.splitlines(), 1)]
-    lines = [(number, line) for number, line in lines if line]
+    lines = [(number, line) for number, line in lines if line and not line.startswith("#")]
     if not lines:
         return []
     header = [cell.strip().lower() for cell in lines[0][1].split(",")]

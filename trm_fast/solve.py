@@ -159,14 +159,16 @@ def newest_run(root: str | os.PathLike[str] = RUNS) -> Path:
 
 def _puzzles(options: argparse.Namespace) -> list[Puzzle]:
     """The puzzles of the arguments, then those of the file or stdin."""
+    status = USAGE
     try:
         puzzles = parse_arguments(options.puzzles)
+        status = UNREADABLE
         if options.input is not None or not options.puzzles:
             puzzles += parse_text(*_read(options.input))
     except SizeError as error:
         raise CommandError(MISMATCH, error) from None
     except PuzzleError as error:
-        raise CommandError(UNREADABLE, error) from None
+        raise CommandError(status, error) from None
     if not puzzles:
         raise CommandError(USAGE, "no puzzle given: 81 characters as argument, -i FILE, or stdin")
     return puzzles

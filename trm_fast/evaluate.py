@@ -1,0 +1,247 @@
+"""`trm-fast evaluate CHECKPOINT`: how good a trained model is on labelled puzzles.
+
+Owns the choice of the data and the printed report; the measuring is `inference.evaluate`. Imported
+by `__main__.py` only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from trm_fast.console import say
+from trm_fast.data.dataset import PuzzleDataset, PuzzleDatasetConfig, from_arrays
+from trm_fast.data.format import DataError
+from trm_fast.data.sudoku_source import read_puzzles
+from trm_fast.inference import SetReport, evaluate, sudoku_rules, sudoku_side
+from trm_fast.loading import (
+    MISMATCH,
+    UNREADABLE,
+    USAGE,
+    CommandError,
+    Loaded,
+    Parser,
+    load_or_stop,
+    positive,
+    supervision_depth,
+)
+from trm_fast.symmetry import box_shape
+
+__all__ = ["main"]
+
+
+@dataclass(frozen=True)
+class Source:
+    """Labelled puzzles, and the words for where they come from."""
+
+    dataset: PuzzleDataset
+    names: tuple[str, ...]
+    split: str | None
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure and print, as text or with `--json` as one document. Returns the exit status."""
+    try:
+        options = _parser().parse_args(argv)
+        loaded = load_or_stop(options.checkpoint, options.weights, options.device)
+        source = _source(options, loaded)
+        reports = _measure(options, loaded, source)
+    except CommandError as error:
+        say(f"trm-fast evaluate: {error}", err=True)
+        return error.status
+    if options.json:
+        say(json.dumps(_document(options, loaded, source, reports), indent=2))
+    else:
+        say(_text(loaded, source, reports))
+    return 0
+
+
+def _parser() -> Parser:
+    parser = Parser(
+        "trm-fast evaluate",
+        "Measure a checkpoint on labelled puzzles: the answer of every supervision step, and that\n"
+        "of the step with the highest halting logit.",
+    )
+    parser.add_argument(
+        "checkpoint", metavar="CHECKPOINT", help="a run folder, RUN/last, RUN/best or RUN/step_N"
+    )
+    data = parser.add_mutually_exclusive_group()
+    data.add_argument(
+        "--data",
+        action="append",
+        metavar="DIR",
+        help="data directory (again for more; default: the test data of the run)",
+    )
+    data.add_argument(
+        "--csv",
+        metavar="FILE",
+        help="Sudoku as source,question,answer,rating or quizzes,solutions, or one board a line",
+    )
+    parser.add_argument("--split", help="split of the data directory (default: test)")
+    parser.add_argument(
+        "--max-puzzles", type=positive, metavar="N", help="only the first N boards of each set"
+    )
+    parser.add_shared()
+    return parser
+
+
+def _source(options: argparse.Namespace, loaded: Loaded) -> Source:
+    """The puzzles to measure on; CommandError if they are not there, unreadable, or do not fit."""
+    try:
+        source = _read_csv(options) if options.csv else _read_directories(options, loaded)
+    except (DataError, OSError) as error:
+        raise CommandError(UNREADABLE, error) from None
+    data, model = source.dataset.metadata, loaded.model.config
+    facts = (
+        ("tokens per board", data.seq_len, model.seq_len, data.seq_len == model.seq_len),
+        ("token values", data.vocab_size, model.vocab_size, data.vocab_size == model.vocab_size),
+        (
+            "puzzle identifiers",
+            data.num_puzzle_identifiers,
+            model.num_puzzle_identifiers,
+            # Without puzzle rows the identifiers are not looked at.
+            data.num_puzzle_identifiers <= model.num_puzzle_identifiers
+            or model.puzzle_emb_ndim == 0,
+        ),
+    )
+    for what, theirs, ours, fits in facts:
+        if not fits:
+            raise CommandError(
+                MISMATCH, f"{', '.join(source.names)}: {theirs} {what}, the model has {ours}"
+            )
+    return source
+
+
+def _read_csv(options: argparse.Namespace) -> Source:
+    if options.split is not None:
+        raise CommandError(USAGE, "--split is for data directories, --csv has no splits")
+    if not Path(options.csv).is_file():
+        raise CommandError(USAGE, f"{options.csv}: no such file")
+    puzzles = read_puzzles(options.csv)
+    side = box_shape(cells=puzzles.boards.shape[1]).side
+    data = from_arrays(puzzles.boards + 1, puzzles.grids + 1, vocab_size=side + 2)
+    return Source(PuzzleDataset(_visit((), options), data=data), (options.csv,), None)
+
+
+def _read_directories(options: argparse.Namespace, loaded: Loaded) -> Source:
+    paths, hint = options.data, ""
+    if paths is None:
+        saved = loaded.config.get("data") or {}
+        paths = (
+            saved.get("data_paths_test")
+            or loaded.config.get("data_paths_test")
+            or saved.get("data_paths")
+            or loaded.config.get("data_paths")
+        )
+        hint = " (the run's own data; --data DIR or --csv FILE names other)"
+        if not paths:
+            raise CommandError(USAGE, "the run names no data: give --data DIR or --csv FILE")
+    for path in paths:
+        if not os.path.isdir(path):
+            raise CommandError(USAGE, f"{path}: no such data directory{hint}")
+    split = options.split or "test"
+    dataset = PuzzleDataset(_visit(paths, options), split)
+    return Source(dataset, tuple(map(str, paths)), split)
+
+
+def _visit(paths: Sequence[str], options: argparse.Namespace) -> PuzzleDatasetConfig:
+    size = min(options.batch_size, options.max_puzzles or options.batch_size)
+    return PuzzleDatasetConfig(
+        seed=0, dataset_paths=tuple(paths), global_batch_size=size, test_set_mode=True
+    )
+
+
+def _measure(options: argparse.Namespace, loaded: Loaded, source: Source) -> dict[str, SetReport]:
+    arch = loaded.config.get("arch") or {}
+    try:
+        reports = evaluate(
+            loaded.model,
+            source.dataset,
+            steps=supervision_depth(loaded, options.steps),
+            max_puzzles=options.max_puzzles,
+            loss_type=arch.get("loss_type", "stablemax_cross_entropy"),
+            rules=sudoku_rules if sudoku_side(source.dataset.metadata) else None,
+        )
+    except ValueError as error:  # no boards at all
+        raise CommandError(UNREADABLE, f"{', '.join(source.names)}: {error}") from None
+    empty = [name for name, report in reports.items() if not report.puzzles]
+    if empty:
+        raise CommandError(
+            UNREADABLE, f"{', '.join(source.names)}: no labelled boards in set {empty[0]}"
+        )
+    return reports
+
+
+def _document(
+    options: argparse.Namespace, loaded: Loaded, source: Source, reports: dict[str, SetReport]
+) -> dict[str, Any]:
+    return {
+        "checkpoint": str(loaded.folder),
+        "step": loaded.step,
+        "weights": loaded.weights,
+        "data": list(source.names),
+        "split": source.split,
+        "max_puzzles": options.max_puzzles,
+        "supervision_steps": supervision_depth(loaded, options.steps),
+        "sets": {name: report.to_dict() for name, report in reports.items()},
+    }
+
+
+def _text(loaded: Loaded, source: Source, reports: dict[str, SetReport]) -> str:
+    split = f" ({source.split} split)" if source.split else ""
+    lines = [
+        f"checkpoint  {loaded.folder}",
+        f"weights     {WEIGHT_NAMES[loaded.weights]}, optimizer step {loaded.step}",
+        f"data        {', '.join(source.names)}{split}",
+    ]
+    for name, report in reports.items():
+        lines += ["", *_set_lines(name, report)]
+    return "\n".join(lines)
+
+
+WEIGHT_NAMES = {"ema": "moving average (ema)", "raw": "raw"}
+
+
+def _set_lines(name: str, report: SetReport) -> list[str]:
+    """One set: the two answers side by side, then a row per supervision step."""
+    steps = len(report.accuracy)
+    rows: list[tuple[str, float, float | None]] = [
+        ("cell accuracy", report.accuracy[-1], report.best_q_accuracy),
+        ("exact", report.exact_accuracy[-1], report.best_q_exact_accuracy),
+    ]
+    if report.valid:
+        rows.append(("valid", report.valid[-1], report.best_q_valid))
+    rows.append(("q accuracy", report.q_halt_accuracy[-1], None))
+    noun = "board" if report.puzzles == 1 else "boards"
+    lines = [
+        f"set {name}: {report.puzzles} {noun}, {steps} supervision steps",
+        f"{'':<16}{'last step':>10}{'highest q':>11}",
+    ]
+    for label, last, best in rows:
+        lines.append(f"  {label:<14}{_percent(last):>10}{_percent(best):>11}".rstrip())
+    lines.append(f"  {'step':<14}{steps:>10}{report.best_q_steps:>9.1f} on average".rstrip())
+    columns = {
+        "cell": report.accuracy,
+        "exact": report.exact_accuracy,
+        "valid": report.valid,
+        "q": report.q_halt_accuracy,
+    }
+    columns = {title: values for title, values in columns.items() if values}
+    lines += ["", "  step" + "".join(f"{title:>10}" for title in columns)]
+    for index in range(steps):
+        values = "".join(f"{_percent(column[index]):>10}" for column in columns.values())
+        lines.append(f"  {index + 1:>4}{values}")
+    return lines
+
+
+def _percent(value: float | None) -> str:
+    return "" if value is None else f"{100 * value:.2f} %"
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

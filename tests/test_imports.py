@@ -40,6 +40,7 @@ ORDER = [
     ["trainer"],
     ["summary"],
     ["runner"],
+    ["contenders"],
     ["bench"],
     ["train", "evaluate", "solve", "info"],
     ["__init__"],

@@ -1,0 +1,330 @@
+"""What the benchmarks run: workloads, ways to run them, and proof that all compute the same.
+
+Owns the cases, the contenders (reference, compiled, official), their construction with equal
+weights, batch and carry, and the parity check that comes before any timing. Imported by `bench.py`.
+
+Dims legend: B batch, L puzzle tokens, S tokens incl. prefix, D width.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from trm_fast.config import ModelConfig
+from trm_fast.losses import ACTLossHead
+from trm_fast.model import Model
+
+STEPS = ("train", "inference")
+LOSS = "stablemax_cross_entropy"
+_TOP_NAMES = ("models", "utils", "dataset", "evaluators")  # of the official checkout
+
+
+class ParityError(ValueError):
+    """A contender computes something else than the reference: timing it would mean nothing."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One workload: `config` as `ModelConfig` takes it, `rounds` timed turns per contender."""
+
+    name: str
+    about: str
+    config: Mapping[str, Any]
+    rounds: int
+
+    @property
+    def model(self) -> ModelConfig:
+        return ModelConfig.from_dict(dict(self.config))
+
+
+_OFFICIAL: dict[str, Any] = {
+    "batch_size": 8,
+    "seq_len": 81,
+    "vocab_size": 11,
+    "num_puzzle_identifiers": 1,
+    "puzzle_emb_ndim": 512,
+    "puzzle_emb_len": 16,
+    "hidden_size": 512,
+    "expansion": 4,
+    "num_heads": 8,
+    "H_cycles": 3,
+    "L_cycles": 6,
+    "L_layers": 2,
+    "halt_max_steps": 16,
+    "halt_exploration_prob": 0.1,
+    "forward_dtype": "bfloat16",
+}
+_RECIPE = _OFFICIAL | {
+    "batch_size": 64,
+    "puzzle_emb_ndim": 0,
+    "puzzle_emb_len": 0,
+    "hidden_size": 48,
+    "num_heads": 4,
+    "H_cycles": 1,
+    "L_cycles": 2,
+    "L_layers": 1,
+    "forward_dtype": "float32",
+    "mlp_t": True,
+    "pos_encodings": "none",
+    "intermediate_size": 96,
+    "token_intermediate_size": 96,
+}
+CASES = {
+    case.name: case
+    for case in (
+        Case(
+            "official",
+            "the official Sudoku mlp_t configuration",
+            _OFFICIAL | {"mlp_t": True, "pos_encodings": "none"},
+            7,
+        ),
+        Case("recipe", "the default job's network: 81 tokens of 48, no prefix", _RECIPE, 40),
+        Case(
+            "attention",
+            "the official attention configuration",
+            _OFFICIAL | {"mlp_t": False, "pos_encodings": "rope"},
+            7,
+        ),
+    )
+}
+_QUICK = {"batch_size": 2, "seq_len": 9, "hidden_size": 16, "num_heads": 2, "H_cycles": 1}
+_QUICK_PREFIX = {"puzzle_emb_ndim": 16, "puzzle_emb_len": 2}
+
+
+def quick(case: Case) -> Case:
+    """The same case at a size for tests: nothing about its times means anything."""
+    small = _QUICK | (_QUICK_PREFIX if case.config["puzzle_emb_len"] else {})
+    return replace(case, config={**case.config, **small, "L_cycles": 2}, rounds=2)
+
+
+class Official(NamedTuple):
+    """What is used of the official code."""
+
+    model: Callable[[dict[str, Any]], nn.Module]
+    loss_head: Callable[[nn.Module, str], nn.Module]
+    layers: Any
+
+
+@contextlib.contextmanager
+def official_code(checkout: Path | None) -> Iterator[Official | None]:
+    """The official classes of a checkout, or None for None.
+
+    Its top-level module names exist inside only (torch.compile looks modules up by name).
+
+    Raises:
+        ValueError: the folder is no checkout, or a package that the official code imports is not
+            installed.
+    """
+    if checkout is None:
+        yield None
+        return
+    file = "models/recursive_reasoning/trm.py"
+    if not (checkout / file).is_file():
+        raise ValueError(f"{checkout}: not a checkout of the official code, {file} is missing")
+    ours = {n: m for n, m in sys.modules.items() if n.split(".")[0] in _TOP_NAMES}
+    path = list(sys.path)
+    for name in ours:
+        del sys.modules[name]
+    sys.path.insert(0, str(checkout.resolve()))
+    try:
+        trm = importlib.import_module("models.recursive_reasoning.trm")
+        losses = importlib.import_module("models.losses")
+        layers = importlib.import_module("models.layers")
+        yield Official(trm.TinyRecursiveReasoningModel_ACTV1, losses.ACTLossHead, layers)
+    except ModuleNotFoundError as error:
+        raise ValueError(f"the official code needs the package {error.name!r}") from error
+    finally:
+        for name in [n for n in sys.modules if n.split(".")[0] in _TOP_NAMES]:
+            del sys.modules[name]
+        sys.modules.update(ours)
+        sys.path[:] = path
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One way to run the step. `own_width`: the official rounding of the inner widths to 256."""
+
+    name: str
+    official: bool = False
+    compiled: bool = False
+    own_width: bool = False
+
+
+def contenders(case: Case, device: torch.device, compiled: bool) -> list[Contender]:
+    """The reference first; the official code compiled only where it is run so, on CUDA."""
+    found = [Contender("reference")]
+    if compiled:
+        found.append(Contender("reference compiled", compiled=True))
+    found.append(Contender("official", official=True))
+    if "intermediate_size" in case.config:
+        found.append(Contender("official, own width", official=True, own_width=True))
+    if compiled and device.type == "cuda":
+        found.append(Contender("official compiled", official=True, compiled=True))
+    return found
+
+
+def effective_config(case: Case, contender: Contender) -> ModelConfig:
+    """The configuration that this contender really computes."""
+    if not contender.own_width:
+        return case.model
+    return replace(case.model, intermediate_size=None, token_intermediate_size=None)
+
+
+def build(
+    contender: Contender, config: ModelConfig, official: Official | None, device: torch.device
+) -> nn.Module:
+    """An eager loss head with seeded weights, the same for every contender of one config."""
+    torch.manual_seed(0)
+    model = Model(config)
+    with torch.no_grad():  # a halting head of zeros would hide what it reads
+        model.inner.q_head.weight.normal_(std=0.02)
+    reference = ACTLossHead(model, LOSS)
+    if not contender.official:
+        return reference.to(device)
+    assert official is not None
+    keep = official.layers._find_multiple
+    given = {"intermediate_size", "token_intermediate_size"}
+    keys = {k: v for k, v in config.to_dict().items() if k not in given}
+    inner = config.intermediate_size
+    if inner is not None:
+        official.layers._find_multiple = lambda a, b: inner
+    try:
+        with torch.device(device):
+            head = official.loss_head(official.model({**keys, "H_layers": 0}), LOSS)
+    finally:
+        official.layers._find_multiple = keep
+    head.load_state_dict(reference.state_dict())
+    return head
+
+
+def make_batch(config: ModelConfig, device: torch.device) -> dict[str, Tensor]:
+    """Random boards [B, L], all cells labelled."""
+    g = torch.Generator().manual_seed(1)
+    shape = (config.batch_size, config.seq_len)
+    batch = {
+        "inputs": torch.randint(1, config.vocab_size, shape, generator=g),
+        "labels": torch.randint(2, config.vocab_size, shape, generator=g),
+        "puzzle_identifiers": torch.zeros(config.batch_size, dtype=torch.int64),
+    }
+    return {name: t.to(device, torch.int32) for name, t in batch.items()}
+
+
+def make_carry(head: nn.Module, config: ModelConfig, batch: dict[str, Tensor]) -> Any:
+    """A carry in mid-run: random states, every other item just halted."""
+    device = batch["inputs"].device
+    g = torch.Generator().manual_seed(2)
+    shape = (2, config.batch_size, config.total_len, config.hidden_size)
+    y, z = torch.randn(shape, generator=g).to(device, getattr(torch, config.forward_dtype))
+    with torch.device(device):
+        carry = head.initial_carry(batch)  # type: ignore[operator]
+    carry.inner_carry.z_H, carry.inner_carry.z_L = y, z
+    carry.halted = torch.arange(config.batch_size, device=device) % 2 == 0
+    carry.steps = torch.ones_like(carry.steps)
+    carry.current_data = {name: t.roll(1, 0) for name, t in batch.items()}
+    return carry
+
+
+@dataclass
+class Entry:
+    """A contender ready to run, and its times so far, in seconds."""
+
+    contender: Contender
+    config: ModelConfig
+    head: nn.Module
+    run: Callable[[], Any]
+    wall: list[float] = field(default_factory=list)
+    cpu: list[float] = field(default_factory=list)
+    errors: dict[str, float] = field(default_factory=dict)
+    saved_bytes: int | None = None
+
+
+def prepare(
+    contender: Contender,
+    config: ModelConfig,
+    step: str,
+    official: Official | None,
+    device: torch.device,
+) -> Entry:
+    """Everything built and put on the device; `run` does one step and returns its outcome."""
+    head = build(contender, config, official, device)
+    batch = make_batch(config, device)
+    carry = make_carry(head, config, batch)
+    head.train(step == "train")
+    call: Callable[..., Any] = torch.compile(head, dynamic=False) if contender.compiled else head
+    rows = getattr(head.model.inner, "puzzle_emb", None)  # type: ignore[union-attr]
+
+    def train() -> Any:
+        head.zero_grad(set_to_none=True)
+        if rows is not None:
+            rows.local_weights.grad = None
+        _, loss, _, outputs, _ = call(return_keys=("logits",), carry=carry, batch=batch)
+        loss.backward()
+        return loss, outputs["logits"]
+
+    def infer() -> Any:
+        with torch.inference_mode():
+            _, loss, _, outputs, _ = call(return_keys=("logits",), carry=carry, batch=batch)
+        return loss, outputs["logits"]
+
+    return Entry(contender, config, head, train if step == "train" else infer)
+
+
+# Relative L2 allowed against the reference. Recursion amplifies rounding, so logits and gradients
+# are compared at one cycle of one update, and only the loss at full depth.
+LIMITS = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 6e-2, torch.float64: 1e-8}
+LOSS_LIMITS = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 2e-2, torch.float64: 1e-5}
+
+
+def outcome(entry: Entry) -> dict[str, Tensor]:
+    """Loss, logits and every gradient of one step, by name."""
+    torch.manual_seed(3)
+    loss, logits = entry.run()
+    found = {"loss": loss, "logits": logits}
+    for name, p in entry.head.named_parameters():
+        if p.grad is not None:
+            found[f"gradient of {name}"] = p.grad
+    return {name: t.detach().double().cpu() for name, t in found.items()}
+
+
+def compare(got: dict[str, Tensor], want: dict[str, Tensor], limit: float, who: str) -> float:
+    """The largest relative L2 over the tensors of `want`.
+
+    Raises:
+        ParityError: it is above `limit`, or a tensor is missing.
+    """
+    worst = 0.0
+    for name, value in want.items():
+        if name not in got or got[name].shape != value.shape:
+            raise ParityError(f"{who}: {name} is missing or has another shape; nothing was timed")
+        error = float((got[name] - value).norm() / value.norm().clamp_min(1e-30))
+        if not error <= limit:
+            raise ParityError(
+                f"{who}: {name} differs from the reference by {error:.1e} (relative L2), allowed "
+                f"{limit:.0e}; nothing was timed"
+            )
+        worst = max(worst, error)
+    return worst
+
+
+def check_parity(entry: Entry, step: str, official: Official | None, device: torch.device) -> None:
+    """Compare with the reference on the same weights, batch and carry; fills `entry.errors`."""
+    config = entry.config
+    dtype = getattr(torch, config.forward_dtype)
+    reference = Contender("reference")
+    who = f"{entry.contender.name}, {step} step"
+    shallow = replace(config, H_cycles=1, L_cycles=1)
+    pair = [prepare(c, shallow, step, official, device) for c in (entry.contender, reference)]
+    got, want = (outcome(one) for one in pair)
+    entry.errors["one_cycle"] = compare(got, want, LIMITS[dtype], who)
+    got, want = (outcome(e) for e in (entry, prepare(reference, config, step, None, device)))
+    limit = LOSS_LIMITS[dtype]
+    entry.errors["loss"] = compare({"loss": got["loss"]}, {"loss": want["loss"]}, limit, who)

@@ -53,7 +53,7 @@ MANIFEST_FORMAT = "trm_fast data set 1"
 FIELDS = ("inputs", "labels", "puzzle_identifiers", "puzzle_indices", "group_indices")
 _MANIFEST = "manifest.json"
 _MAX_JSON_BYTES = 1 << 20
-_MAX_IDENTIFIERS_BYTES = 1 << 30
+_MAX_MANIFEST_BYTES = 1 << 30
 _CHECK_ROWS = 1 << 16
 
 
@@ -368,7 +368,7 @@ def read_manifest(root: str | os.PathLike[str]) -> dict[str, Any] | None:
     path = Path(root) / _MANIFEST
     if not path.is_file():
         return None
-    manifest = _read_json(path, _MAX_IDENTIFIERS_BYTES)
+    manifest = _read_json(path, _MAX_MANIFEST_BYTES)
     if not isinstance(manifest, dict) or manifest.get("format") != MANIFEST_FORMAT:
         return None
     if not isinstance(manifest.get("files"), dict):

@@ -1,0 +1,363 @@
+"""Builds a Sudoku data set: `python -m trm_fast.data.sudoku --output-dir DIR ...`.
+
+Owns the builder and its command line; imported by trm_fast.__main__ only. Writes the official
+layout (data.format) with the official arrays: for the same choices and the same seed the files
+hold the same numbers in the same dtypes as those of the official builder under
+`numpy.random.seed(seed)`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from trm_fast import __version__
+from trm_fast.console import say
+from trm_fast.data.format import DataError, DatasetWriter, open_writer
+from trm_fast.data.sudoku_generator import generate, generate_apart, sudoku_metadata
+from trm_fast.data.sudoku_source import Puzzles, read_puzzles
+from trm_fast.symmetry import BoxShape, SudokuSymmetry, box_shape, grid_invariant
+
+__all__ = ["BuildOptions", "build", "main"]
+
+DEFAULT_REPO = "sapientinc/sudoku-extreme"
+_ROWS = 1 << 13
+_SHOWN = 20
+
+
+@dataclass(frozen=True)
+class BuildOptions:
+    """What to build; the fields are the flags of the command line.
+
+    One of source (a file, or a directory with train.csv and test.csv), source_repo (a data set on
+    the Hugging Face hub) and generate (how many puzzles) says where puzzles come from.
+    """
+
+    output_dir: str
+    source: str | None = None
+    source_repo: str | None = None
+    generate: int | None = None
+    size: int | None = None
+    clues: tuple[int, int] | None = None
+    test_size: int = 0
+    subsample_size: int | None = None
+    num_aug: int = 0
+    min_difficulty: int | None = None
+    seed: int = 0
+    compact: bool = False
+    skip_bad: bool = False
+
+    def __post_init__(self) -> None:
+        origins = [self.source, self.source_repo, self.generate]
+        if sum(origin is not None for origin in origins) > 1:
+            raise ValueError("give only one of source, source_repo and generate")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed is {self.seed}, expected 0..{2**32 - 1}")
+        for name, low in (("generate", 1), ("subsample_size", 1), ("num_aug", 0), ("test_size", 0)):
+            value = getattr(self, name)
+            if value is not None and value < low:
+                raise ValueError(f"{name} is {value}, expected at least {low}")
+        if self.clues is not None and self.generate is None:
+            raise ValueError("clues are chosen for generated puzzles only")
+        if self.size is not None:
+            box_shape(self.size)
+
+
+def build(options: BuildOptions) -> dict[str, Any]:
+    """Build the data set and return its manifest (without the files' sha256).
+
+    Raises DataError (bad puzzles, unwritable or foreign output directory) or ValueError (options).
+    Nothing appears at output_dir unless all of it was written.
+    """
+    splits, origin = _load_splits(options)
+    # The official builder draws from numpy's global generator: the subsample, then augmentations.
+    random = np.random.RandomState(options.seed)
+    train = splits["train"]
+    subset = {"of": len(train.boards), "kept": len(train.boards)}
+    if options.subsample_size is not None and options.subsample_size < len(train.boards):
+        kept = random.choice(len(train.boards), size=options.subsample_size, replace=False)
+        splits["train"] = Puzzles(
+            train.boards[kept], train.grids[kept], train.skipped, train.listed
+        )
+        subset["kept"] = options.subsample_size
+    manifest = {
+        "version": __version__,
+        "source": origin,
+        "options": {k: v for k, v in asdict(options).items() if k != "output_dir"},
+        "seed": options.seed,
+        "subset": subset,
+        "counts": {
+            name: {
+                "groups": len(puzzles.boards),
+                "examples": len(puzzles.boards) * (1 + (options.num_aug if name == "train" else 0)),
+                "skipped": puzzles.skipped,
+            }
+            for name, puzzles in splits.items()
+        },
+        "skipped": [line for puzzles in splits.values() for line in puzzles.listed],
+    }
+    with open_writer(options.output_dir, manifest) as writer:
+        for name, puzzles in splits.items():
+            num_aug = options.num_aug if name == "train" else 0
+            _write_split(writer, name, puzzles, num_aug, random, options.compact)
+        writer.json("identifiers.json", ["<blank>"])
+    return manifest
+
+
+def _load_splits(options: BuildOptions) -> tuple[dict[str, Puzzles], dict[str, Any]]:
+    """Puzzles per split, and where they came from."""
+    if options.generate is not None:
+        return _generated(options, options.generate)
+    if options.source is not None and not Path(options.source).is_dir():
+        whole = _read(options, Path(options.source))
+        origin = {"file": Path(options.source).name, "sha256": _digest(Path(options.source))}
+        return _hold_out(whole, options), origin
+    if options.test_size:
+        raise ValueError("test_size is for generated puzzles and single files")
+    if options.source is not None:
+        paths = {name: Path(options.source) / f"{name}.csv" for name in ("train", "test")}
+        origin = {"directory": Path(options.source).resolve().name}
+    else:
+        repo = options.source_repo or DEFAULT_REPO
+        paths = {name: _download(repo, f"{name}.csv") for name in ("train", "test")}
+        origin = {"repo": repo}
+    splits = {name: _read(options, path) for name, path in paths.items()}
+    lengths = {puzzles.boards.shape[1] for puzzles in splits.values()}
+    if len(lengths) > 1:
+        raise DataError(f"{paths['test']}: boards of another size than in {paths['train']}")
+    return splits, {**origin, **{f"{k}_sha256": _digest(p) for k, p in paths.items()}}
+
+
+def _read(options: BuildOptions, path: Path) -> Puzzles:
+    return read_puzzles(
+        path,
+        size=options.size,
+        min_difficulty=options.min_difficulty,
+        skip_bad=options.skip_bad,
+    )
+
+
+def _digest(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _download(repo: str, name: str) -> Path:
+    try:
+        from huggingface_hub import hf_hub_download
+    except ImportError:
+        raise DataError(
+            f"{repo}: needs huggingface_hub (pip install 'trm-fast[hub]'), or a local copy with "
+            "--source"
+        ) from None
+    try:
+        return Path(hf_hub_download(repo, name, repo_type="dataset"))
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:160]
+        raise DataError(f"{repo}: {name} cannot be downloaded ({reason})") from None
+
+
+def _generated(options: BuildOptions, count: int) -> tuple[dict[str, Puzzles], dict[str, Any]]:
+    size = options.size or 9
+    clues = options.clues or {4: (4, 8), 6: (8, 16), 9: (32, 50)}[size]
+    boards, grids = generate(count, clues=clues, size=size, seed=options.seed)
+    splits = {"train": Puzzles(boards, grids)}
+    if options.test_size:
+        # 4x4 and 6x6 have too few grids up to symmetry to hold whole classes out.
+        avoid = grid_invariant(grids) if size == 9 else None
+        test_seed = options.seed + 1_000_003
+        if avoid is None:
+            held = generate(options.test_size, clues=clues, size=size, seed=test_seed)
+        else:
+            held = generate_apart(options.test_size, avoid, clues=clues, size=size, seed=test_seed)
+        splits["test"] = Puzzles(*held)
+    return splits, {"generated": count, "size": size, "clues": list(clues)}
+
+
+def _hold_out(whole: Puzzles, options: BuildOptions) -> dict[str, Puzzles]:
+    """A single file as train split, with test_size random puzzles of it held out."""
+    if not options.test_size:
+        return {"train": whole}
+    total = len(whole.boards)
+    if options.test_size >= total:
+        raise ValueError(f"test_size {options.test_size} leaves nothing of {total} puzzles")
+    order = np.random.Generator(np.random.Philox(seed=[options.seed, 2])).permutation(total)
+    test, train = np.sort(order[: options.test_size]), np.sort(order[options.test_size :])
+    return {
+        "train": Puzzles(whole.boards[train], whole.grids[train], whole.skipped, whole.listed),
+        "test": Puzzles(whole.boards[test], whole.grids[test]),
+    }
+
+
+def _write_split(
+    writer: DatasetWriter,
+    split: str,
+    puzzles: Puzzles,
+    num_aug: int,
+    random: np.random.RandomState,
+    compact: bool,
+) -> None:
+    """One group per puzzle: the puzzle itself, then num_aug random images of it, as tokens."""
+    groups, cells = puzzles.boards.shape
+    per_group = 1 + num_aug
+    box = box_shape(cells=cells)
+    dtype = np.int64 if num_aug and not compact else np.uint8
+    shape = (groups * per_group, cells)
+    inputs = writer.array(split, "all", "inputs", shape, dtype)
+    labels = writer.array(split, "all", "labels", shape, dtype)
+    stream = _augmentations(random, box)
+    step = max(1, _ROWS // per_group)
+    for start in range(0, groups, step):
+        boards, grids = puzzles.boards[start : start + step], puzzles.grids[start : start + step]
+        rows = slice(start * per_group, (start + len(boards)) * per_group)
+        symmetry = _draw(stream, len(boards), num_aug, box)
+        for out, digits in ((inputs, boards), (labels, grids)):
+            out[rows] = symmetry.apply(np.repeat(digits, per_group, 0)) + np.uint8(1)
+    index = np.arange(groups + 1, dtype=np.int32)
+    small = {
+        "puzzle_identifiers": np.zeros(groups * per_group, np.int32),
+        "puzzle_indices": np.arange(groups * per_group + 1, dtype=np.int32),
+        "group_indices": index * np.int32(per_group),
+    }
+    for name, array in small.items():
+        writer.array(split, "all", name, array.shape, array.dtype)[:] = array
+    inputs.flush()
+    labels.flush()
+    writer.metadata(split, sudoku_metadata(box.side, groups))
+
+
+def _draw(
+    stream: Iterator[tuple[list[int], bool, list[int], list[int]]],
+    groups: int,
+    num_aug: int,
+    box: BoxShape,
+) -> SudokuSymmetry:
+    """For each group the identity and the next num_aug symmetries of the stream."""
+    side, count = box.side, groups * num_aug
+    drawn = [next(stream) for _ in range(count)]
+    digits = np.array([d for d, _, _, _ in drawn], np.int64).reshape(groups, num_aug, side) + 1
+    mirror = np.array([m for _, m, _, _ in drawn], bool).reshape(groups, num_aug, 1, 1)
+    rows, cols = (
+        np.array([d[k] for d in drawn], np.int64).reshape(groups, num_aug, side) for k in (2, 3)
+    )
+    cells = np.where(
+        mirror,
+        cols[..., None, :] * side + rows[..., :, None],
+        rows[..., :, None] * side + cols[..., None, :],
+    ).reshape(groups, num_aug, box.cells)
+    same_cells = np.broadcast_to(np.arange(box.cells), (groups, 1, box.cells))
+    same_digits = np.broadcast_to(np.arange(side + 1), (groups, 1, side + 1))
+    return SudokuSymmetry(
+        np.concatenate([same_cells, cells], 1).reshape(-1, box.cells),
+        np.concatenate([same_digits, np.pad(digits, ((0, 0), (0, 0), (1, 0)))], 1).reshape(
+            -1, side + 1
+        ),
+    )
+
+
+def _augmentations(
+    random: np.random.RandomState, box: BoxShape
+) -> Iterator[tuple[list[int], bool, list[int], list[int]]]:
+    """(digits, transpose, rows, columns) for ever, as RandomState would draw them.
+
+    One by one, RandomState's own calls take ten times as long. So its 32-bit words are fetched in
+    bulk and used as `permutation` (Fisher-Yates from the top; each index by masking a word and
+    drawing again while it is too large) and `rand` (two words; below one half if the first has its
+    top bit clear) use them.
+    """
+    words = _words(random)
+    bands, rows_in, stacks, cols_in = box.axes
+    masks = [0, *((1 << i.bit_length()) - 1 for i in range(1, box.side))]
+
+    def permutation(size: int) -> list[int]:
+        items = list(range(size))
+        for i in range(size - 1, 0, -1):
+            mask = masks[i]
+            j = next(words) & mask
+            while j > i:
+                j = next(words) & mask
+            items[i], items[j] = items[j], items[i]
+        return items
+
+    def lines(blocks: int, within: int) -> list[int]:
+        return [b * within + k for b in permutation(blocks) for k in permutation(within)]
+
+    while True:
+        digits = permutation(box.side)
+        transpose = False
+        if box.has_transpose:
+            transpose = next(words) < 1 << 31
+            next(words)
+        yield digits, transpose, lines(bands, rows_in), lines(stacks, cols_in)
+
+
+def _words(random: np.random.RandomState) -> Iterator[int]:
+    generator = np.random.MT19937()
+    state: Any = random.get_state(legacy=False)
+    generator.state = state
+    while True:
+        yield from generator.random_raw(1 << 14).tolist()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit code: 0, or 2 for bad input or options."""
+    arguments = vars(_parser().parse_args(argv))
+    try:
+        if arguments["clues"] is not None:
+            arguments["clues"] = _parse_range(arguments["clues"])
+        options = BuildOptions(**arguments)
+        manifest = build(options)
+    except (ValueError, OSError) as error:
+        say(f"error: {error}", err=True)
+        return 2
+    for line in manifest["skipped"][:_SHOWN]:
+        say(f"skipped {line}", err=True)
+    for name, count in manifest["counts"].items():
+        bad = f", {count['skipped']} bad rows skipped" if count["skipped"] else ""
+        say(f"{name}: {count['groups']} puzzles, {count['examples']} examples{bad}")
+    say(f"written to {options.output_dir}")
+    return 0
+
+
+def _parse_range(text: str) -> tuple[int, int]:
+    low, _, high = text.partition("-")
+    if not low.isdecimal() or not (high or low).isdecimal():
+        raise ValueError(f"clues {text!r}: expected a number or a range such as 32-50")
+    return int(low), int(high or low)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m trm_fast.data.sudoku",
+        description="Build a Sudoku data set in the official layout.",
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--output-dir", required=True, help="where the data set appears, whole or not at all")
+    add("--source", help="puzzle file (CSV or bare lines), or directory with train.csv, test.csv")
+    add("--source-repo", help=f"data set on the Hugging Face hub (default {DEFAULT_REPO})")
+    add("--generate", type=int, metavar="N", help="make N puzzles instead")
+    add("--size", type=int, help="4, 6 or 9: of generated puzzles, or expected of those read")
+    add("--clues", metavar="A-B", help="givens of generated puzzles (default for 9x9: 32-50)")
+    add("--test-size", type=int, default=0, help="held-out puzzles (generated, or of one file)")
+    add("--subsample-size", type=int, help="keep that many random training puzzles")
+    add("--num-aug", type=int, default=0, help="random symmetric images per training puzzle")
+    add("--min-difficulty", type=int, help="leave out puzzles with a smaller rating")
+    add("--seed", type=int, default=0, help="of subsample, augmentation and generation")
+    add("--compact", action="store_true", help="uint8 also where the official arrays are int64")
+    add("--skip-bad", action="store_true", help="leave bad rows out, counted and listed")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -29,7 +29,7 @@ def parameter_count(config: ModelConfig) -> int:
 
 
 def saved_elements(config: ModelConfig, policy: str) -> int:
-    """Elements per item that one block keeps for the backward of one pass."""
+    """Elements per item that one block keeps for the backward of one pass, its input included."""
     s, d = config.total_len, config.hidden_size
     if policy == "recompute":
         return 0
@@ -40,7 +40,8 @@ def saved_elements(config: ModelConfig, policy: str) -> int:
     if config.mlp_t:
         mixer = gate_up * config.token_width * d + (s * d if policy == "light" else 2 * s * d)
     else:
-        mixer = 7 * s * d  # h, q, k, v, attended twice (per head and joined), sum before the norm
+        rotated = 2 if config.pos_encodings == "rope" else 0  # q and k; v is a view of q, k, v
+        mixer = (6 + rotated) * s * d  # h; q, k, v; attended; the sum before the norm
     return channel + mixer
 
 
@@ -55,12 +56,13 @@ def step_bytes(config: ModelConfig, batch: int, policy: str) -> int:
     rows = config.num_puzzle_identifiers * config.puzzle_emb_ndim
     passes = config.L_cycles + 1
     state = config.total_len * config.hidden_size
-    per_item = passes * (config.L_layers * saved_elements(config, policy) + state)
+    kept = config.L_layers * saved_elements(config, policy)
+    per_item = passes * (state if policy == "recompute" else kept)
     if policy != "save":
         again = config.L_layers if policy == "recompute" else 1
         per_item += again * saved_elements(config, "save")
     loss = 8 * config.seq_len * config.vocab_size * 5  # stablemax in float64
-    cast = passes * params * size if size != 4 else 0
+    cast = (1 if policy == "recompute" else passes) * params * size if size != 4 else 0
     return 4 * (5 * params + rows) + cast + batch * (per_item * size + 6 * state * size + loss)
 
 
@@ -91,7 +93,13 @@ def fastest_policy(config: ModelConfig, batch: int, device: torch.device) -> str
     if device.type not in ("cpu", "cuda", "mps"):
         return "save"
     budget = 0.9 * free_bytes(device)
-    return next((p for p in POLICIES if step_bytes(config, batch, p) <= budget), POLICIES[-1])
+    fitting = (p for p in POLICIES if step_bytes(config, batch, p) <= budget)
+    return next(fitting, _leanest(config, batch))
+
+
+def _leanest(config: ModelConfig, batch: int) -> str:
+    """The policy whose step needs least: "light" or "recompute", by the shape of the model."""
+    return min(POLICIES, key=lambda policy: step_bytes(config, batch, policy))
 
 
 def check_fits(config: ModelConfig, batch: int, device: torch.device) -> int:
@@ -111,12 +119,13 @@ def check_fits(config: ModelConfig, batch: int, device: torch.device) -> int:
         f"a training step of {batch} boards needs about {need / GIB:.1f} GiB on {device} with "
         f"arch.policy={policy}, {free / GIB:.1f} GiB are free"
     )
-    for other in POLICIES[POLICIES.index(policy) + 1 :]:
+    for other in POLICIES:
         if step_bytes(config, batch, other) <= free:
             raise ValueError(f"{said}; arch.policy={other} fits")
     smaller = batch
-    while smaller and step_bytes(config, smaller, POLICIES[-1]) > free:
+    while smaller and step_bytes(config, smaller, _leanest(config, smaller)) > free:
         smaller //= 2
     if not smaller:
         raise ValueError(f"{said}; no batch size fits: make the model smaller")
-    raise ValueError(f"{said}; global_batch_size={smaller} with arch.policy={POLICIES[-1]} fits")
+    leanest = _leanest(config, smaller)
+    raise ValueError(f"{said}; global_batch_size={smaller} with arch.policy={leanest} fits")

@@ -1,0 +1,125 @@
+"""The only chooser of implementations: what it takes, what it says, what it refuses."""
+
+import pickle
+from dataclasses import FrozenInstanceError
+
+import pytest
+import torch
+from tiny import tiny_config
+
+from trm_fast import backends, reference
+from trm_fast.backends import BACKENDS, ROWS, Row
+from trm_fast.config import ModelConfig
+from trm_fast.ops import OP_NAMES
+
+CPU = torch.device("cpu")
+
+
+def fast_inject(z, y, x):
+    return z + (y + x)
+
+
+@pytest.fixture
+def with_row(monkeypatch):
+    """Adds a row for `inject` to those of the reference; `reason` says why it does not serve."""
+    references = tuple(row for row in ROWS if row.backend == "reference")
+    monkeypatch.setattr(backends, "ROWS", references)
+
+    def add(backend, reason=None):
+        asked = []
+
+        def unsupported(*question):
+            asked.append(question)
+            return reason
+
+        row = Row("inject", backend, fast_inject, unsupported)
+        monkeypatch.setattr(backends, "ROWS", (*backends.ROWS, row))
+        return asked
+
+    return add
+
+
+def chosen(name):
+    """(implementation, reason) that `report` gives for inject."""
+    (choice,) = [c for c in backends.report(name, CPU, torch.float32) if c.op == "inject"]
+    return choice.implementation, choice.reason
+
+
+@pytest.mark.parametrize("name", ["auto", "reference"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_reference_serves_everything(name, dtype):
+    for device in (CPU, torch.device("meta"), torch.device("cuda"), torch.device("mps")):
+        ops = backends.select(name, device, dtype)
+        assert all(getattr(ops, op) is getattr(reference, op) for op in OP_NAMES)
+
+
+def test_unknown_name():
+    for function in (backends.select, backends.report):
+        with pytest.raises(ValueError) as error:
+            function("refrence", CPU, torch.float32)
+        assert "unknown backend 'refrence'" in str(error.value)
+        assert "did you mean 'reference'" in str(error.value)
+        assert "allowed: auto, cuda, triton, cpp, reference" in str(error.value)
+        with pytest.raises(ValueError, match="unknown backend 'zzz'; allowed"):
+            function("zzz", CPU, torch.float32)
+
+
+@pytest.mark.parametrize("name", [b for b in BACKENDS if b not in {row.backend for row in ROWS}])
+def test_named_backend_without_rows(name):
+    for function in (backends.select, backends.report):
+        with pytest.raises(ValueError) as error:
+            function(name, CPU, torch.bfloat16)
+        text = str(error.value)
+        assert "\n" not in text
+        assert f"backend '{name}' cannot serve {OP_NAMES[0]} on cpu in torch.bfloat16" in text
+        assert f"({name}: not in this version)" in text
+        assert "backend='auto' takes what is there" in text
+
+
+def test_named_backend_that_cannot_serve_raises_with_its_reason(with_row, monkeypatch):
+    monkeypatch.setattr(backends, "OP_NAMES", ("inject",))
+    with_row("triton", "no CUDA device")
+    with pytest.raises(ValueError, match=r"'triton' cannot serve inject .*triton: no CUDA device"):
+        backends.report("triton", CPU, torch.float32)
+
+
+def test_auto_takes_the_first_that_serves(with_row):
+    with_row("cpp")
+    assert chosen("auto")[0] == "cpp"
+    assert backends.select("auto", CPU, torch.float32).inject is fast_inject
+    with_row("cuda")
+    assert chosen("auto")[0] == "cuda"
+
+
+def test_auto_says_why_nothing_faster_was_taken(with_row):
+    with_row("triton", "needs an NVIDIA GPU")
+    implementation, reason = chosen("auto")
+    assert implementation == "reference"
+    assert reason == (
+        "cuda: not in this version; triton: needs an NVIDIA GPU; cpp: not in this version"
+    )
+    assert backends.select("auto", CPU, torch.float32).inject is reference.inject
+
+
+def test_named_is_said(with_row):
+    with_row("cpp")
+    assert chosen("reference") == ("reference", "named by the user")
+
+
+def test_rows_are_asked_about_device_dtype_and_shapes(with_row):
+    asked = with_row("cpp")
+    config = ModelConfig.from_dict(tiny_config())
+    backends.select("auto", CPU, torch.bfloat16, config)
+    backends.select("auto", CPU, torch.float32)
+    assert asked == [(CPU, torch.bfloat16, config), (CPU, torch.float32, None)]
+
+
+def test_report_has_every_op_in_order():
+    assert tuple(c.op for c in backends.report("auto", CPU, torch.float32)) == OP_NAMES
+
+
+def test_ops_are_frozen_and_pickle():
+    ops = backends.select("auto", CPU, torch.float32)
+    with pytest.raises(FrozenInstanceError):
+        ops.inject = fast_inject
+    assert pickle.loads(pickle.dumps(ops)) == ops

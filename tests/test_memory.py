@@ -1,0 +1,216 @@
+"""The estimate of a step's memory against what a step really holds, and the choice it leads to."""
+
+import pytest
+import torch
+from tiny import MIXERS, HeldStorages, tiny_batch, tiny_config, tiny_model
+
+from trm_fast import memory
+from trm_fast.config import ModelConfig
+from trm_fast.losses import ACTLossHead
+from trm_fast.model import Model
+from trm_fast.ops import POLICIES
+
+CPU = torch.device("cpu")
+# Large enough that states outweigh weights and constants.
+SIZES = {
+    "seq_len": 30,
+    "hidden_size": 32,
+    "intermediate_size": 96,
+    "token_intermediate_size": 64,
+    "L_layers": 2,
+    "L_cycles": 3,
+}
+GRID = {
+    "attention": {},
+    "mlp_t": MIXERS["mlp_t"],
+    "learned": {"pos_encodings": "learned", "L_layers": 3},
+    "norows": {"puzzle_emb_ndim": 0, "puzzle_emb_len": 0, "q_logits": 1},
+    "widths": {"intermediate_size": 20, "vocab_size": 5},
+    "tokenwidth": {**MIXERS["mlp_t"], "token_intermediate_size": 12, "puzzle_emb_len": 5},
+    "multiple": {"intermediate_multiple": 256, "expansion": 4.0},
+}
+
+
+class Peak(HeldStorages):
+    """The most bytes of floating-point tensors held at once."""
+
+    peak = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = super().__torch_dispatch__(func, types, args, kwargs)
+        self.made = {key: made for key, made in self.made.items() if not made[0].expired()}
+        self.peak = max(self.peak, sum(size for _, size in self.made.values()))
+        return out
+
+
+@pytest.fixture
+def free(monkeypatch):
+    """Sets what `free_bytes` finds."""
+    return lambda value: monkeypatch.setattr(memory, "free_bytes", lambda device: value)
+
+
+@pytest.mark.parametrize("name", GRID)
+def test_parameter_count(name):
+    model = Model(tiny_config(**GRID[name]))
+    counted = sum(p.numel() for p in model.parameters())
+    assert memory.parameter_count(model.config) == counted
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("mixer", ["attention", "mlp_t", "attention-none"])
+def test_saved_elements_against_what_autograd_holds(mixer, policy, dtype):
+    mixer, _, positions = mixer.partition("-")
+    changes = MIXERS[mixer] | ({"pos_encodings": positions} if positions else {})
+    inner = tiny_model(policy=policy, forward_dtype=dtype, **SIZES, **changes).inner
+    config, batch = inner.config, 16
+    states = [
+        torch.randn(batch, config.total_len, config.hidden_size).to(inner.forward_dtype)
+        for _ in range(3)
+    ]
+    blocks = inner.L_level.weights()
+    with HeldStorages([*states, *inner.parameters(), *inner.buffers()]) as storages:
+        out = inner.ops.deep_recursion(
+            inner.ops, *states, blocks, inner._rotary(), inner._recursion(batch)
+        )
+    size = out[0].element_size()
+    held = storages.held_bytes(but=out) / size
+    passes = config.L_cycles + 1
+    if policy == "recompute":
+        assert memory.saved_elements(config, policy) == 0
+        assert held == passes * states[0].numel()
+        return
+    cast = 0 if dtype == "float32" else sum(p.numel() for p in inner.L_level.parameters())
+    elements = passes * (batch * config.L_layers * memory.saved_elements(config, policy) + cast)
+    assert held == pytest.approx(elements, rel=0.05)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_step_bytes_against_the_peak_of_a_step(mixer, policy, dtype):
+    model = tiny_model(policy=policy, forward_dtype=dtype, **SIZES, **MIXERS[mixer])
+    head = ACTLossHead(model, "stablemax_cross_entropy")
+    batch = tiny_batch(64, length=30)
+    carry = head.initial_carry(batch)
+    with Peak([*model.parameters(), *model.buffers()]) as storages:
+        head(return_keys=[], carry=carry, batch=batch)[1].backward()
+    # The optimizer's four copies are not there yet.
+    optimizer = 4 * 4 * memory.parameter_count(model.config)
+    estimate = memory.step_bytes(model.config, 64, policy) - optimizer
+    assert 0.75 * estimate < storages.peak < 1.05 * estimate
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_order_of_the_policies(mixer):
+    config = ModelConfig.from_dict(tiny_config(**SIZES, **MIXERS[mixer]))
+    need = {policy: memory.step_bytes(config, 256, policy) for policy in POLICIES}
+    assert need["save"] > max(need["light"], need["recompute"])
+    # Recomputing whole passes holds one pass of everything: where that is mostly the products
+    # inside SwiGLU along the tokens, "light" needs less.
+    assert (need["light"] > need["recompute"]) == (mixer == "attention")
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_grows_with_batch_rows_and_width(policy):
+    def need(batch=8, **changes):
+        config = ModelConfig.from_dict(tiny_config(**changes))
+        return memory.step_bytes(config, batch, policy)
+
+    assert need(16) - need(8) == need(24) - need(16) > 0
+    assert need(num_puzzle_identifiers=1006) - need() == 4 * 1000 * 16
+    assert need(hidden_size=32) > need()
+    assert need(L_layers=2) > need()
+    assert need(seq_len=20) > need()
+
+
+def test_fastest_policy_is_the_first_that_fits_nine_tenths(free):
+    config = ModelConfig.from_dict(tiny_config(**SIZES, policy="auto"))
+    need = {policy: memory.step_bytes(config, 64, policy) for policy in POLICIES}
+    for policy in POLICIES:
+        free(need[policy] / 0.9 + 1)
+        assert memory.fastest_policy(config, 64, CPU) == policy
+    free(need["save"] / 0.9 - 10)
+    assert memory.fastest_policy(config, 64, CPU) == "light"
+    free(0)
+    assert memory.fastest_policy(config, 64, CPU) == "recompute"
+    token_mix = ModelConfig.from_dict(tiny_config(**SIZES, **MIXERS["mlp_t"]))
+    free(0)
+    assert memory.fastest_policy(token_mix, 64, CPU) == "light"
+    assert memory.fastest_policy(config, 64, torch.device("meta")) == "save"
+
+
+@pytest.mark.parametrize("policy", ["auto", *POLICIES])
+def test_check_fits_returns_the_estimate(free, policy):
+    config = ModelConfig.from_dict(tiny_config(policy=policy))
+    chosen = "save" if policy == "auto" else policy
+    need = memory.step_bytes(config, 8, chosen)
+    free(need / 0.8)
+    assert memory.check_fits(config, 8, CPU) == need
+
+
+def refusal(config, batch):
+    with pytest.raises(ValueError) as error:
+        memory.check_fits(config, batch, CPU)
+    text = str(error.value)
+    assert "\n" not in text
+    assert f"a training step of {batch} boards needs about" in text
+    return text
+
+
+def test_check_fits_names_a_policy(free):
+    config = ModelConfig.from_dict(tiny_config(**SIZES, policy="save"))
+    free(memory.step_bytes(config, 64, "light"))
+    assert refusal(config, 64).endswith("; arch.policy=light fits")
+    free(memory.step_bytes(config, 64, "recompute"))
+    assert refusal(config, 64).endswith("; arch.policy=recompute fits")
+
+
+def test_check_fits_names_a_policy_that_keeps_more_where_that_needs_less(free):
+    config = ModelConfig.from_dict(tiny_config(**SIZES, **MIXERS["mlp_t"], policy="recompute"))
+    free(memory.step_bytes(config, 64, "light"))
+    assert refusal(config, 64).endswith("; arch.policy=light fits")
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_check_fits_names_a_batch_size(free, mixer):
+    config = ModelConfig.from_dict(tiny_config(**SIZES, **MIXERS[mixer], policy="save"))
+    least = min(memory.step_bytes(config, 20, policy) for policy in POLICIES)
+    free(least)
+    said = refusal(config, 64).rpartition("; ")[2]
+    size, policy = said.removeprefix("global_batch_size=").split(" with arch.policy=")
+    assert size == "16"
+    assert memory.step_bytes(config, int(size), policy.removesuffix(" fits")) <= least
+
+
+def test_check_fits_where_nothing_does(free):
+    free(1000)
+    text = refusal(ModelConfig.from_dict(tiny_config()), 64)
+    assert text.endswith("no batch size fits: make the model smaller")
+
+
+def test_free_bytes_of_this_machine():
+    found = memory.free_bytes(CPU)
+    assert isinstance(found, int)
+    assert 0 < found < 2**50
+
+
+@pytest.mark.parametrize("names, pages", [({"SC_PHYS_PAGES": 1}, 3), ({}, None)])
+def test_free_bytes_without_linux(monkeypatch, names, pages):
+    def refuse(*args, **kwargs):
+        raise FileNotFoundError
+
+    monkeypatch.setattr("builtins.open", refuse)
+    monkeypatch.setattr(memory.os, "sysconf_names", names)
+    monkeypatch.setattr(memory.os, "sysconf", {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": 3}.get)
+    assert memory.free_bytes(CPU) == (4096 * 3 if pages else 4 * memory.GIB)
+
+
+def test_free_bytes_on_accelerators(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 70)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 50)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1000, 5000))
+    assert memory.free_bytes(torch.device("cuda")) == 1020
+    monkeypatch.setattr(torch.mps, "recommended_max_memory", lambda: 500)
+    monkeypatch.setattr(torch.mps, "driver_allocated_memory", lambda: 100)
+    assert memory.free_bytes(torch.device("mps")) == 400

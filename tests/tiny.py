@@ -1,0 +1,116 @@
+"""A model small enough for a test of anything, its batches, and a count of what autograd holds.
+
+Owns no expectation. Imported by tests of the model, of its parts and of the operations.
+
+Dims legend: B batch, L puzzle tokens (10), V vocabulary (9), D width (16), P prefix tokens (2).
+"""
+
+import gc
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from trm_fast.model import Model
+
+IDENTIFIERS = 6
+VOCABULARY = 9
+
+
+def tiny_config(**changes: Any) -> dict[str, Any]:
+    """Every key without a default, at a tiny size, and `changes`."""
+    return {
+        "batch_size": 4,
+        "seq_len": 10,
+        "num_puzzle_identifiers": IDENTIFIERS,
+        "vocab_size": VOCABULARY,
+        "H_cycles": 2,
+        "L_cycles": 2,
+        "L_layers": 1,
+        "hidden_size": 16,
+        "expansion": 2.0,
+        "intermediate_multiple": 8,
+        "num_heads": 2,
+        "pos_encodings": "rope",
+        "halt_max_steps": 4,
+        "halt_exploration_prob": 0.0,
+        "puzzle_emb_ndim": 16,
+        "puzzle_emb_len": 2,
+        "forward_dtype": "float32",
+        "policy": "save",
+        **changes,
+    }
+
+
+# One of each mixer; further arguments of tiny_config.
+MIXERS: dict[str, dict[str, Any]] = {
+    "attention": {},
+    "mlp_t": {"mlp_t": True, "pos_encodings": "none"},
+}
+
+
+def tiny_model(seed: int = 0, **changes: Any) -> Model:
+    """A model whose puzzle rows and halting head are not zero, so that every input counts."""
+    torch.manual_seed(seed)
+    model = Model(tiny_config(**changes))
+    with torch.no_grad():
+        if model.config.puzzle_emb_ndim:
+            model.puzzle_emb.weights.normal_()
+        model.inner.q_head.weight.normal_()
+        model.inner.q_head.bias.zero_()
+    return model
+
+
+def tiny_batch(
+    batch: int = 4, seed: int = 1, length: int = 10, vocab: int = 9
+) -> dict[str, Tensor]:
+    """inputs and labels [B, L] int32 (some labels ignored), puzzle_identifiers [B] int32."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(high: int, *shape: int) -> Tensor:
+        return torch.randint(high, shape, generator=generator, dtype=torch.int32)
+
+    labels = draw(VOCABULARY, batch, length)
+    labels[draw(4, batch, length) == 0] = -100
+    return {
+        "inputs": draw(VOCABULARY, batch, length),
+        "labels": labels,
+        "puzzle_identifiers": draw(IDENTIFIERS, batch),
+    }
+
+
+class HeldStorages(TorchDispatchMode):
+    """Storages that operations make inside, to ask afterwards which of them are still held.
+
+    Args:
+        given: tensors made before, whose storages do not count.
+    """
+
+    def __init__(self, given: Iterable[Tensor]) -> None:
+        super().__init__()
+        self.given = {t.untyped_storage()._cdata for t in given}
+        self.made: dict[int, tuple[StorageWeakRef, int]] = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        out = func(*args, **(kwargs or {}))
+        for t in tree_leaves(out):
+            if isinstance(t, Tensor) and t.is_floating_point():
+                storage = t.untyped_storage()
+                ref = StorageWeakRef(storage)
+                if ref.cdata not in self.given:
+                    self.made[ref.cdata] = (ref, storage.nbytes())
+        return out
+
+    def held_bytes(self, but: Iterable[Tensor] = ()) -> int:
+        """Bytes of floating-point tensors still held, those of `but` not counted."""
+        gc.collect()
+        excluded = {t.untyped_storage()._cdata for t in but}
+        return sum(
+            size
+            for key, (ref, size) in self.made.items()
+            if key not in excluded and not ref.expired()
+        )

@@ -24,7 +24,7 @@ ORDER = [
     ["data.format"],
     ["data.augment"],
     ["data.sudoku_solver"],
-    ["data.sudoku_generator", "data.dataset"],
+    ["data.sudoku_generator", "data.sudoku_source", "data.dataset"],
     ["data.sudoku"],
     ["data"],
     ["ops"],

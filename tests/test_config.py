@@ -119,7 +119,7 @@ def test_train_config_defaults_are_cfg_pretrain_and_ours_change_nothing():
         "eval_max_puzzles": None,
         "eval_batch_size": None,
         "eval_steps_max": None,
-        "resume": "never",
+        "resume": "auto",
         "save_interval": None,
         "keep": None,
         "official": False,

@@ -13,7 +13,7 @@ from trm_fast.data.dataset import from_arrays
 from trm_fast.data.format import write_dataset
 from trm_fast.losses import ACTLossHead
 from trm_fast.model import Model
-from trm_fast.trainer import Trainer, TrainingStopped, open_splits, pick_device
+from trm_fast.trainer import Trainer, TrainingStopped, open_splits
 
 SEQ, VOCAB = 16, 6
 
@@ -376,14 +376,6 @@ def test_weights_to_start_from(data, tmp_path):
         if path.is_dir():
             expected = trainer.ema.shadow["inner.lm_head.weight"]
         assert torch.equal(started.model.inner.lm_head.weight, expected)
-
-
-def test_devices():
-    assert pick_device("cpu") == torch.device("cpu")
-    assert pick_device("auto").type in ("cpu", "cuda", "mps")
-    if not torch.cuda.is_available():
-        with pytest.raises(ValueError, match="device=cuda is not there"):
-            pick_device("cuda")
 
 
 def test_compiled_step_equals_the_plain_one(data, tmp_path, monkeypatch):

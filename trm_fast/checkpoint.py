@@ -284,6 +284,13 @@ def read_pointer(run_dir: str | os.PathLike[str], which: str) -> str | None:
     return name
 
 
+def _pointer_or_none(run: Path, which: str = "last") -> str | None:
+    try:
+        return read_pointer(run, which)
+    except CheckpointError:
+        return None
+
+
 def write_pointer(run_dir: str | os.PathLike[str], which: str, name: str) -> None:
     """Make RUN/last or RUN/best name a step folder, atomically.
 

@@ -163,7 +163,7 @@ class TrainConfig:
         "run folder; null: checkpoints/<project_name>/<run_name>", None
     )
     load_checkpoint: str | None = option("weights to start from", None)
-    resume: str = option("auto: go on where the run folder ends; never; or a PATH", "never")
+    resume: str = option("auto: go on with an unfinished run; never; or the PATH of one", "auto")
     checkpoint_every_eval: bool = option("checkpoint at every evaluation, not only the last", True)
     save_interval: int | None = option(
         "steps between checkpoints; null: at evaluations", None, low=1

@@ -37,6 +37,9 @@ _BARE = re.compile(r"[A-Za-z0-9_./@+=-]+")
 _YAML_BARE = re.compile(r"[A-Za-z_/][A-Za-z0-9_./@+-]*")
 _YAML_WORDS = ("true", "false", "yes", "no", "on", "off", "null", "y", "n")
 _DEEPEST = 8
+# Top-level keys of files that hold no settings: Hydra's own, and what a checkpoint's config.json
+# says of the data and of the model built for it.
+NOT_SETTINGS = ("hydra", "model", "data")
 
 
 class HelpRequested(Exception):
@@ -253,11 +256,26 @@ def _read_yaml(path: Path, text: str) -> Any:
         raise ConfigError(f"{path} is not YAML: {str(error)[:150]}") from None
 
 
+def _saved_config(path: str) -> dict[str, Any]:
+    """The settings of the run (or step) folder that `resume=PATH` names."""
+    folder = Path(path)
+    try:
+        step = (folder / "last").read_text(encoding="ascii").strip()
+    except (OSError, ValueError):
+        step = "."
+    if not (folder / step / "config.json").is_file():
+        raise ConfigError(
+            f"resume must be auto, never or a run folder with a checkpoint, got {show(path)}"
+        )
+    return read_config_file(folder / step / "config.json")
+
+
 def read_config_file(path: str | Path) -> dict[str, Any]:
     """A .json, .yaml or .yml file as dotted canonical keys; ConfigError naming the file.
 
     Our config.json, the official all_config.yaml and the official cfg_pretrain.yaml are all read;
-    of the latter `hydra` is left out and `defaults` may choose the architecture.
+    of the first what describes the data and the model built for it is left out, of the last
+    `hydra`, and its `defaults` may choose the architecture.
     """
     path = Path(path)
     kind = path.suffix.lower()
@@ -277,7 +295,7 @@ def read_config_file(path: str | Path) -> dict[str, Any]:
         values = _read_yaml(path, text)
     if not isinstance(values, Mapping):
         raise ConfigError(f"{path} must hold keys and values, got {show(values)}")
-    values = {k: v for k, v in values.items() if k != "hydra"}
+    values = {k: v for k, v in values.items() if k not in NOT_SETTINGS}
     defaults = values.pop("defaults", [])
     if not isinstance(defaults, list):
         raise ConfigError(f"{path}: defaults must be a list, got {show(defaults)}")
@@ -295,7 +313,8 @@ def parse_train(argv: Sequence[str]) -> TrainConfig:
 
     Order: official base < preset < --config files < key=value. Without preset and without `arch`
     the preset is sudoku-mini; `arch=trm`, or a file that names an architecture, starts from the
-    official base. Raises ConfigError (one line) or HelpRequested.
+    official base; `resume=PATH` starts from the settings of that run. Raises ConfigError (one
+    line) or HelpRequested.
     """
     preset: Any = None
     official_base = False
@@ -310,6 +329,9 @@ def parse_train(argv: Sequence[str]) -> TrainConfig:
             if name is not None:
                 given[name] = _read_option(name, text)
                 official_base = official_base or key == "arch"
+    resumed = given.get("resume", "auto")
+    if isinstance(resumed, str) and resumed not in ("auto", "never"):
+        files.insert(0, _saved_config(resumed))
     preset = given.get("preset")
     for file in files:
         preset = preset or file.get("preset")

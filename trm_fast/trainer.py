@@ -28,6 +28,7 @@ from trm_fast.data.dataset import PuzzleDataset, PuzzleDatasetConfig
 from trm_fast.data.format import Metadata
 from trm_fast.inference import SetReport, evaluate, sudoku_rules, sudoku_side
 from trm_fast.interop import load_weights
+from trm_fast.loading import pick_device
 from trm_fast.losses import ACTLossHead
 from trm_fast.model import Model
 from trm_fast.recursion import Carry, State
@@ -94,21 +95,6 @@ def _dataset_config(
         rank=0,
         num_replicas=1,
     )
-
-
-def pick_device(name: str) -> torch.device:
-    """The device `name` means; "auto" is CUDA, MPS or CPU, whichever is there first.
-
-    Raises:
-        ValueError: a device that this machine or this PyTorch does not have.
-    """
-    have = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if name == "auto":
-        return torch.device(next((kind for kind, there in have.items() if there), "cpu"))
-    device = torch.device(name)
-    if not have.get(device.type, device.type == "cpu"):
-        raise ValueError(f"device={name} is not there; device=auto takes what is")
-    return device
 
 
 @dataclass
@@ -417,14 +403,19 @@ class Trainer:
             config=self._config_record(),
             train_state=self.state_dict(),
         )
-        checkpoint.write_pointer(self.run_dir, "last", path.name)
-        if self.best is not None and self.best[1] == self.step:
-            checkpoint.write_pointer(self.run_dir, "best", path.name)
+        best = f"step_{self.best[1]}" if self.best else None
+        if best and (self.run_dir / best).is_dir():
+            checkpoint.write_pointer(self.run_dir, "best", best)
         if self.config.keep:
             checkpoint.prune(self.run_dir, self.config.keep)
         self._saved_at = self.step
         self.reporter.on_checkpoint(self, path)
         return path
+
+    def official_weights(self) -> dict[str, Tensor]:
+        """What the official code would save: the EMA copy where there is one."""
+        state = self.model.state_dict()
+        return self.ema.merged(state) if self.ema else state
 
     def _config_record(self) -> dict[str, Any]:
         splits = self.splits

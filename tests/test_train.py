@@ -1,0 +1,225 @@
+"""The train command: exit statuses, files, signals, kill -9 and going on, several seeds."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from trm_fast import checkpoint, train
+from trm_fast.data import sudoku_generator
+from trm_fast.data.format import one_puzzle_per_group, write_dataset
+from trm_fast.data.sudoku_generator import generate, sudoku_metadata
+from trm_fast.progress import read_metrics
+
+ROOT = Path(__file__).resolve().parent.parent
+TINY = [
+    "global_batch_size=8", "steps=12", "eval_steps=6", "log_interval=3", "lr_warmup_steps=2",
+    "arch.hidden_size=8", "arch.intermediate_size=8", "arch.token_intermediate_size=8",
+    "arch.halt_max_steps=2", "device=cpu",
+]  # fmt: skip
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """An empty working folder with 4x4 boards under `boards`."""
+    monkeypatch.chdir(tmp_path)
+    splits = {}
+    for number, (split, count) in enumerate((("train", 40), ("test", 10))):
+        boards, grids = generate(count, clues=(8, 12), size=4, seed=number)
+        arrays = one_puzzle_per_group(boards + 1, grids + 1)
+        splits[split] = (sudoku_metadata(4, count), {"all": arrays})
+    write_dataset(tmp_path / "boards", splits)
+    return tmp_path
+
+
+def run(*words):
+    return train.main(["data_paths=[boards]", *TINY, *words])
+
+
+def run_folder(here):
+    (folder,) = (here / "checkpoints").glob("*/*")
+    return folder
+
+
+def test_a_run_from_start_to_end(here, capfd):
+    assert run("+run_name=r") == 0
+    folder = run_folder(here)
+    assert folder.name == "r"
+    assert checkpoint.read_pointer(folder, "last") == "step_12"
+    assert {"step_6", "step_12"} <= {path.name for path in folder.iterdir()}
+    rows = read_metrics(folder)
+    assert [row["step"] for row in rows if "train/lm_loss" in row] == [3, 6, 9, 12]
+    assert [row["step"] for row in rows if "all/exact_accuracy" in row] == [6, 12]
+    assert (folder / "metrics.csv").read_text().startswith("step,")
+    assert (folder / "learning_curve.png").read_bytes()[:4] == b"\x89PNG"
+    said = capfd.readouterr().out
+    for words in ("12 steps", "10 held-out boards", "before training", "after training",
+                  f"python -m trm_fast.evaluate {folder.relative_to(here)}"):  # fmt: skip
+        assert words in said
+
+
+def test_a_finished_named_run_is_shown_again(here, capfd):
+    assert run("+run_name=r") == 0
+    rows = read_metrics(run_folder(here))
+    assert run("+run_name=r") == 0
+    assert "going on    from step 12" in capfd.readouterr().out
+    assert [r for r in read_metrics(run_folder(here)) if "train/lr" in r] == [
+        r for r in rows if "train/lr" in r
+    ]
+
+
+def test_official_files(here):
+    assert run("+run_name=r", "official=true") == 0
+    folder = run_folder(here)
+    weights = torch.load(folder / "official" / "step_12", weights_only=True)
+    assert all(key.startswith("_orig_mod.model.inner.") for key in weights)
+    saved = checkpoint.load_checkpoint(folder / "step_12")
+    assert torch.equal(
+        weights["_orig_mod.model.inner.lm_head.weight"], saved.ema["inner.lm_head.weight"]
+    )
+    assert "hidden_size: 8" in (folder / "official" / "all_config.yaml").read_text()
+
+
+def test_several_seeds(here, capfd):
+    assert run("+run_name=r", "seeds=2", "seed=5") == 0
+    names = sorted(p.name for p in (here / "checkpoints").glob("*/*"))
+    assert names == ["r-seed5", "r-seed6"]
+    said = capfd.readouterr().out
+    assert "all exact, last step: mean" in said
+    assert "deviation" in said
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["lrr=1"], "did you mean"),
+        (["lr=fast"], "lr must be a number"),
+        (["data_paths=[nowhere]"], "nowhere"),
+        (["device=cuda:99"], "cuda:99"),
+        (["resume=nowhere"], "resume must be"),
+    ],
+)
+def test_mistakes_are_one_line_and_exit_2(here, capfd, words, message):
+    assert run(*words) == 2
+    said = capfd.readouterr().err
+    assert message in said
+    assert said.count("\n") == 1
+
+
+def test_many_processes_are_refused(here, capfd, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert run() == 2
+    assert "WORLD_SIZE=4" in capfd.readouterr().err
+
+
+def test_help_needs_no_torch():
+    code = (
+        "import sys; from trm_fast import train; status = train.main(['--help']);"
+        "assert status == 0 and 'torch' not in sys.modules"
+    )
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+    )
+    assert "global_batch_size" in done.stdout
+
+
+def test_the_default_job_makes_its_data(here, capfd, monkeypatch):
+    made = []
+
+    def small(root, *, seed, train_boards):
+        made.append((str(root), seed, train_boards))
+        (here / "boards").rename(root)
+
+    monkeypatch.setattr("trm_fast.runner.default_job_data", small)
+    (here / "data").mkdir()
+    assert train.main(["generate=30", *TINY]) == 0
+    assert made == [("data/sudoku-mini-30", 0, 30)]
+    assert run_folder(here).parent.name == "Sudoku-mini"
+    assert callable(sudoku_generator.default_job_data)
+
+
+def start(here, *words):
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "trm_fast.train", "data_paths=[boards]", *TINY, *words]
+    return subprocess.Popen(
+        command, cwd=here, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+
+
+def wait_for(process, condition):
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert process.poll() is None, process.stdout.read().decode()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def final_state(folder):
+    name = checkpoint.read_pointer(folder, "last")
+    saved = checkpoint.load_checkpoint(folder / name)
+    return saved.step, saved.model, saved.ema, saved.train_state
+
+
+def assert_equal(one, other, where=""):
+    if isinstance(one, torch.Tensor):
+        assert torch.equal(one, other), where
+    elif isinstance(one, dict):
+        assert one.keys() == other.keys(), where
+        for key in one:
+            assert_equal(one[key], other[key], f"{where}.{key}")
+    elif isinstance(one, list | tuple):
+        assert len(one) == len(other), where
+        for index, (a, b) in enumerate(zip(one, other, strict=True)):
+            assert_equal(a, b, f"{where}.{index}")
+    else:
+        assert one == other, where
+
+
+LONG = ["steps=400", "eval_steps=400", "save_interval=5", "keep=3"]
+
+
+def test_kill_9_loses_at_most_the_steps_since_the_last_checkpoint(here):
+    assert run("+run_name=straight", *LONG) == 0
+    folder = here / "checkpoints" / "Boards-ACT-torch" / "killed"
+    for at in (20, 120):
+        process = start(here, "+run_name=killed", *LONG)
+        wait_for(process, lambda at=at: (checkpoint.list_steps(folder) or [(0, None)])[-1][0] >= at)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        # Whatever moment it was: the newest checkpoint is whole.
+        assert checkpoint.load_checkpoint(checkpoint.resolve(folder)).step >= at
+    assert run("+run_name=killed", *LONG) == 0
+    assert_equal(final_state(folder.parent / "straight"), final_state(folder))
+    steps = [row["step"] for row in read_metrics(folder) if "train/lr" in row]
+    assert steps == list(range(3, 400, 3))
+
+
+@pytest.mark.parametrize(
+    ("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["int", "term"]
+)
+def test_signals_save_and_exit(here, number, status):
+    process = start(here, "+run_name=r", "steps=100000", "save_interval=5", "keep=2")
+    folder = here / "checkpoints" / "Boards-ACT-torch" / "r"
+    wait_for(process, lambda: bool(checkpoint.list_steps(folder)))
+    process.send_signal(number)
+    said = process.communicate(timeout=60)[0].decode()
+    assert process.returncode == status
+    step = checkpoint.load_checkpoint(checkpoint.resolve(folder)).step
+    assert f"stopped at step {step}" in said
+    assert f"resume={folder.relative_to(here)}" in said
+    config = json.loads((folder / f"step_{step}" / "config.json").read_text())
+    assert config["steps"] == 100000
+
+
+def test_resume_by_path_takes_the_settings_of_the_run(here, capfd):
+    assert run("+run_name=r", "arch.halt_max_steps=3") == 0
+    folder = run_folder(here)
+    assert train.main([f"resume={folder}"]) == 0
+    assert "going on    from step 12" in capfd.readouterr().out

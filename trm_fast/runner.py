@@ -1,0 +1,225 @@
+"""A training job from settings to exit status: data, run folder, signals, what the user sees.
+
+Owns everything around `Trainer` that belongs to a person at a terminal. Imported by `train.py`.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import statistics
+import time
+from pathlib import Path
+from types import FrameType
+
+from trm_fast import checkpoint, memory
+from trm_fast.checkpoint import CheckpointError
+from trm_fast.config import TrainConfig
+from trm_fast.console import say
+from trm_fast.data.sudoku_generator import default_job_data
+from trm_fast.inference import SetReport
+from trm_fast.overrides import emit_yaml
+from trm_fast.progress import MetricsError, MetricsWriter, StatusLine, make_loggers, read_metrics
+from trm_fast.runs import Place, RunLock, place
+from trm_fast.summary import summarize
+from trm_fast.trainer import Splits, Trainer, TrainingStopped, open_splits
+from trm_fast.viz import learning_curve
+
+
+class Signals:
+    """SIGINT and SIGTERM, noted instead of obeyed while active; a second SIGINT ends at once."""
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        self._before: dict[int, object] = {}
+
+    def __enter__(self) -> Signals:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.received == signal.SIGINT and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.received = number
+
+
+class Console:
+    """The Reporter of the command line: status line, metric files, trackers, official files."""
+
+    def __init__(self, spot: Place, total_steps: int, signals: Signals) -> None:
+        config, self.run_dir, self.signals = spot.config, spot.run_dir, signals
+        self.config = config
+        self.writer = MetricsWriter(self.run_dir, spot.resume_step)
+        self.status = StatusLine(total_steps, start=spot.resume_step or 0)
+        self.trackers = make_loggers(
+            config.logger,
+            project=config.project_name or "trm_fast",
+            run_name=config.run_name or self.run_dir.name,
+            config=config.to_dict(),
+            run_dir=self.run_dir,
+            resume_step=spot.resume_step,
+        )
+
+    def on_step(self, trainer: Trainer, metrics: dict[str, float]) -> None:
+        self._log(trainer.step, metrics)
+        boards = self.config.log_interval * self.config.global_batch_size
+        exact = metrics["train/exact_accuracy"]
+        self.status.update(trainer.step, metrics["train/lm_loss"], exact, boards)
+
+    def on_evaluation(self, trainer: Trainer, reports: dict[str, SetReport]) -> None:
+        metrics: dict[str, float] = {}
+        for name, report in reports.items():
+            metrics |= {f"{name}/{key}": value for key, value in report.metrics().items()}
+            self.status.message(f"step {trainer.step}  {_sentence(name, report)}")
+        self._log(trainer.step, metrics)
+
+    def on_checkpoint(self, trainer: Trainer, path: Path) -> None:
+        if self.config.official:
+            folder = self.run_dir / "official"
+            checkpoint.write_official(folder / path.name, trainer.official_weights())
+            settings = emit_yaml(trainer.config.official_dict())
+            (folder / "all_config.yaml").write_text(settings, encoding="utf-8")
+
+    def on_skip(self, trainer: Trainer, norm: float) -> None:
+        self._log(trainer.step, {"train/skipped": float(trainer.guard.skipped)})
+        self.status.message(
+            f"step {trainer.step}  the norm of the gradient is {norm}: step left out "
+            f"({trainer.guard.consecutive} in a row, {trainer.guard.skipped} in all)"
+        )
+
+    def wants_to_stop(self) -> bool:
+        return self.signals.received is not None
+
+    def _log(self, step: int, metrics: dict[str, float]) -> None:
+        self.writer.write(step, metrics)
+        for tracker in self.trackers:
+            tracker.log(step, metrics)
+
+    def close(self) -> None:
+        self.status.close()
+        for tracker in self.trackers:
+            tracker.close()
+
+
+def _sentence(name: str, report: SetReport) -> str:
+    return (
+        f"{name}: exact {report.exact_accuracy[-1]:.1%} (best-q {report.best_q_exact_accuracy:.1%})"
+        f", cells {report.accuracy[-1]:.1%}, {report.puzzles} boards"
+    )
+
+
+def train(config: TrainConfig) -> int:
+    """Run a job; returns the exit status that `train.main` documents."""
+    world = os.environ.get("WORLD_SIZE", "1")
+    if world != "1":
+        say(f"trm-fast train: WORLD_SIZE={world}, but this version trains in one process", err=True)
+        return 2
+    try:
+        with_data = _with_data(config)
+        if config.seeds == 1:
+            return _run(with_data)[0]
+        return _run_seeds(with_data)
+    except (TrainingStopped, CheckpointError, MetricsError) as error:
+        say(f"trm-fast train: {error}", err=True)
+        return 1
+    except (ValueError, OSError) as error:
+        say(f"trm-fast train: {error}", err=True)
+        return 2
+    except KeyboardInterrupt:
+        say("interrupted", err=True)
+        return 130
+
+
+def _with_data(config: TrainConfig) -> TrainConfig:
+    """The settings with `generate` replaced by the folder of the generated data."""
+    if not config.generate:
+        return config
+    root = Path("data", f"sudoku-mini-{config.generate}")
+    began = time.monotonic()
+    default_job_data(root, seed=0, train_boards=config.generate)
+    say(f"data        {root}, {config.generate} training boards, {time.monotonic() - began:.1f} s")
+    project = config.project_name or "Sudoku-mini"
+    return config.replace({"data_paths": [str(root)], "project_name": project})
+
+
+def _run_seeds(config: TrainConfig) -> int:
+    """The job once per seed, then mean and spread of the last accuracies."""
+    base = config.with_names()
+    finals: dict[str, list[float]] = {}
+    for seed in range(config.seed, config.seed + config.seeds):
+        name = f"{base.run_name}-seed{seed}"
+        say(f"--- seed {seed} ---")
+        status, trainer = _run(
+            base.replace({"seed": seed, "run_name": name, "checkpoint_path": None})
+        )
+        if status != 0:
+            return status
+        for set_name, report in trainer.reports.items():
+            for answer, value in (
+                ("last step", report.exact_accuracy[-1]),
+                ("best-q", report.best_q_exact_accuracy),
+            ):
+                finals.setdefault(f"{set_name} exact, {answer}", []).append(value)
+    say(f"--- {config.seeds} seeds ---")
+    for label, values in finals.items():
+        spread = statistics.stdev(values) if len(values) > 1 else 0.0
+        shown = ", ".join(f"{value:.1%}" for value in values)
+        say(f"{label}: mean {statistics.mean(values):.1%}, deviation {spread:.1%} ({shown})")
+    return 0
+
+
+def _run(config: TrainConfig) -> tuple[int, Trainer]:
+    """One run; its exit status and the trainer as it ended."""
+    splits = open_splits(config)
+    total = config.total_steps(splits.train.total_groups, splits.train.mean_puzzle_examples)
+    spot = place(config, total)
+    lock = RunLock(spot.run_dir)
+    try:
+        with Signals() as signals:
+            return _run_locked(spot, splits, total, signals)
+    finally:
+        lock.release()
+
+
+def _run_locked(spot: Place, splits: Splits, total: int, signals: Signals) -> tuple[int, Trainer]:
+    console = Console(spot, total, signals)
+    try:
+        trainer = Trainer(spot.config, splits, spot.run_dir, console)
+        if spot.resume_from is not None:
+            trainer.resume(spot.resume_from)
+        _announce(trainer, spot)
+        began = time.monotonic()
+        finished = trainer.run()
+        seconds = time.monotonic() - began
+    finally:
+        console.close()
+    if not finished:
+        say(f"stopped at step {trainer.step}; everything is saved. Go on with:")
+        say(f"  python -m trm_fast.train resume={spot.run_dir}")
+        return 128 + (signals.received or signal.SIGINT), trainer
+    summarize(trainer, seconds)
+    picture = spot.run_dir / "learning_curve.png"
+    say(learning_curve(read_metrics(spot.run_dir), picture) or f"curve       {picture}")
+    return 0, trainer
+
+
+def _announce(trainer: Trainer, spot: Place) -> None:
+    parameters = sum(p.numel() for p in trainer.model.parameters())
+    say(f"run folder  {spot.run_dir}")
+    if spot.resume_from is not None:
+        say(f"going on    from step {trainer.step} (a new run_name= starts anew)")
+    say(
+        f"model       {parameters:,} parameters, {trainer.config.arch.forward_dtype}, "
+        f"on {trainer.device}"
+    )
+    say(
+        f"training    {trainer.total_steps} steps of {trainer.config.global_batch_size} boards, "
+        f"about {trainer.step_bytes / memory.GIB:.2f} GiB"
+    )
+    if trainer.splits.test is None:
+        say("evaluation  none: the data has no test split")

@@ -1,0 +1,160 @@
+"""Run folders: which one a training job writes to, and whether it goes on with an earlier one.
+
+Owns the choice and the lock that keeps two processes out of one folder. Imported by `runner.py`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from trm_fast import checkpoint
+from trm_fast.config import TrainConfig, flatten
+
+try:
+    import fcntl
+except ImportError:  # Windows: no lock, two processes in one folder are the user's to avoid
+    fcntl = None  # type: ignore[assignment]
+
+# Settings that may change when a run goes on: they do not change what is learned.
+FREE = {
+    "preset", "project_name", "run_name", "checkpoint_path", "load_checkpoint", "resume", "seeds",
+    "evaluators", "eval_steps", "eval_max_puzzles", "eval_batch_size", "eval_steps_max",
+    "eval_save_outputs", "min_eval_interval", "data_paths_test", "checkpoint_every_eval",
+    "save_interval", "keep", "official", "log_interval", "logger", "max_skipped",
+    "device", "threads", "compile", "arch.backend", "arch.policy",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a job runs: `config` with names filled in, and the checkpoint to go on from, if any."""
+
+    config: TrainConfig
+    run_dir: Path
+    resume_from: Path | None
+
+    @property
+    def resume_step(self) -> int | None:
+        """Steps already made, or None for a new run."""
+        return None if self.resume_from is None else _step_of(self.resume_from)
+
+
+class RunLock:
+    """Held while a process writes to a run folder; the operating system frees it with the process.
+
+    Raises:
+        ValueError: another process holds it.
+    """
+
+    def __init__(self, run_dir: Path) -> None:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        self._file: IO[str] = open(run_dir / ".lock", "a", encoding="ascii")  # noqa: SIM115
+        if fcntl is not None:
+            try:
+                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                self._file.close()
+                raise ValueError(f"{run_dir} is in use by another process") from None
+
+    def release(self) -> None:
+        self._file.close()
+
+
+def place(config: TrainConfig, total_steps: int) -> Place:
+    """The run folder of a job, by `resume`, `run_name` and `checkpoint_path`.
+
+    A named run goes on where its folder ends. A run without a name goes on with an unfinished one
+    of the same project and settings that no process is working on, or gets a new name.
+
+    Raises:
+        ValueError: the folder holds a run with other settings; with resume=never, any run; or
+            resume names no readable checkpoint.
+    """
+    if config.resume not in ("auto", "never"):
+        step = checkpoint.resolve(config.resume)
+        config = config.replace({"checkpoint_path": str(step.parent)}).with_names()
+        _check_same(config, _saved_settings(step), step.parent)
+        return Place(config, step.parent, step)
+    if config.run_name or config.checkpoint_path:
+        return _named(config.with_names())
+    if config.resume == "auto":
+        for folder in _unfinished(Path(config.with_names().checkpoint_path or "").parent):
+            found = _continuation(config, folder, total_steps)
+            if found is not None:
+                return found
+    named = config.with_names()
+    return Place(named, Path(named.checkpoint_path or ""), None)
+
+
+def _named(config: TrainConfig) -> Place:
+    run_dir = Path(config.checkpoint_path or "")
+    if not checkpoint.list_steps(run_dir):
+        return Place(config, run_dir, None)
+    if config.resume == "never":
+        raise ValueError(
+            f"{run_dir} holds a run already: resume=auto goes on with it, "
+            "another run_name starts a new one"
+        )
+    step = checkpoint.resolve(run_dir)
+    _check_same(config, _saved_settings(step), run_dir)
+    return Place(config, run_dir, step)
+
+
+def _continuation(config: TrainConfig, folder: Path, total_steps: int) -> Place | None:
+    """The unfinished run in `folder`, if it is this job's and free."""
+    try:
+        step = checkpoint.resolve(folder)
+        saved = _saved_settings(step)
+        if _step_of(step) >= total_steps or _differences(config, saved):
+            return None
+        RunLock(folder).release()
+    except (OSError, ValueError):
+        return None
+    names = {n: saved.get(n) for n in ("project_name", "run_name")}
+    return Place(config.replace({**names, "checkpoint_path": str(folder)}), folder, step)
+
+
+def _unfinished(project: Path) -> list[Path]:
+    """Folders with checkpoints, the newest first."""
+    try:
+        folders = [f for f in project.iterdir() if checkpoint.list_steps(f)]
+        return sorted(folders, key=os.path.getmtime, reverse=True)
+    except OSError:
+        return []
+
+
+def _step_of(folder: Path) -> int:
+    found = re.search(r"step_(\d+)", folder.name)
+    assert found is not None  # `checkpoint.resolve` returns nothing else
+    return int(found[1])
+
+
+def _saved_settings(step: Path) -> dict[str, Any]:
+    """The dotted settings in a checkpoint's config.json."""
+    values = json.loads((step / checkpoint.CONFIG).read_text(encoding="utf-8"))
+    return flatten({k: v for k, v in values.items() if k not in ("model", "data")})
+
+
+def _differences(config: TrainConfig, saved: Mapping[str, Any]) -> list[str]:
+    """`key=now (was then)` for every setting that matters and changed."""
+    now = flatten(json.loads(json.dumps(config.to_dict())))
+    return [
+        f"{key}={now[key]} (was {saved[key]})"
+        for key in now
+        if key in saved and key not in FREE and now[key] != saved[key]
+    ]
+
+
+def _check_same(config: TrainConfig, saved: Mapping[str, Any], run_dir: Path) -> None:
+    changed = _differences(config, saved)
+    if changed:
+        raise ValueError(
+            f"{run_dir} holds a run with other settings: {', '.join(changed[:4])}; "
+            "give those, or another run_name"
+        )

@@ -1,0 +1,103 @@
+"""The last words of a training job: how good the model is, on what, and what to try next.
+
+Owns that text. Imported by `runner.py`.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from trm_fast.console import say
+from trm_fast.data.dataset import PuzzleDataset, PuzzleDatasetConfig
+from trm_fast.data.format import DataError, read_manifest
+from trm_fast.inference import SetReport, predict, sudoku_side
+from trm_fast.model import Model
+from trm_fast.trainer import Trainer
+from trm_fast.viz import format_board, side_by_side
+
+
+def summarize(trainer: Trainer, seconds: float) -> None:
+    """Say what the finished run achieved.
+
+    Args:
+        trainer: at the end of its run.  seconds: that this process spent in it.
+    """
+    done = f"{trainer.step} steps"
+    if seconds:
+        done += f", {seconds:.0f} s including evaluation"
+    say(f"finished    {done}")
+    clues = _clues_of_sets(trainer)
+    for name, report in trainer.reports.items():
+        say(_result(name, report, clues.get(name)))
+    if clues:
+        say("            No board shares its grid with a training board, symmetries included.")
+        say("            36-50 clues is easy Sudoku, 28-32 is what newspapers call medium.")
+    if trainer.splits.test is not None and sudoku_side(trainer.splits.test):
+        _show_board(trainer)
+    say(f"run folder  {trainer.run_dir}")
+    say("next")
+    say(f"  python -m trm_fast.evaluate {trainer.run_dir}")
+    if trainer.model_config.seq_len == 81 and trainer.model_config.vocab_size == 11:
+        puzzle = _as_line(_first_test_board(trainer)[0])
+        say(f'  python -m trm_fast.solve -m {trainer.run_dir} "{puzzle}"')
+    else:
+        say(f"  python -m trm_fast.train resume={trainer.run_dir}")
+
+
+def _result(name: str, report: SetReport, clues: tuple[int, int] | None) -> str:
+    boards = f"{report.puzzles} held-out boards"
+    boards += f" of {clues[0]}-{clues[1]} clues" if clues else ""
+    return (
+        f"{name:<12}{boards}: {report.exact_accuracy[-1]:.1%} solved "
+        f"(answer of step {len(report.exact_accuracy)}), "
+        f"{report.best_q_exact_accuracy:.1%} by the answer of the highest halting score"
+    )
+
+
+def _clues_of_sets(trainer: Trainer) -> dict[str, tuple[int, int]]:
+    """Clue ranges of generated test sets, from the manifest beside the data; {} for other data."""
+    try:
+        manifest = read_manifest(trainer.splits.paths_test[0])
+        sets = (manifest or {})["request"]["test"]
+        return {name: (int(s["clues"][0]), int(s["clues"][1])) for name, s in sets.items()}
+    except (DataError, KeyError, IndexError, TypeError, ValueError):
+        return {}
+
+
+def _first_test_board(trainer: Trainer) -> tuple[np.ndarray, np.ndarray]:
+    """Inputs and labels of the first test board, tokens [L] each."""
+    config = PuzzleDatasetConfig(
+        seed=0, dataset_paths=trainer.splits.paths_test, global_batch_size=1, test_set_mode=True
+    )
+    _, batch, _ = next(iter(PuzzleDataset(config, "test")))
+    return batch["inputs"][0].numpy(), batch["labels"][0].numpy()
+
+
+def _show_board(trainer: Trainer) -> None:
+    """One test board, its answer by the untrained model and by the trained one."""
+    inputs, labels = _first_test_board(trainer)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(trainer.config.seed)
+        untrained = Model(trainer.model_config).to(trainer.device)
+    tokens = torch.from_numpy(inputs).unsqueeze(0)
+    answers = [predict(untrained, tokens).tokens]
+    with trainer.evaluation_weights():
+        answers.append(predict(trainer.model, tokens).tokens)
+    clues = inputs.astype(np.int64) - 1
+    boards, titles = [format_board(clues, clues)], ["a test board"]
+    for title, answer in zip(("before training", "after training"), answers, strict=True):
+        cells = answer[0].numpy()
+        wrong = int((cells != labels).sum())
+        boards.append(format_board(np.clip(cells - 1, 0, sudoku_side(trainer.splits.train)), clues))
+        titles.append(f"{title}: {wrong} cells wrong")
+    say()
+    say(side_by_side(boards, titles))
+    say()
+
+
+def _as_line(inputs: np.ndarray) -> str:
+    return "".join("." if token <= 1 else str(token - 1) for token in inputs.tolist())
+
+
+__all__ = ["summarize"]

@@ -25,6 +25,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from tokenize import TokenError
 from typing import Any
 
 import numpy as np
@@ -37,11 +38,13 @@ __all__ = [
     "Metadata",
     "PuzzleArrays",
     "check_arrays",
+    "one_line",
     "one_puzzle_per_group",
     "open_writer",
     "read_manifest",
     "read_metadata",
     "read_split",
+    "sha256",
     "verify_manifest",
     "write_dataset",
 ]
@@ -55,10 +58,25 @@ _MANIFEST = "manifest.json"
 _MAX_JSON_BYTES = 1 << 20
 _MAX_MANIFEST_BYTES = 1 << 30
 _CHECK_ROWS = 1 << 16
+# What numpy's reader raises on damaged bytes, apart from OSError and ValueError.
+_DAMAGED = (
+    EOFError,
+    TypeError,
+    SyntaxError,
+    TokenError,
+    ArithmeticError,
+    MemoryError,
+    RuntimeError,
+)
 
 
 class DataError(ValueError):
     """Data that cannot be used: one line that names the file and, where there is one, the row."""
+
+
+def one_line(error: BaseException) -> str:
+    """The message of an error of somebody else's, on one line of decent length."""
+    return " ".join(str(error).split())[:160]
 
 
 @dataclass(frozen=True)
@@ -183,7 +201,7 @@ def _read_json(path: Path, limit: int) -> Any:
     except OSError as error:
         raise DataError(f"{path}: {error.strerror or error}") from None
     except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise DataError(f"{path}: not valid JSON ({_one_line(error)})") from None
+        raise DataError(f"{path}: not valid JSON ({one_line(error)})") from None
 
 
 def _parse_metadata(path: Path, raw: Mapping[str, Any]) -> Metadata:
@@ -242,15 +260,11 @@ def _load(path: Path) -> np.ndarray:
         array = np.lib.format.open_memmap(path, mode="r")
     except FileNotFoundError:
         raise DataError(f"{path}: missing") from None
-    except (OSError, EOFError, ValueError, TypeError, SyntaxError, OverflowError) as error:
-        raise DataError(f"{path}: not a readable .npy file ({_one_line(error)})") from None
+    except (OSError, ValueError, *_DAMAGED) as error:
+        raise DataError(f"{path}: not a readable .npy file ({one_line(error)})") from None
     if array.dtype.kind not in "iu":
         raise DataError(f"{path}: holds {array.dtype}, expected integers")
     return array
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:160]
 
 
 def _read_foreign(folder: Path, raw: Mapping[str, Any]) -> tuple[Metadata, dict[str, PuzzleArrays]]:
@@ -380,12 +394,13 @@ def verify_manifest(root: str | os.PathLike[str], manifest: Mapping[str, Any]) -
     """The first file that is missing or differs from its sha256 in the manifest; None if none."""
     for name, digest in manifest["files"].items():
         path = Path(root) / name
-        if not path.is_file() or _sha256(path) != digest:
+        if not path.is_file() or sha256(path) != digest:
             return str(name)
     return None
 
 
-def _sha256(path: Path) -> str:
+def sha256(path: Path) -> str:
+    """The sha256 of a file, in hexadecimal."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 20):
@@ -419,7 +434,7 @@ class DatasetWriter:
         self.json(f"{split}/dataset.json", metadata.to_dict())
 
     def json(self, name: str, value: Any) -> None:
-        """Write `value` as JSON to the file `name`, relative to the root."""
+        """Write `value` to the JSON file `name`, a path below the root."""
         (self._folder / name).write_text(json.dumps(value), encoding="utf-8")
 
 
@@ -444,7 +459,7 @@ def open_writer(
     try:
         yield DatasetWriter(folder)
         files = sorted(p for p in folder.rglob("*") if p.is_file())
-        digests = {p.relative_to(folder).as_posix(): _sha256(p) for p in files}
+        digests = {p.relative_to(folder).as_posix(): sha256(p) for p in files}
         content = {**manifest, "format": MANIFEST_FORMAT, "files": digests}
         (folder / _MANIFEST).write_text(json.dumps(content, indent=1), encoding="utf-8")
         folder.chmod(0o755)
@@ -455,9 +470,7 @@ def open_writer(
 
 
 def _check_replaceable(target: Path) -> None:
-    if not target.exists():
-        return
-    if not target.is_dir():
+    if target.exists() and not target.is_dir():
         raise DataError(f"{target}: exists and is not a directory")
     present = {p.relative_to(target).as_posix() for p in target.rglob("*") if not p.is_dir()}
     if not present:

@@ -9,7 +9,6 @@ hold the same numbers in the same dtypes as those of the official builder under
 from __future__ import annotations
 
 import argparse
-import hashlib
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -20,7 +19,7 @@ import numpy as np
 
 from trm_fast import __version__
 from trm_fast.console import say
-from trm_fast.data.format import DataError, DatasetWriter, open_writer
+from trm_fast.data.format import DataError, DatasetWriter, one_line, open_writer, sha256
 from trm_fast.data.sudoku_generator import generate, generate_apart, sudoku_metadata
 from trm_fast.data.sudoku_source import Puzzles, read_puzzles
 from trm_fast.symmetry import BoxShape, SudokuSymmetry, box_shape, grid_invariant
@@ -117,7 +116,7 @@ def _load_splits(options: BuildOptions) -> tuple[dict[str, Puzzles], dict[str, A
         return _generated(options, options.generate)
     if options.source is not None and not Path(options.source).is_dir():
         whole = _read(options, Path(options.source))
-        origin = {"file": Path(options.source).name, "sha256": _digest(Path(options.source))}
+        origin = {"file": Path(options.source).name, "sha256": sha256(Path(options.source))}
         return _hold_out(whole, options), origin
     if options.test_size:
         raise ValueError("test_size is for generated puzzles and single files")
@@ -132,7 +131,7 @@ def _load_splits(options: BuildOptions) -> tuple[dict[str, Puzzles], dict[str, A
     lengths = {puzzles.boards.shape[1] for puzzles in splits.values()}
     if len(lengths) > 1:
         raise DataError(f"{paths['test']}: boards of another size than in {paths['train']}")
-    return splits, {**origin, **{f"{k}_sha256": _digest(p) for k, p in paths.items()}}
+    return splits, {**origin, **{f"{k}_sha256": sha256(p) for k, p in paths.items()}}
 
 
 def _read(options: BuildOptions, path: Path) -> Puzzles:
@@ -142,14 +141,6 @@ def _read(options: BuildOptions, path: Path) -> Puzzles:
         min_difficulty=options.min_difficulty,
         skip_bad=options.skip_bad,
     )
-
-
-def _digest(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _download(repo: str, name: str) -> Path:
@@ -163,8 +154,7 @@ def _download(repo: str, name: str) -> Path:
     try:
         return Path(hf_hub_download(repo, name, repo_type="dataset"))
     except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:160]
-        raise DataError(f"{repo}: {name} cannot be downloaded ({reason})") from None
+        raise DataError(f"{repo}: {name} cannot be downloaded ({one_line(error)})") from None
 
 
 def _generated(options: BuildOptions, count: int) -> tuple[dict[str, Puzzles], dict[str, Any]]:

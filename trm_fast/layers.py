@@ -93,13 +93,22 @@ class PuzzleEmbedding(nn.Module):
             identifiers = torch.cat((identifiers, identifiers[:1].expand(slots - batch)))
         with torch.no_grad():
             if batch > slots:
-                self.local_weights.data = self.local_weights.new_empty(batch, self.weights.shape[1])
-                self.local_weights.grad = None
-                self.local_ids.data = self.local_ids.new_empty(batch)
+                self._grow(batch)
             if batch > 0:
                 self.local_weights.copy_(self.weights[identifiers])
                 self.local_ids.copy_(identifiers)
         return self.local_weights[:batch]
+
+    def _grow(self, slots: int) -> None:
+        """More slots in the same two tensors, which the optimizer holds."""
+        self.local_weights.grad = None
+        wider = self.local_weights.new_empty(slots, self.weights.shape[1])
+        # The graph of the step before may be alive and with it autograd's node of the old shape.
+        # Only another dtype makes autograd drop that node.
+        passing = torch.float32 if wider.dtype == torch.float16 else torch.float16
+        self.local_weights.data = wider.to(passing)
+        self.local_weights.data = wider
+        self.local_ids.data = self.local_ids.new_empty(slots)
 
 
 class RotaryTables(nn.Module):

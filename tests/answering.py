@@ -69,18 +69,20 @@ def save_run(
     seed: int = 0,
     ema: bool = True,
     data: Path | None = None,
+    test_data: Path | None = None,
     changes: dict[str, Any] | None = None,
     train: dict[str, Any] | None = None,
 ) -> Path:
     """A run folder with a checkpoint per step; seed + step gives its weights, + 100 the EMA's."""
     train_config = from_preset("sudoku-mini").to_dict() | (train or {})
     paths = [str(data)] if data else []
+    test_paths = [str(test_data)] if test_data else []
     for step in steps:
         model = tiny_model(seed + step, **(changes or {}))
         average = tiny_model(seed + step + 100, **(changes or {}))
         config = train_config | {
             "model": asdict(model.config),
-            "data": {"data_paths": paths, "data_paths_test": [], "metadata": {}},
+            "data": {"data_paths": paths, "data_paths_test": test_paths, "metadata": {}},
         }
         folder = save_checkpoint(
             run,

@@ -164,9 +164,12 @@ def test_another_split(measure, tmp_path):
 
 def test_the_test_data_of_the_run_goes_before_its_training_data(measure, tmp_path, data):
     other = write_data(tmp_path / "other", boards(2, seed=5), boards(2, seed=6))
-    train = {"data_paths_test": [str(other)]}
-    run = save_run(tmp_path / "run", data=data[0], train=train)
-    assert json.loads(measure("--json", model=run)[1])["data"] == [str(other)]
+    asked = {"data_paths_test": [str(other)]}
+    for run in (
+        save_run(tmp_path / "used", data=data[0], test_data=other),
+        save_run(tmp_path / "asked", data=data[0], train=asked),
+    ):
+        assert json.loads(measure("--json", model=run)[1])["data"] == [str(other)]
 
 
 def test_eval_steps_max_and_loss_type_of_the_run(measure, tmp_path, data):

@@ -17,13 +17,12 @@ from trm_fast.checkpoint import (
     load_checkpoint,
     prune,
     read_pointer,
-    read_weights,
     resolve,
     save_checkpoint,
     verify,
-    write_official,
     write_pointer,
 )
+from trm_fast.interop import read_weights, write_official
 
 
 @pytest.fixture(autouse=True)

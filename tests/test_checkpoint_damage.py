@@ -25,11 +25,11 @@ from trm_fast.checkpoint import (
     CheckpointError,
     load_checkpoint,
     prune,
-    read_weights,
     resolve,
     save_checkpoint,
     verify,
 )
+from trm_fast.interop import read_weights
 
 
 @pytest.fixture(autouse=True)

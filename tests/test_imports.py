@@ -34,6 +34,7 @@ ORDER = [
     ["layers", "recursion"],
     ["model"],
     ["losses", "optim"],
+    ["durable"],
     ["checkpoint", "viz", "progress"],
     ["inference"],
     ["interop", "loading", "puzzles", "runs"],

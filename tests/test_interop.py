@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from trm_fast.checkpoint import CheckpointError, write_official
-from trm_fast.interop import load_weights
+from trm_fast.checkpoint import CheckpointError
+from trm_fast.interop import load_weights, write_official
 from trm_fast.model import Model
 
 

@@ -11,6 +11,7 @@ from trm_fast import checkpoint, memory, optim
 from trm_fast.config import TrainConfig
 from trm_fast.data.dataset import from_arrays
 from trm_fast.data.format import write_dataset
+from trm_fast.interop import write_official
 from trm_fast.losses import ACTLossHead
 from trm_fast.model import Model
 from trm_fast.trainer import Trainer, TrainingStopped, open_splits
@@ -369,7 +370,7 @@ def test_weights_to_start_from(data, tmp_path):
     trainer = make_trainer(make_config(data), tmp_path / "a")
     trainer.run()
     official = tmp_path / "step_8"
-    checkpoint.write_official(official, trainer.model.state_dict())
+    write_official(official, trainer.model.state_dict())
     for path in (official, tmp_path / "a"):
         started = make_trainer(make_config(data, load_checkpoint=str(path)), tmp_path / "b")
         expected = trainer.model.inner.lm_head.weight

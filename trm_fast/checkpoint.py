@@ -1,8 +1,8 @@
 """Checkpoints: a whole training state in a folder that is either complete or not there.
 
 Owns the layout `RUN/step_N/{model.safetensors, ema.safetensors, config.json, train_state.pt,
-manifest.json}`, the one-line pointers `RUN/last` and `RUN/best`, and the official single-file
-format. May be imported by inference, trainer and the command modules; imports no other module.
+manifest.json}` and the one-line pointers `RUN/last` and `RUN/best`. May be imported by inference,
+trainer and the command modules; imports durable.
 
 A checkpoint is written as a hidden folder whose files and entries are forced to the disk before it
 is renamed, so that a process killed at any moment leaves the earlier checkpoints as they were. The
@@ -13,7 +13,6 @@ One process writes to a run folder; any number may read.
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import os
 import re
@@ -29,6 +28,18 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from trm_fast.durable import (
+    CheckpointError,
+    one_line,
+    parse_pickle,
+    parse_tensors,
+    read_bytes,
+    separate,
+    sync,
+    unwritable,
+    write_line,
+)
+
 __all__ = [
     "Checkpoint",
     "CheckpointError",
@@ -36,11 +47,9 @@ __all__ = [
     "load_checkpoint",
     "prune",
     "read_pointer",
-    "read_weights",
     "resolve",
     "save_checkpoint",
     "verify",
-    "write_official",
     "write_pointer",
 ]
 
@@ -48,15 +57,10 @@ MODEL, EMA, CONFIG, STATE = "model.safetensors", "ema.safetensors", "config.json
 MANIFEST = "manifest.json"
 REQUIRED = {MODEL, CONFIG, STATE}
 FORMAT = 1
-OFFICIAL_PREFIX = "_orig_mod.model.inner."
 _STEP = re.compile(r"step_(\d{1,15})")
 # .tmp is being written or deleted; .old is complete and about to be replaced by its successor.
 _HIDDEN = re.compile(r"\.(step_\d{1,15})\.(tmp|old)")
 _SCALARS = (bool, int, float, str, type(None))
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be written or read; one line that names the file and the reason."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +104,7 @@ def save_checkpoint(
     try:
         text = json.dumps(config, indent=2, allow_nan=False)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"config cannot be stored as JSON: {_one_line(error)}") from None
+        raise ValueError(f"config cannot be stored as JSON: {one_line(error)}") from None
     run, name = Path(run_dir), f"step_{step}"
     temp = run / f".{name}.tmp"
     try:
@@ -109,9 +113,9 @@ def save_checkpoint(
         temp.mkdir()
         _write_files(temp, step, model, ema, text, state)
         _install(temp, run / name)
-        _write_line(run / "last", name)
+        write_line(run / "last", name)
     except (OSError, RuntimeError, SafetensorError) as error:
-        raise _unwritable(run / name, error) from error
+        raise unwritable(run / name, error) from error
     finally:
         shutil.rmtree(temp, ignore_errors=True)
     return run / name
@@ -126,28 +130,28 @@ def _write_files(
     state: dict[str, Any],
 ) -> None:
     metadata = {"format": "pt", "trm_fast": config}
-    safetensors.torch.save_file(_separate(model), folder / MODEL, metadata)
+    safetensors.torch.save_file(separate(model), folder / MODEL, metadata)
     if ema is not None:
-        safetensors.torch.save_file(_separate(ema), folder / EMA, metadata)
+        safetensors.torch.save_file(separate(ema), folder / EMA, metadata)
     (folder / CONFIG).write_text(config + "\n", encoding="utf-8")
     with open(folder / STATE, "wb") as file:
         torch.save(state, file)
     files = {}
     for path in sorted(folder.iterdir()):
-        _sync(path)
+        sync(path)
         files[path.name] = _fingerprint(path.read_bytes())
     body = {"format": FORMAT, "step": step, "files": files}
     manifest = {**body, "sha256": _body_digest(body)}
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
-    _sync(folder / MANIFEST)
-    _sync(folder)
+    sync(folder / MANIFEST)
+    sync(folder)
 
 
 def _install(temp: Path, final: Path) -> None:
     """Give the complete folder `temp` its name; at every moment one version can be found."""
     if not final.exists():
         os.rename(temp, final)
-        _sync(final.parent)
+        sync(final.parent)
         return
     if not final.is_dir():
         raise OSError("a file of that name is in the way")
@@ -158,7 +162,7 @@ def _install(temp: Path, final: Path) -> None:
     except OSError:
         os.rename(old, final)
         raise
-    _sync(final.parent)
+    sync(final.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 
@@ -183,9 +187,9 @@ def load_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     step, files = _read_manifest(folder)
     data = {name: _verified(folder / name, entry) for name, entry in files.items()}
     config = _parse_json(folder / CONFIG, data[CONFIG])
-    model = _parse_tensors(folder / MODEL, data.pop(MODEL))
-    ema = _parse_tensors(folder / EMA, data.pop(EMA)) if EMA in data else None
-    state = _parse_pickle(folder / STATE, data.pop(STATE))
+    model = parse_tensors(folder / MODEL, data.pop(MODEL))
+    ema = parse_tensors(folder / EMA, data.pop(EMA)) if EMA in data else None
+    state = parse_pickle(folder / STATE, data.pop(STATE))
     return Checkpoint(step, model, ema, config, state, folder)
 
 
@@ -261,7 +265,7 @@ def prune(run_dir: str | os.PathLike[str], keep: int | None) -> list[str]:
             os.rename(folder, hidden)  # a half-deleted folder never looks like a checkpoint
             shutil.rmtree(hidden)
         except OSError as error:
-            raise _unwritable(folder, error) from None
+            raise unwritable(folder, error) from None
         dropped.append(folder.name)
     return dropped
 
@@ -278,7 +282,7 @@ def read_pointer(run_dir: str | os.PathLike[str], which: str) -> str | None:
     except FileNotFoundError:
         return None
     except OSError as error:
-        raise CheckpointError(f"{path}: {_one_line(error)}") from None
+        raise CheckpointError(f"{path}: {one_line(error)}") from None
     if not _STEP.fullmatch(name):
         raise CheckpointError(f"{path}: holds {name!r}; the name of a step folder was expected")
     return name
@@ -300,57 +304,9 @@ def write_pointer(run_dir: str | os.PathLike[str], which: str, name: str) -> Non
     if not _STEP.fullmatch(name):
         raise ValueError(f"{which} cannot point at {name!r}; step_N is allowed")
     try:
-        _write_line(Path(run_dir) / which, name)
+        write_line(Path(run_dir) / which, name)
     except OSError as error:
-        raise _unwritable(Path(run_dir) / which, error) from None
-
-
-def write_official(
-    path: str | os.PathLike[str], state_dict: Mapping[str, Tensor], prefix: str = OFFICIAL_PREFIX
-) -> None:
-    """Write weights as the one pickled file (named step_N, no ending) that the official code loads.
-
-    Args:
-        path: the file; not in the run folder, where step_N is a folder of ours.
-        state_dict: of a Model, its `.inner` or a loss head; keys get `prefix` before inner names.
-        prefix: as the official compiled model writes them; `model.inner.` is its uncompiled form.
-
-    Raises CheckpointError for a path that cannot be written.
-    """
-    target = Path(path)
-    temp = target.with_name(f".{target.name}.tmp")
-    weights = {prefix + _inner_name(k): v for k, v in _separate(state_dict).items()}
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with open(temp, "wb") as file:
-            torch.save(weights, file)
-        _sync(temp)
-        os.replace(temp, target)
-        _sync(target.parent)
-    except (OSError, RuntimeError) as error:
-        raise _unwritable(target, error) from error
-    finally:
-        _unlink(temp)
-
-
-def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """Weights from one file, official (pickled, weights only) or safetensors, as `inner.<name>`.
-
-    Raises CheckpointError for a file that is neither. Nothing in it is executed.
-    """
-    file = Path(path)
-    parse = _parse_tensors if file.suffix == ".safetensors" else _parse_pickle
-    weights: dict[str, Any] = parse(file, _read(file))
-    if odd := [k for k, v in weights.items() if not (type(k) is str and isinstance(v, Tensor))]:
-        raise CheckpointError(
-            f"{file}: entry {odd[0]!r} is not a tensor; a state_dict was expected"
-        )
-    return {"inner." + _inner_name(key): value for key, value in weights.items()}
-
-
-def _inner_name(key: str) -> str:
-    """The parameter's name inside the model: `_orig_mod.`, `model.` and `inner.` taken off."""
-    return key.replace("_orig_mod.", "").removeprefix("model.").removeprefix("inner.")
+        raise unwritable(Path(run_dir) / which, error) from None
 
 
 def _check_pointer(which: str) -> None:
@@ -372,7 +328,7 @@ def _present(folder: Path) -> Path:
 def _read_manifest(folder: Path) -> tuple[int, dict[str, dict[str, Any]]]:
     """(step, files) of a manifest that agrees with its own checksum and names our files."""
     path = folder / MANIFEST
-    manifest = _parse_json(path, _read(path))
+    manifest = _parse_json(path, read_bytes(path))
     digest = manifest.pop("sha256", None)
     if digest != _body_digest(manifest):
         raise CheckpointError(f"{path}: damaged (its checksum does not match)")
@@ -388,15 +344,8 @@ def _read_manifest(folder: Path) -> tuple[int, dict[str, dict[str, Any]]]:
     return step, files
 
 
-def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise CheckpointError(f"{path}: {_one_line(error)}") from None
-
-
 def _verified(path: Path, entry: dict[str, Any]) -> bytes:
-    data = _read(path)
+    data = read_bytes(path)
     found = _fingerprint(data)
     if found["bytes"] != entry.get("bytes"):
         raise CheckpointError(f"{path}: damaged ({len(data)} bytes, not {entry.get('bytes')})")
@@ -409,33 +358,16 @@ def _parse_json(path: Path, data: bytes) -> dict[str, Any]:
     try:
         value = json.loads(data)
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: is not JSON: {_one_line(error)}") from None
+        raise CheckpointError(f"{path}: is not JSON: {one_line(error)}") from None
     if not isinstance(value, dict):
         raise CheckpointError(f"{path}: holds a {type(value).__name__}; an object was expected")
-    return value
-
-
-def _parse_tensors(path: Path, data: bytes) -> dict[str, Tensor]:
-    try:
-        return safetensors.torch.load(data)
-    except Exception as error:  # whatever the parser meets in a hostile file
-        raise CheckpointError(f"{path}: is not safetensors: {_one_line(error)}") from error
-
-
-def _parse_pickle(path: Path, data: bytes) -> dict[str, Any]:
-    try:
-        value = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever the parser meets in a hostile file
-        raise CheckpointError(f"{path}: cannot be loaded: {_one_line(error)}") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: holds a {type(value).__name__}; a dict was expected")
     return value
 
 
 def _portable(value: Any, where: str) -> Any:
     """`value` with compact CPU tensors; ValueError for what weights_only would not load again."""
     if isinstance(value, Tensor):
-        return _separate({"": value})[""]
+        return separate({"": value})[""]
     if isinstance(value, Mapping):
         if odd := [key for key in value if type(key) not in (str, int)]:
             raise ValueError(f"{where} has the key {odd[0]!r}; str and int are allowed")
@@ -450,58 +382,9 @@ def _portable(value: Any, where: str) -> Any:
     )
 
 
-def _separate(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors on the CPU, contiguous, each in storage of its own size that no other shares."""
-    result, taken = {}, set()
-    for name, tensor in tensors.items():
-        t = tensor.detach().cpu().contiguous()
-        storage = t.untyped_storage()
-        if storage.nbytes() != t.nbytes or (t.nbytes and storage.data_ptr() in taken):
-            t = t.clone()
-        taken.add(t.untyped_storage().data_ptr())
-        result[name] = t
-    return result
-
-
-def _write_line(path: Path, line: str) -> None:
-    temp = path.with_name(f".{path.name}.tmp")
-    try:
-        temp.write_text(line + "\n", encoding="utf-8")
-        _sync(temp)
-        os.replace(temp, path)
-    finally:
-        _unlink(temp)
-    _sync(path.parent)
-
-
-def _unlink(temp: Path) -> None:
-    with suppress(OSError):
-        temp.unlink(missing_ok=True)
-
-
-def _sync(path: Path) -> None:
-    """Force a file's bytes or a folder's entries to the disk."""
-    if path.is_dir() and os.name == "nt":  # Windows opens no folders
-        return
-    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def _fingerprint(data: bytes) -> dict[str, Any]:
     return {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
 
 
 def _body_digest(body: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
-
-
-def _unwritable(path: Path, error: Exception) -> CheckpointError:
-    return CheckpointError(f"{path}: cannot be written: {_one_line(error)}")
-
-
-def _one_line(error: BaseException) -> str:
-    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
-    return " ".join(text.splitlines()[0].split())[:200]

@@ -1,17 +1,34 @@
 """Weights that were not saved by this run: another run's, or the official code's.
 
-Owns matching them to a `Model`. Imported by the trainer. Formats: our run and step folders,
-safetensors files, and the official `step_N` files (`checkpoint.read_weights`).
+Owns matching them to a `Model`, and the official single-file format, in and out. Imported by the
+trainer and the commands. Formats: our run and step folders, safetensors files, and the official
+`step_N` files.
 """
 
 from __future__ import annotations
 
+import os
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from trm_fast import checkpoint
+from trm_fast.durable import (
+    CheckpointError,
+    parse_pickle,
+    parse_tensors,
+    read_bytes,
+    separate,
+    sync,
+    unlink,
+    unwritable,
+)
 from trm_fast.model import Model
+
+OFFICIAL_PREFIX = "_orig_mod.model.inner."
 
 PUZZLE_ROWS = "inner.puzzle_emb.weights"
 NOT_SAVED = ("inner.puzzle_emb.local_weights", "inner.puzzle_emb.local_ids")  # some files hold them
@@ -30,7 +47,7 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     if Path(path).is_dir():
         saved = checkpoint.load_checkpoint(checkpoint.resolve(path))
         return saved.ema or saved.model
-    state = checkpoint.read_weights(path)
+    state = read_weights(path)
     return {name: value for name, value in state.items() if name not in NOT_SAVED}
 
 
@@ -64,3 +81,51 @@ def load_weights(model: Model, path: str | Path) -> bool:
             )
     model.load_state_dict(state, strict=True)
     return reset
+
+
+def write_official(
+    path: str | os.PathLike[str], state_dict: Mapping[str, Tensor], prefix: str = OFFICIAL_PREFIX
+) -> None:
+    """Write weights as the one pickled file (named step_N, no ending) that the official code loads.
+
+    Args:
+        path: the file; not in the run folder, where step_N is a folder of ours.
+        state_dict: of a Model, its `.inner` or a loss head; keys get `prefix` before inner names.
+        prefix: as the official compiled model writes them; `model.inner.` is its uncompiled form.
+
+    Raises CheckpointError for a path that cannot be written.
+    """
+    target = Path(path)
+    temp = target.with_name(f".{target.name}.tmp")
+    weights = {prefix + inner_name(k): v for k, v in separate(state_dict).items()}
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with open(temp, "wb") as file:
+            torch.save(weights, file)
+        sync(temp)
+        os.replace(temp, target)
+        sync(target.parent)
+    except (OSError, RuntimeError) as error:
+        raise unwritable(target, error) from error
+    finally:
+        unlink(temp)
+
+
+def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """Weights from one file, official (pickled, weights only) or safetensors, as `inner.<name>`.
+
+    Raises CheckpointError for a file that is neither. Nothing in it is executed.
+    """
+    file = Path(path)
+    parse = parse_tensors if file.suffix == ".safetensors" else parse_pickle
+    weights: dict[str, Any] = parse(file, read_bytes(file))
+    if odd := [k for k, v in weights.items() if not (type(k) is str and isinstance(v, Tensor))]:
+        raise CheckpointError(
+            f"{file}: entry {odd[0]!r} is not a tensor; a state_dict was expected"
+        )
+    return {"inner." + inner_name(key): value for key, value in weights.items()}
+
+
+def inner_name(key: str) -> str:
+    """The parameter's name inside the model: `_orig_mod.`, `model.` and `inner.` taken off."""
+    return key.replace("_orig_mod.", "").removeprefix("model.").removeprefix("inner.")

@@ -26,7 +26,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "sudoku-mini": {
         "data_paths": [],
         "evaluators": [],
-        "generate": 4000,
+        "generate": 20000,
         "augment": "sudoku",
         "curriculum": 0.2,
         "global_batch_size": 64,

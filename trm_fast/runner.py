@@ -12,12 +12,13 @@ import time
 from pathlib import Path
 from types import FrameType
 
-from trm_fast import checkpoint, memory
+from trm_fast import memory
 from trm_fast.checkpoint import CheckpointError
 from trm_fast.config import TrainConfig
 from trm_fast.console import say
 from trm_fast.data.sudoku_generator import default_job_data
 from trm_fast.inference import SetReport
+from trm_fast.interop import write_official
 from trm_fast.overrides import emit_yaml
 from trm_fast.progress import MetricsError, MetricsWriter, StatusLine, make_loggers, read_metrics
 from trm_fast.runs import Place, RunLock, place
@@ -81,7 +82,7 @@ class Console:
     def on_checkpoint(self, trainer: Trainer, path: Path) -> None:
         if self.config.official:
             folder = self.run_dir / "official"
-            checkpoint.write_official(folder / path.name, trainer.official_weights())
+            write_official(folder / path.name, trainer.official_weights())
             settings = emit_yaml(trainer.config.official_dict())
             (folder / "all_config.yaml").write_text(settings, encoding="utf-8")
 

@@ -85,11 +85,12 @@ def _show_board(trainer: Trainer) -> None:
     with trainer.evaluation_weights():
         answers.append(predict(trainer.model, tokens).tokens)
     clues = inputs.astype(np.int64) - 1
-    boards, titles = [format_board(clues, clues)], ["a test board"]
+    boards, titles = [format_board(clues.tolist(), clues.tolist())], ["a test board"]
     for title, answer in zip(("before training", "after training"), answers, strict=True):
         cells = answer[0].numpy()
         wrong = int((cells != labels).sum())
-        boards.append(format_board(np.clip(cells - 1, 0, sudoku_side(trainer.splits.train)), clues))
+        shown = np.clip(cells - 1, 0, sudoku_side(trainer.splits.train))
+        boards.append(format_board(shown.tolist(), clues.tolist()))
         titles.append(f"{title}: {wrong} cells wrong")
     say()
     say(side_by_side(boards, titles))

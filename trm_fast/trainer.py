@@ -88,7 +88,7 @@ def _dataset_config(
     batch = config.global_batch_size
     return PuzzleDatasetConfig(
         seed=config.seed,
-        dataset_paths=list(paths),
+        dataset_paths=paths,
         global_batch_size=(config.eval_batch_size or batch) if test else batch,
         test_set_mode=test,
         epochs_per_iter=epochs_per_iter,

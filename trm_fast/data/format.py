@@ -32,7 +32,6 @@ import numpy as np
 
 __all__ = [
     "IGNORE_LABEL_ID",
-    "MANIFEST_FORMAT",
     "DataError",
     "DatasetWriter",
     "Metadata",
@@ -52,22 +51,14 @@ __all__ = [
 IGNORE_LABEL_ID = -100
 """Label of a token that no loss and no metric counts."""
 
-MANIFEST_FORMAT = "trm_fast data set 1"
 FIELDS = ("inputs", "labels", "puzzle_identifiers", "puzzle_indices", "group_indices")
 _MANIFEST = "manifest.json"
+_MANIFEST_FORMAT = "trm_fast data set 1"
 _MAX_JSON_BYTES = 1 << 20
 _MAX_MANIFEST_BYTES = 1 << 30
 _CHECK_ROWS = 1 << 16
 # What numpy's reader raises on damaged bytes, apart from OSError and ValueError.
-_DAMAGED = (
-    EOFError,
-    TypeError,
-    SyntaxError,
-    TokenError,
-    ArithmeticError,
-    MemoryError,
-    RuntimeError,
-)
+_DAMAGE = (EOFError, TypeError, SyntaxError, TokenError, ArithmeticError, MemoryError, RuntimeError)
 
 
 class DataError(ValueError):
@@ -187,7 +178,7 @@ def _read_description(root: Path, split: str) -> tuple[Path, dict[str, Any]]:
 
 
 def _is_official(folder: Path, raw: Mapping[str, Any]) -> bool:
-    """Whether dataset.json is the official one, or meant to be (then its faults are reported)."""
+    """Whether dataset.json is official, or meant to be (then its faults are reported)."""
     return "sets" in raw or (folder / "all__group_indices.npy").exists()
 
 
@@ -260,7 +251,7 @@ def _load(path: Path) -> np.ndarray:
         array = np.lib.format.open_memmap(path, mode="r")
     except FileNotFoundError:
         raise DataError(f"{path}: missing") from None
-    except (OSError, ValueError, *_DAMAGED) as error:
+    except (OSError, ValueError, *_DAMAGE) as error:
         raise DataError(f"{path}: not a readable .npy file ({one_line(error)})") from None
     if array.dtype.kind not in "iu":
         raise DataError(f"{path}: holds {array.dtype}, expected integers")
@@ -287,15 +278,12 @@ def _read_foreign(folder: Path, raw: Mapping[str, Any]) -> tuple[Metadata, dict[
     metadata = _parse_metadata(
         where,
         {
-            "pad_id": 0,
-            "ignore_label_id": 0,
-            "blank_identifier_id": 0,
+            **dict.fromkeys(("pad_id", "ignore_label_id", "blank_identifier_id"), 0),
+            **dict.fromkeys(("total_groups", "total_puzzles"), len(inputs)),
             "vocab_size": vocab_size,
             "seq_len": seq_len,
             "num_puzzle_identifiers": int(ids.max()) + 1 if ids.size else 1,
-            "total_groups": len(inputs),
             "mean_puzzle_examples": 1.0,
-            "total_puzzles": len(inputs),
             "sets": ["all"],
         },
     )
@@ -383,7 +371,7 @@ def read_manifest(root: str | os.PathLike[str]) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     manifest = _read_json(path, _MAX_MANIFEST_BYTES)
-    if not isinstance(manifest, dict) or manifest.get("format") != MANIFEST_FORMAT:
+    if not isinstance(manifest, dict) or manifest.get("format") != _MANIFEST_FORMAT:
         return None
     if not isinstance(manifest.get("files"), dict):
         raise DataError(f"{path}: files missing")
@@ -460,7 +448,7 @@ def open_writer(
         yield DatasetWriter(folder)
         files = sorted(p for p in folder.rglob("*") if p.is_file())
         digests = {p.relative_to(folder).as_posix(): sha256(p) for p in files}
-        content = {**manifest, "format": MANIFEST_FORMAT, "files": digests}
+        content = {**manifest, "format": _MANIFEST_FORMAT, "files": digests}
         (folder / _MANIFEST).write_text(json.dumps(content, indent=1), encoding="utf-8")
         folder.chmod(0o755)
         _check_replaceable(target)

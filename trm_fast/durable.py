@@ -1,0 +1,101 @@
+"""Files of weights: written so that they survive a crash, read so that nothing in them can run.
+
+Owns the primitives that `checkpoint.py` and `interop.py` share. Imported by those two.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be written or read; one line that names the file and the reason."""
+
+
+def read_bytes(path: Path) -> bytes:
+    """The file's content; CheckpointError where it cannot be read."""
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"{path}: {one_line(error)}") from None
+
+
+def parse_tensors(path: Path, data: bytes) -> dict[str, Tensor]:
+    """The tensors of a safetensors file; CheckpointError for anything else."""
+    try:
+        return safetensors.torch.load(data)
+    except Exception as error:  # whatever the parser meets in a hostile file
+        raise CheckpointError(f"{path}: is not safetensors: {one_line(error)}") from error
+
+
+def parse_pickle(path: Path, data: bytes) -> dict[str, Any]:
+    """The dict of a torch.save'd file, its code never run; CheckpointError for anything else."""
+    try:
+        value = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever the parser meets in a hostile file
+        raise CheckpointError(f"{path}: cannot be loaded: {one_line(error)}") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path}: holds a {type(value).__name__}; a dict was expected")
+    return value
+
+
+def separate(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors on the CPU, contiguous, each in storage of its own size that no other shares."""
+    result, taken = {}, set()
+    for name, tensor in tensors.items():
+        t = tensor.detach().cpu().contiguous()
+        storage = t.untyped_storage()
+        if storage.nbytes() != t.nbytes or (t.nbytes and storage.data_ptr() in taken):
+            t = t.clone()
+        taken.add(t.untyped_storage().data_ptr())
+        result[name] = t
+    return result
+
+
+def write_line(path: Path, line: str) -> None:
+    """Replace a one-line file atomically and durably; OSError where that fails."""
+    temp = path.with_name(f".{path.name}.tmp")
+    try:
+        temp.write_text(line + "\n", encoding="utf-8")
+        sync(temp)
+        os.replace(temp, path)
+    finally:
+        unlink(temp)
+    sync(path.parent)
+
+
+def unlink(temp: Path) -> None:
+    """Remove a temporary file, if it is there and if that can be done."""
+    with suppress(OSError):
+        temp.unlink(missing_ok=True)
+
+
+def sync(path: Path) -> None:
+    """Force a file's bytes or a folder's entries to the disk."""
+    if path.is_dir() and os.name == "nt":  # Windows opens no folders
+        return
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def unwritable(path: Path, error: Exception) -> CheckpointError:
+    """The error to raise where `path` could not be written."""
+    return CheckpointError(f"{path}: cannot be written: {one_line(error)}")
+
+
+def one_line(error: BaseException) -> str:
+    """The first line of an error, at most 200 characters."""
+    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    return " ".join(text.splitlines()[0].split())[:200]

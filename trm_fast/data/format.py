@@ -7,8 +7,7 @@ The layout is that of the official code: `<root>/identifiers.json`, and per spli
 `<root>/<split>/dataset.json` (Metadata) with `<set>__{inputs,labels,puzzle_identifiers,
 puzzle_indices,group_indices}.npy` for every set that dataset.json names. Also read: a flat folder
 without splits or index files (one puzzle per group), and nano-trm's layout (tokens one higher).
-Beside the layout the writer leaves `<root>/manifest.json`: what was asked for, and the sha256 of
-every file.
+The writer adds `<root>/manifest.json`: what was asked for, and the sha256 of every file.
 
 Dims: E examples, L tokens of one example, Z puzzles, G groups. Puzzle p holds the examples
 puzzle_indices[p] .. puzzle_indices[p + 1], group g the puzzles group_indices[g] .. [g + 1].
@@ -123,9 +122,9 @@ def one_puzzle_per_group(
 
 
 def read_metadata(root: str | os.PathLike[str], split: str) -> Metadata:
-    """Metadata of one split. Raises DataError naming the file that is missing or wrong.
+    """Metadata of one split (of foreign layouts completed from the arrays).
 
-    Flat folders and nano-trm's layout have other fields: their arrays are read to fill the rest.
+    Raises DataError naming the file that is missing or wrong.
     """
     folder, raw = _read_description(Path(root), split)
     if _is_official(folder, raw):
@@ -363,10 +362,7 @@ def _check_range(array: np.ndarray, limit: int, allowed: Sequence[int | None], p
 
 
 def read_manifest(root: str | os.PathLike[str]) -> dict[str, Any] | None:
-    """The manifest that our writer left in `root`; None where there is none.
-
-    Raises DataError if there is one that cannot be read.
-    """
+    """The manifest our writer left in `root`, or None; DataError if it cannot be read."""
     path = Path(root) / _MANIFEST
     if not path.is_file():
         return None

@@ -96,7 +96,7 @@ def residual_rmsnorm(h: Tensor, u: Tensor, axis: int, eps: float) -> Tensor:
 
 
 class _SwiGLU(torch.autograd.Function):
-    """Writes both gradients into one tensor; autograd would concatenate two."""
+    """Writes both gradients into one tensor; autograd would concatenate two (a compiler fuses)."""
 
     @staticmethod
     def forward(ctx: Any, gate_up: Tensor, axis: int) -> Tensor:
@@ -110,6 +110,9 @@ class _SwiGLU(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (gate_up,) = ctx.saved_tensors
         gate, up = gate_up.chunk(2, ctx.axis)
+        if torch.compiler.is_compiling():  # Dynamo takes no strided `out=`
+            d_gate = torch.ops.aten.silu_backward(grad * up, gate)
+            return torch.cat((d_gate, grad * F.silu(gate)), ctx.axis), None
         d = torch.empty_like(gate_up)
         d_gate, d_up = d.chunk(2, ctx.axis)
         torch.mul(grad, F.silu(gate), out=d_up)

@@ -9,6 +9,7 @@ import gc
 from collections.abc import Iterable
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -81,6 +82,12 @@ def tiny_batch(
         "labels": labels,
         "puzzle_identifiers": draw(IDENTIFIERS, batch),
     }
+
+
+def compilable(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forget earlier compilations and the poisoned allocators, which Dynamo cannot trace."""
+    monkeypatch.undo()
+    torch._dynamo.reset()
 
 
 class HeldStorages(TorchDispatchMode):

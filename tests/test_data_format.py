@@ -178,6 +178,7 @@ JSON_FAULTS = [
     ({"pad_id": True}, "pad_id is True"),
     ({"pad_id": 6}, "pad_id 6 is outside vocab_size 6"),
     ({"mean_puzzle_examples": None}, "mean_puzzle_examples is None"),
+    ({"mean_puzzle_examples": float("inf")}, "mean_puzzle_examples is inf"),
     ({"sets": ["../all"]}, "expected a list of different names"),
     ({"sets": []}, "expected a list of different names"),
     ({"vocab_size": 5}, r"all__inputs.npy row 1: 5 is not in 0..4"),
@@ -192,7 +193,9 @@ def test_faults_of_dataset_json(root: Path, change: dict, message: str) -> None:
         read_split(root, "train")
 
 
-@pytest.mark.parametrize("text", ["", "[", "[]", '{"sets": ["all"]}', "\xff", "[" * 100000])
+@pytest.mark.parametrize(
+    "text", ["", "[", "[]", '{"sets": ["all"]}', "\xff", "[" * 100000, "1" * 5000]
+)
 def test_broken_dataset_json(root: Path, text: str) -> None:
     (root / "train" / "dataset.json").write_bytes(text.encode("latin-1"))
     with pytest.raises(DataError, match=r"dataset.json: "):

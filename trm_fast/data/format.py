@@ -185,12 +185,13 @@ def _read_json(path: Path, limit: int) -> Any:
     try:
         with path.open("rb") as file:
             data = file.read(limit + 1)
-        if len(data) > limit:
-            raise DataError(f"{path}: larger than {limit} bytes")
-        return json.loads(data.decode("utf-8"))
     except OSError as error:
         raise DataError(f"{path}: {error.strerror or error}") from None
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    if len(data) > limit:
+        raise DataError(f"{path}: larger than {limit} bytes")
+    try:
+        return json.loads(data.decode("utf-8"))
+    except (ValueError, RecursionError) as error:  # also bad UTF-8, and numbers of 5000 digits
         raise DataError(f"{path}: not valid JSON ({one_line(error)})") from None
 
 
@@ -206,14 +207,14 @@ def _parse_metadata(path: Path, raw: Mapping[str, Any]) -> Metadata:
         if name == "sets":
             values[name] = _parse_sets(path, value)
         elif name == "mean_puzzle_examples":
-            if isinstance(value, bool) or not isinstance(value, int | float) or not value >= 0:
+            if type(value) not in (int, float) or not 0 <= value < 2**31:
                 raise DataError(f"{path}: {name} is {value!r}, expected a number >= 0")
             values[name] = float(value)
         elif name == "ignore_label_id" and value is None:
             values[name] = None
         else:
             low = -(2**31) if name == "ignore_label_id" else smallest.get(name, 0)
-            if isinstance(value, bool) or not isinstance(value, int) or not low <= value < 2**31:
+            if type(value) is not int or not low <= value < 2**31:
                 raise DataError(f"{path}: {name} is {value!r}, expected an integer >= {low}")
             values[name] = value
     metadata = Metadata(**values)

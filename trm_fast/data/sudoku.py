@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,8 @@ __all__ = ["BuildOptions", "build", "main"]
 
 DEFAULT_REPO = "sapientinc/sudoku-extreme"
 _ROWS = 1 << 13
+_ANY_WORD = (1 << 32) - 1
+_WORDS = 1 << 15
 _SHOWN = 20
 
 
@@ -205,12 +207,12 @@ def _write_split(
     shape = (groups * per_group, cells)
     inputs = writer.array(split, "all", "inputs", shape, dtype)
     labels = writer.array(split, "all", "labels", shape, dtype)
-    stream = _augmentations(random, box)
+    draws = _OfficialDraws(random, box)
     step = max(1, _ROWS // per_group)
     for start in range(0, groups, step):
         boards, grids = puzzles.boards[start : start + step], puzzles.grids[start : start + step]
         rows = slice(start * per_group, (start + len(boards)) * per_group)
-        symmetry = _draw(stream, len(boards), num_aug, box)
+        symmetry = _draw(draws, len(boards), num_aug, box)
         for out, digits in ((inputs, boards), (labels, grids)):
             out[rows] = symmetry.apply(np.repeat(digits, per_group, 0)) + np.uint8(1)
     index = np.arange(groups + 1, dtype=np.int32)
@@ -226,77 +228,123 @@ def _write_split(
     writer.metadata(split, sudoku_metadata(box.side, groups))
 
 
-def _draw(
-    stream: Iterator[tuple[list[int], bool, list[int], list[int]]],
-    groups: int,
-    num_aug: int,
-    box: BoxShape,
-) -> SudokuSymmetry:
-    """For each group the identity and the next num_aug symmetries of the stream."""
-    side, count = box.side, groups * num_aug
-    drawn = [next(stream) for _ in range(count)]
-    digits = np.array([d for d, _, _, _ in drawn], np.int64).reshape(groups, num_aug, side) + 1
-    mirror = np.array([m for _, m, _, _ in drawn], bool).reshape(groups, num_aug, 1, 1)
-    rows, cols = (
-        np.array([d[k] for d in drawn], np.int64).reshape(groups, num_aug, side) for k in (2, 3)
-    )
+def _draw(draws: _OfficialDraws, groups: int, num_aug: int, box: BoxShape) -> SudokuSymmetry:
+    """For each group the identity and then the next num_aug symmetries drawn."""
+    side = box.side
+    digits, mirror, rows, cols = draws.take(groups * num_aug)
     cells = np.where(
-        mirror,
-        cols[..., None, :] * side + rows[..., :, None],
-        rows[..., :, None] * side + cols[..., None, :],
+        mirror[:, None, None],
+        cols[:, None, :] * side + rows[:, :, None],
+        rows[:, :, None] * side + cols[:, None, :],
     ).reshape(groups, num_aug, box.cells)
+    digits = np.pad(digits + 1, ((0, 0), (1, 0))).reshape(groups, num_aug, side + 1)
     same_cells = np.broadcast_to(np.arange(box.cells), (groups, 1, box.cells))
     same_digits = np.broadcast_to(np.arange(side + 1), (groups, 1, side + 1))
     return SudokuSymmetry(
         np.concatenate([same_cells, cells], 1).reshape(-1, box.cells),
-        np.concatenate([same_digits, np.pad(digits, ((0, 0), (0, 0), (1, 0)))], 1).reshape(
-            -1, side + 1
-        ),
+        np.concatenate([same_digits, digits], 1).reshape(-1, side + 1),
     )
 
 
-def _augmentations(
-    random: np.random.RandomState, box: BoxShape
-) -> Iterator[tuple[list[int], bool, list[int], list[int]]]:
-    """(digits, transpose, rows, columns) for ever, as RandomState would draw them.
+class _OfficialDraws:
+    """Augmentations as the official builder would draw them one by one, many at a time.
 
-    One by one, RandomState's own calls take ten times as long. So its 32-bit words are fetched in
-    bulk and used as `permutation` (Fisher-Yates from the top; each index by masking a word and
-    drawing again while it is too large) and `rand` (two words; below one half if the first has its
-    top bit clear) use them.
+    RandomState draws `permutation(n)` by Fisher-Yates from the top: index i is swapped with one of
+    0..i, a 32-bit word masked to the bits of i, taken anew while it is too large. `rand` takes two
+    words and is below one half if the first has its top bit clear. So one augmentation is a chain
+    of words, each the next acceptable one for its bound; where the chain from every word of a block
+    ends is worked out for all words at once, and the real ones are then followed from end to start.
     """
-    words = _words(random)
-    bands, rows_in, stacks, cols_in = box.axes
-    masks = [0, *((1 << i.bit_length()) - 1 for i in range(1, box.side))]
 
-    def permutation(size: int) -> list[int]:
-        items = list(range(size))
-        for i in range(size - 1, 0, -1):
-            mask = masks[i]
-            j = next(words) & mask
-            while j > i:
-                j = next(words) & mask
-            items[i], items[j] = items[j], items[i]
-        return items
+    def __init__(self, random: np.random.RandomState, box: BoxShape) -> None:
+        self._generator = np.random.MT19937()
+        state: Any = random.get_state(legacy=False)
+        self._generator.state = state
+        self._box = box
+        bands, rows_in, stacks, cols_in = box.axes
+        # Permutation sizes in the order of drawing; the coin for transposing is after the first.
+        self._sizes = [box.side, bands, *[rows_in] * bands, stacks, *[cols_in] * stacks]
+        coin = [_ANY_WORD] * 2 if box.has_transpose else []
+        bounds = [list(range(size - 1, 0, -1)) for size in self._sizes]
+        self._bounds = [*bounds[0], *coin, *(bound for part in bounds[1:] for bound in part)]
+        self._words = np.zeros(0, np.int64)
 
-    def lines(blocks: int, within: int) -> list[int]:
-        return [b * within + k for b in permutation(blocks) for k in permutation(within)]
+    def take(self, count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """(digits [count, side] from 0, transpose [count] bool, rows, columns [count, side])."""
+        blocks: list[np.ndarray] = [np.zeros((0, len(self._bounds)), np.int64)]
+        while (missing := count - sum(map(len, blocks))) > 0:
+            if len(self._words) < _WORDS:
+                fresh = self._generator.random_raw(_WORDS).astype(np.int64)
+                self._words = np.concatenate([self._words, fresh])
+            blocks.append(self._parse(missing))
+        values = np.concatenate(blocks)
+        first = self._box.side - 1
+        digits = _fisher_yates(values[:, :first], self._box.side)
+        mirror = np.zeros(count, bool)
+        if self._box.has_transpose:
+            mirror = values[:, first] < 1 << 31
+            first += 2
+        parts = []
+        for size in self._sizes[1:]:
+            parts.append(_fisher_yates(values[:, first : first + size - 1], size))
+            first += size - 1
+        bands, rows_in, _, cols_in = self._box.axes
+        rows = _lines(parts[0], parts[1 : bands + 1], rows_in)
+        cols = _lines(parts[bands + 1], parts[bands + 2 :], cols_in)
+        return digits, mirror, rows, cols
 
-    while True:
-        digits = permutation(box.side)
-        transpose = False
-        if box.has_transpose:
-            transpose = next(words) < 1 << 31
-            next(words)
-        yield digits, transpose, lines(bands, rows_in), lines(stacks, cols_in)
+    def _parse(self, count: int) -> np.ndarray:
+        """Up to `count` whole chains off the front of the words; [chains, bounds] their values."""
+        words, lost = self._words, len(self._words) + 1
+        after = {bound: self._after_accepted(bound) for bound in set(self._bounds)}
+        place = np.arange(lost + 1, dtype=np.int32)
+        for bound in self._bounds:
+            place = after[bound][place]
+        ends = place.tolist()
+        starts: list[int] = []
+        position = 0
+        while len(starts) < count and ends[position] != lost:
+            starts.append(position)
+            position = ends[position]
+        values = np.empty((len(starts), len(self._bounds)), np.int64)
+        place = np.array(starts, np.int32)
+        for column, bound in enumerate(self._bounds):
+            place = after[bound][place]
+            values[:, column] = words[place - 1] & _mask(bound)
+        self._words = words[position:]
+        return values
+
+    def _after_accepted(self, bound: int) -> np.ndarray:
+        """For each place the one after the first word from there on that suits the bound.
+
+        int32 [words + 2]; a place beyond the words means that there is none.
+        """
+        end = len(self._words)
+        places = np.full(end + 2, end + 1, np.int32)
+        good = np.flatnonzero((self._words & _mask(bound)) <= bound)
+        places[good] = good + 1
+        return np.minimum.accumulate(places[::-1])[::-1]
 
 
-def _words(random: np.random.RandomState) -> Iterator[int]:
-    generator = np.random.MT19937()
-    state: Any = random.get_state(legacy=False)
-    generator.state = state
-    while True:
-        yield from generator.random_raw(1 << 14).tolist()
+def _mask(bound: int) -> int:
+    return (1 << bound.bit_length()) - 1
+
+
+def _fisher_yates(chosen: np.ndarray, size: int) -> np.ndarray:
+    """Permutations [N, size] from the indices [N, size - 1] swapped with size-1, size-2, ..., 1."""
+    items = np.tile(np.arange(size), (len(chosen), 1))
+    each = np.arange(len(chosen))
+    for column, i in enumerate(range(size - 1, 0, -1)):
+        j = chosen[:, column]
+        items[:, i], items[each, j] = items[each, j], items[:, i].copy()
+    return items
+
+
+def _lines(blocks: np.ndarray, inside: list[np.ndarray], within: int) -> np.ndarray:
+    """Line permutations from the order of the blocks and the order inside each new block."""
+    return np.concatenate(
+        [blocks[:, k : k + 1] * within + part for k, part in enumerate(inside)], axis=1
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -176,6 +176,21 @@ def test_every_public_name_loads_and_none_needs_triton_or_matplotlib():
     assert loaded.isdisjoint({"triton", "matplotlib"})
 
 
+def test_a_model_runs_without_triton_and_matplotlib():
+    config = (
+        "dict(batch_size=2, seq_len=4, vocab_size=5, num_puzzle_identifiers=1, H_cycles=1, "
+        "L_cycles=1, L_layers=1, hidden_size=8, num_heads=2, expansion=2, pos_encodings='rope', "
+        "halt_max_steps=2, halt_exploration_prob=0.1, forward_dtype='float32')"
+    )
+    loaded = loaded_after(
+        "import sys; sys.modules.update(triton=None, matplotlib=None); import torch, trm_fast; "
+        f"model = trm_fast.Model({config}); batch = dict(inputs=torch.zeros(2, 4).int(), "
+        "puzzle_identifiers=torch.zeros(2).int()); "
+        "model(model.initial_carry(batch), batch)[1]['logits'].float().sum().backward()"
+    )
+    assert "trm_fast.model" in loaded
+
+
 def test_the_public_names_are_those_type_checkers_see():
     tree = ast.parse((ROOT / "trm_fast" / "__init__.py").read_text(encoding="utf-8"))
     (block,) = (n for n in tree.body if isinstance(n, ast.If) and "TYPE_CHECKING" in ast.dump(n))

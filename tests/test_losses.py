@@ -242,11 +242,11 @@ def test_halting_is_right_from_zero_on():
     logits = torch.zeros(4, 5, 6)
     logits[:2, :, 0] = 1.0  # the first two boards are solved
     logits[2:, :, 1] = 1.0
-    q_halt = torch.tensor([0.0, -0.1, 0.0, -0.1])
+    q_halt = torch.tensor([0.0, 0.0, 0.0, -0.1])
     more = {"logits": logits, "q_halt_logits": q_halt}
     head, _, _ = scripted(labels=labels, more=more)
     metrics = head(return_keys=[], carry=None, batch=None)[2]
-    assert int(metrics["q_halt_accuracy"]) == 2  # solved at 0, unsolved at -0.1
+    assert int(metrics["q_halt_accuracy"]) == 3  # solved at 0 twice, unsolved at -0.1
     assert int(metrics["exact_accuracy"]) == 2
     assert metrics["accuracy"].item() == 2
 

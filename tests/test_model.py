@@ -427,6 +427,7 @@ def test_halting_and_new_data_against_a_loop(exploration, no_continue):
     for number in range(6):
         batch = tiny_batch(size, seed=number)
         carry, outputs = step(model, batch, carry, seed=number)
+        outputs = {name: value.detach() for name, value in outputs.items()}
         torch.manual_seed(number)
         uniform = torch.rand(size)
         least = torch.randint(2, 4, (size,), dtype=torch.int32)

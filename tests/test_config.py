@@ -148,7 +148,10 @@ TEXTS = (
 CASES = {
     "data_paths": TEXTS,
     "data_paths_test": TEXTS,
-    "eval_save_outputs": TEXTS,
+    "eval_save_outputs": (
+        [(["preds", "labels"], ("preds", "labels")), ([], ())],
+        [(["pred"], "a list of inputs, labels"), (3, "a list of inputs, labels")],
+    ),
     "generate": ([(0, 0)], [(-1, "an integer >= 0"), (True, "an integer >= 0")]),
     "augment": ([("sudoku", "sudoku"), ("none", "none")], [("maze", "one of none, sudoku")]),
     "curriculum": SHARE,

@@ -259,6 +259,20 @@ def test_evaluation_uses_the_average_and_leaves_the_weights(data, tmp_path):
     assert trainer.model.training
 
 
+def test_outputs_of_an_evaluation_are_saved_as_the_official_code_does(data, tmp_path):
+    config = make_config(data, eval_save_outputs=["labels", "preds", "q_halt_logits"])
+    trainer = make_trainer(config, tmp_path)
+    reports = trainer.evaluate()
+    saved = torch.load(tmp_path / "step_0_all_preds.0", weights_only=True)
+    assert {name: list(value.shape) for name, value in saved.items()} == {
+        "labels": [10, SEQ],
+        "preds": [10, SEQ],
+        "q_halt_logits": [10],
+    }
+    accuracy = (saved["preds"] == saved["labels"]).float().mean()
+    assert reports["all"].accuracy[-1] == pytest.approx(float(accuracy))
+
+
 def test_saved_ema_loads_alone(data, tmp_path):
     trainer = make_trainer(make_config(data), tmp_path)
     trainer.run()

@@ -153,7 +153,11 @@ class TrainConfig:
     eval_steps_max: int | None = option(
         "supervision steps in evaluation; null: arch.halt_max_steps", None, low=1
     )
-    eval_save_outputs: tuple[str, ...] = option("batch and output tensors to save", ())
+    eval_save_outputs: tuple[str, ...] = option(
+        "tensors that evaluations save",
+        (),
+        choices=("inputs", "labels", "puzzle_identifiers", "logits", "preds", "q_halt_logits"),
+    )
 
     project_name: str | None = option(
         "folder of the runs; null: named after the data", None, section="Files"

@@ -126,7 +126,7 @@ class _Tally:
         self.loss = LOSSES[loss_type]
         self.rules = rules
 
-    def add(self, model: Model, batch: dict[str, Tensor]) -> None:
+    def add(self, model: Model, batch: dict[str, Tensor], collect: dict[str, list[Tensor]]) -> None:
         """Count a batch in which every row has at least one label that is not ignored."""
         labels = batch["labels"]
         mask = labels != IGNORE_LABEL_ID
@@ -149,6 +149,9 @@ class _Tally:
             here = [accuracy, solved, valid, torch.full_like(accuracy, index + 1)]
             best = torch.where(out.q > best_q, torch.stack([row.float() for row in here]), best)
             best_q = torch.maximum(best_q, out.q)
+        last = {"logits": out.logits, "preds": out.preds, "q_halt_logits": out.q}
+        for name, parts in collect.items():
+            parts.append((batch | last)[name].cpu())
         per_token = self.loss(out.logits, labels)
         q_loss = torch.nn.functional.softplus(torch.where(solved, -out.q, out.q))
         losses = torch.stack([per_token.sum(-1).float() / counts, q_loss])
@@ -181,6 +184,7 @@ def evaluate(
     max_puzzles: int | None = None,
     loss_type: str = "stablemax_cross_entropy",
     rules: Rules | None = None,
+    collect: dict[str, list[Tensor]] | None = None,
 ) -> dict[str, SetReport]:
     """Measure a model on labelled puzzles, set by set.
 
@@ -191,6 +195,8 @@ def evaluate(
         steps: supervision steps M; None is the model's halt_max_steps.
         max_puzzles: boards to measure per set, from its start; None is all.
         loss_type: a name in `LOSSES`.  rules: adds `valid`, see `sudoku_rules`.
+        collect: lists that get, batch by batch, the tensors they are named after: those of the
+            batch, or "logits", "preds", "q_halt_logits" of the last step.
 
     Raises:
         ValueError: no puzzles at all.
@@ -207,7 +213,8 @@ def evaluate(
             if max_puzzles is not None:
                 rows = rows[: max(0, max_puzzles - tally.puzzles)]
             if len(rows):
-                tally.add(model, {key: value[rows].to(device) for key, value in batch.items()})
+                labelled = {key: value[rows].to(device) for key, value in batch.items()}
+                tally.add(model, labelled, collect or {})
     finally:
         model.train(was_training)
     if not tallies:

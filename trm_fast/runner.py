@@ -224,3 +224,6 @@ def _announce(trainer: Trainer, spot: Place) -> None:
     )
     if trainer.splits.test is None:
         say("evaluation  none: the data has no test split")
+    left_out = ", ".join(evaluator.name for evaluator in trainer.config.evaluators)
+    if left_out:
+        say(f"evaluators  left out, not in this version: {left_out} (evaluators=[] asks for none)")

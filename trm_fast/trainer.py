@@ -371,6 +371,7 @@ class Trainer:
         batches = PuzzleDataset(
             _dataset_config(config, self.splits.paths_test, 1, test=True), "test"
         )
+        collect: dict[str, list[Tensor]] = {name: [] for name in config.eval_save_outputs}
         with self.evaluation_weights():
             self.reports = evaluate(
                 self.model,
@@ -379,7 +380,12 @@ class Trainer:
                 max_puzzles=max_puzzles or config.eval_max_puzzles,
                 loss_type=config.arch.loss_type,
                 rules=sudoku_rules if sudoku_side(self.splits.test) else None,
+                collect=collect,
             )
+        if collect:
+            outputs = {name: torch.cat(parts) for name, parts in collect.items()}
+            self.run_dir.mkdir(parents=True, exist_ok=True)
+            torch.save(outputs, self.run_dir / f"step_{self.step}_all_preds.0")
         exact = next(iter(self.reports.values())).exact_accuracy[-1]
         if self.best is None or exact > self.best[0]:
             self.best = (exact, self.step)

@@ -1,6 +1,6 @@
-"""A model small enough for a test of anything, its batches, and a count of what autograd holds.
+"""A model small enough for a test of anything, its batches and steps; what autograd holds.
 
-Owns no expectation. Imported by tests of the model, of its parts and of the operations.
+Imported by tests of the model, of its parts and of the operations.
 
 Dims legend: B batch, L puzzle tokens (10), V vocabulary (9), D width (16), P prefix tokens (2).
 """
@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from trm_fast.model import Model
+from trm_fast.recursion import Carry
 
 IDENTIFIERS = 6
 VOCABULARY = 9
@@ -82,6 +83,37 @@ def tiny_batch(
         "labels": labels,
         "puzzle_identifiers": draw(IDENTIFIERS, batch),
     }
+
+
+def step(
+    model: Model, batch: dict[str, Tensor] | None = None, carry: Carry | None = None, seed: int = 5
+) -> tuple[Carry, dict[str, Tensor]]:
+    """Carry and outputs of one supervision step."""
+    batch = tiny_batch() if batch is None else batch
+    torch.manual_seed(seed)
+    return model(carry=carry or model.initial_carry(batch), batch=batch)
+
+
+def loss_of(outputs: dict[str, Tensor]) -> Tensor:
+    """A number that every output and, through them, every parameter counts in."""
+    logits = outputs["logits"].float()
+    weights = torch.linspace(-1, 1, logits.numel()).view(logits.shape)
+    halting = [value.sum() for name, value in outputs.items() if name.startswith("q_")]
+    return (logits * weights).sum() + torch.stack(halting).sum()
+
+
+def gradients(model: Model, batch: dict[str, Tensor] | None = None) -> dict[str, Tensor | None]:
+    """Of every parameter, by one step; those of the puzzle rows add up in their buffer."""
+    model.zero_grad()
+    loss_of(step(model, batch)[1]).backward()
+    return {name: p.grad for name, p in model.named_parameters()}
+
+
+def assert_equal(got: dict[str, Tensor], want: dict[str, Tensor]) -> None:
+    """The same names and bitwise the same tensors."""
+    assert got.keys() == want.keys()
+    for name, value in want.items():
+        assert torch.equal(got[name], value), name
 
 
 def compilable(monkeypatch: pytest.MonkeyPatch) -> None:

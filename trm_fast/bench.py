@@ -25,7 +25,7 @@ import platform
 import statistics
 import subprocess
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -257,8 +257,11 @@ def run_cases(
     device: torch.device | None = None,
     compiled: bool = True,
     peak_size: int | None = None,
+    progress: Callable[[str], None] = lambda line: None,
 ) -> dict:
     """Everything in one process; returns the JSON object of docs/benchmarks.md.
+
+    `progress` is told what comes next: compiling a deep recursion takes minutes.
 
     Raises:
         ParityError: a contender computes something else; ValueError: no official code there.
@@ -269,7 +272,9 @@ def run_cases(
     with official_code(official_path) as official:
         for case in cases:
             for step in steps:
+                progress(f"{case.name}, {step} step: building, parity, warm-up")
                 race = set_up(case, step, official, device, compiled)
+                progress(f"{case.name}, {step} step: {case.rounds} turns of {len(race.entries)}")
                 race.run(case.rounds)
                 races.append(race)
     peaks.append(measure_peaks(cases, device, peak_size))
@@ -421,6 +426,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             torch.device(given.device),
             not given.no_compile,
             64 if given.quick else None,
+            (lambda line: None) if given.quick else (lambda line: say(line, err=True)),
         )
     except ParityError as error:
         say(f"trm-fast bench: {error}", err=True)

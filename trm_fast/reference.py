@@ -207,7 +207,7 @@ def deep_recursion(
         y, z = y.detach(), z.detach()  # with one cycle they are still the caller's
         network = partial(_cast_network, ops, blocks, rotary, r)
         if r.policy == "recompute":
-            network = partial(_recomputed, network)
+            network = partial(_recomputed, network, draws=r.dropout > 0)
         y, z = latent_cycle(network, ops, x, y, z, r)
     return y, z.detach()
 
@@ -284,8 +284,9 @@ def _direct(f: Callable[..., Tensor], *args: object) -> Tensor:
     return f(*args)
 
 
-def _recomputed(f: Callable[..., Tensor], *args: object) -> Tensor:
-    return checkpoint(f, *args, use_reentrant=False)
+def _recomputed(f: Callable[..., Tensor], *args: object, draws: bool = False) -> Tensor:
+    """f(*args), whose inner tensors the backward computes again; `draws` if f draws numbers."""
+    return checkpoint(f, *args, use_reentrant=False, preserve_rng_state=draws)
 
 
 def _cast(w: BlockWeights, dtype: torch.dtype) -> BlockWeights:

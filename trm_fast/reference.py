@@ -33,9 +33,13 @@ POSITION_SCALE = 0.707106781  # keeps the variance of token + position at that o
 
 def linear(h: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """h @ weight.T + bias over the last axis, without a copy for either memory layout of h."""
-    if h.dim() == 3 and h.stride(0) < h.stride(1):
+    if _is_token_major(h):
         return F.linear(h.transpose(0, 1), weight, bias).transpose(0, 1)
     return F.linear(h, weight, bias)
+
+
+def _is_token_major(h: Tensor) -> bool:
+    return h.dim() == 3 and h.stride(0) < h.stride(1)
 
 
 def norm_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -129,7 +133,7 @@ def linear_rmsnorm(a: Tensor, w: Tensor, h: Tensor, eps: float) -> Tensor:
 
 
 def swiglu_rmsnorm(h: Tensor, w_gate_up: Tensor, w_down: Tensor, eps: float) -> Tensor:
-    return linear_rmsnorm(swiglu(linear(h, w_gate_up)), w_down, h, eps)
+    return residual_rmsnorm(h, _channel_swiglu(h, w_gate_up, w_down), FEATURES, eps)
 
 
 def token_mix(h: Tensor, w_gate_up: Tensor, w_down: Tensor, eps: float) -> Tensor:
@@ -266,12 +270,16 @@ def _block_with_dropout(
         attended = ops.rope_attention(linear(h, w.mixer.qkv), rotary, r.heads)
         update, axis = linear(attended, w.mixer.out), FEATURES
     h = ops.residual_rmsnorm(h, F.dropout(update, r.dropout), axis, r.eps)
-    update = run(_swiglu_mlp, ops, h, w.gate_up, w.down)
+    update = run(_channel_swiglu, h, w.gate_up, w.down)
     return ops.residual_rmsnorm(h, F.dropout(update, r.dropout), FEATURES, r.eps)
 
 
-def _swiglu_mlp(ops: Ops, h: Tensor, w_gate_up: Tensor, w_down: Tensor) -> Tensor:
-    return linear(ops.swiglu(linear(h, w_gate_up)), w_down)
+def _channel_swiglu(h: Tensor, w_gate_up: Tensor, w_down: Tensor) -> Tensor:
+    """SwiGLU over the features, features outermost inside: gate and up are contiguous halves."""
+    if _is_token_major(h):
+        return _channel_swiglu(h.transpose(0, 1), w_gate_up, w_down).transpose(0, 1)
+    gate_up = w_gate_up @ h.flatten(0, 1).t()  # [2F, N]
+    return (_SwiGLU.apply(gate_up, 0).t() @ w_down.t()).view(h.shape)
 
 
 def _token_swiglu(h: Tensor, w_gate_up: Tensor, w_down: Tensor) -> Tensor:

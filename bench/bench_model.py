@@ -17,7 +17,7 @@ def bench_model(name, step, benchmark, official, races, request):
     option = request.config.getoption
     case = quick(CASES[name]) if option("--bench-quick") else CASES[name]
     device = torch.device(option("--bench-device"))
-    race = bench.set_up(case, step, official, device, not option("--no-compile"))
+    race = bench.set_up(case, step, official, device, option("--compile"))
     reference, *others = race.entries
 
     def turns_of_the_others():

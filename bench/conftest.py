@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from trm_fast import bench
-from trm_fast.contenders import Official, official_code
+from trm_fast.contenders import COMPILE, Official, official_code
 
 RACES = pytest.StashKey[list[bench.Race]]()
 
@@ -20,7 +20,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--bench-quick", action="store_true", help="tiny sizes: does it run at all")
     parser.addoption("--bench-json", metavar="FILE", default=None, help="write the results there")
     parser.addoption("--bench-device", default="cpu", help="cpu, cuda or mps")
-    parser.addoption("--no-compile", action="store_true", help="leave torch.compile out")
+    parser.addoption("--compile", choices=COMPILE, default="auto", help="see trm-fast bench")
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -91,8 +91,8 @@ def test_the_flops_are_those_that_run(name, step, products):
 
 def test_the_own_width_contender_has_the_official_rounding():
     own = Contender("official, own width", official=True, own_width=True)
-    assert own in contenders(CASES["recipe"], CPU, compiled=False)
-    assert own not in contenders(CASES["official"], CPU, compiled=False)
+    assert own in contenders(CASES["recipe"], CPU, compiling="never")
+    assert own not in contenders(CASES["official"], CPU, compiling="never")
     config = effective_config(CASES["recipe"], own)
     assert (config.channel_width, config.token_width) == (256, 256)
     config = effective_config(CASES["recipe"], Contender("official", official=True))
@@ -165,7 +165,7 @@ def test_a_contender_that_cannot_run_says_why(monkeypatch):
 
 
 def test_the_json_of_a_quick_run_without_the_official_code(capsys):
-    arguments = ["--quick", "--no-compile", "--case", "recipe", "--batch", "3", "--rounds", "4"]
+    arguments = ["--quick", "--compile=never", "--case", "recipe", "--batch", "3", "--rounds", "4"]
     assert bench.main([*arguments, "--json", "-"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["schema"] == 1
@@ -227,7 +227,7 @@ def test_the_table_shows_ratios_and_reasons():
     ],
 )
 def test_a_wrong_argument_is_one_line_and_exit_2(arguments, said, capsys):
-    assert bench.main(["--quick", "--no-compile", *arguments]) == 2
+    assert bench.main(["--quick", "--compile=never", *arguments]) == 2
     err = capsys.readouterr().err
     assert said in err
     assert err.count("\n") == 1
@@ -251,7 +251,7 @@ def test_saved_bytes_follow_the_policy():
 
 
 def test_the_clocks_are_cleared_of_warm_up():
-    race = bench.set_up(RECIPE, "inference", None, CPU, compiled=False)
+    race = bench.set_up(RECIPE, "inference", None, CPU, compiling="never")
     assert race.entries[0].wall == []
     race.run(3)
     assert [len(e.wall) for e in race.entries] == [3]
@@ -275,11 +275,11 @@ def test_official_names_do_not_leak(official_path):
 @pytest.mark.parametrize("step", ["train", "inference"])
 def test_the_official_code_agrees_and_is_timed(case: Case, step, official_path):
     with official_code(official_path) as official:
-        race = bench.set_up(case, step, official, CPU, compiled=False)
+        race = bench.set_up(case, step, official, CPU, compiling="never")
         race.run(1)
     assert race.absent == {}
     names = [e.contender.name for e in race.entries]
-    assert names == [c.name for c in contenders(case, CPU, compiled=False)]
+    assert names == [c.name for c in contenders(case, CPU, compiling="never")]
     result = race.result({case.model.forward_dtype: 100.0})
     assert set(result["ratios"]) == set(names[1:])
 
@@ -287,7 +287,7 @@ def test_the_official_code_agrees_and_is_timed(case: Case, step, official_path):
 def test_pytest_benchmark_runs_without_the_official_code():
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "bench/", "--benchmark-only", "--bench-quick"]
-        + ["--no-compile", "-q", "-p", "no:cacheprovider"],
+        + ["--compile=never", "-q", "-p", "no:cacheprovider"],
         cwd=ROOT,
         capture_output=True,
         text=True,

@@ -38,6 +38,7 @@ from trm_fast.config import ModelConfig
 from trm_fast.console import say
 from trm_fast.contenders import (
     CASES,
+    COMPILE,
     STEPS,
     Case,
     Contender,
@@ -221,7 +222,7 @@ def set_up(
     step: str,
     official: Official | None,
     device: torch.device,
-    compiled: bool = True,
+    compiling: str = "auto",
 ) -> Race:
     """Build, check and warm all contenders of a case.
 
@@ -230,7 +231,7 @@ def set_up(
     """
     entries: list[Entry] = []
     absent: dict[str, str] = {}
-    for contender in contenders(case, device, compiled):
+    for contender in contenders(case, device, compiling):
         if contender.official and official is None:
             absent[contender.name] = "no official code given: --official PATH"
             continue
@@ -255,7 +256,7 @@ def run_cases(
     steps: Sequence[str] = STEPS,
     official_path: Path | None = None,
     device: torch.device | None = None,
-    compiled: bool = True,
+    compiling: str = "auto",
     peak_size: int | None = None,
     progress: Callable[[str], None] = lambda line: None,
 ) -> dict:
@@ -273,7 +274,7 @@ def run_cases(
         for case in cases:
             for step in steps:
                 progress(f"{case.name}, {step} step: building, parity, warm-up")
-                race = set_up(case, step, official, device, compiled)
+                race = set_up(case, step, official, device, compiling)
                 progress(f"{case.name}, {step} step: {case.rounds} turns of {len(race.entries)}")
                 race.run(case.rounds)
                 races.append(race)
@@ -403,7 +404,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--batch", type=int, help="batch size in place of the case's")
     parser.add_argument("--threads", type=int, help="CPU threads")
     parser.add_argument("--rounds", type=int, help="timed turns per contender")
-    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
+    parser.add_argument(
+        "--compile",
+        choices=COMPILE,
+        default="auto",
+        help="torch.compile as a contender; auto: where it does not take tens of minutes",
+    )
     parser.add_argument("--quick", action="store_true", help="tiny sizes: does it run at all")
     parser.add_argument("--json", metavar="FILE", help="write the results there; - for stdout")
     given = parser.parse_args(argv)
@@ -424,7 +430,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             given.step or STEPS,
             given.official,
             torch.device(given.device),
-            not given.no_compile,
+            given.compile,
             64 if given.quick else None,
             (lambda line: None) if given.quick else (lambda line: say(line, err=True)),
         )

@@ -24,6 +24,7 @@ from trm_fast.losses import ACTLossHead
 from trm_fast.model import Model
 
 STEPS = ("train", "inference")
+COMPILE = ("auto", "always", "never")
 LOSS = "stablemax_cross_entropy"
 _TOP_NAMES = ("models", "utils", "dataset", "evaluators")  # of the official checkout
 
@@ -159,9 +160,16 @@ class Contender:
     own_width: bool = False
 
 
-def contenders(case: Case, device: torch.device, compiled: bool) -> list[Contender]:
-    """The reference first; the official code compiled only where it is run so, on CUDA."""
+def contenders(case: Case, device: torch.device, compiling: str = "auto") -> list[Contender]:
+    """The reference first; the official code compiled only where it is run so, on CUDA.
+
+    compiling: one of COMPILE; "auto" leaves torch.compile out where it takes tens of minutes:
+    on the CPU at the official depth, whose unrolled recursion is one C++ program.
+    """
     found = [Contender("reference")]
+    depth = case.model.H_cycles * (case.model.L_cycles + 1) * case.model.L_layers
+    quick_enough = device.type == "cuda" or depth <= 8
+    compiled = compiling == "always" or (compiling == "auto" and quick_enough)
     if compiled:
         found.append(Contender("reference compiled", compiled=True))
     found.append(Contender("official", official=True))

@@ -38,6 +38,7 @@ ORDER = [
     ["checkpoint", "viz", "progress"],
     ["inference"],
     ["interop", "loading", "puzzles", "runs"],
+    ["splits"],
     ["trainer"],
     ["summary"],
     ["runner"],

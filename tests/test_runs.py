@@ -20,8 +20,8 @@ def job(**changes):
     return from_preset().replace({"data_paths": ["d"], "project_name": "p", **changes})
 
 
-def save(config, step, folder):
-    record = {**config.to_dict(), "model": {}, "data": {}}
+def save(config, step, folder, finished=False):
+    record = {**config.to_dict(), "finished": finished, "model": {}, "data": {}}
     state = {"w": torch.zeros(1)}
     return save_checkpoint(folder, step, model=state, ema=None, config=record, train_state={})
 
@@ -86,6 +86,15 @@ def test_an_unnamed_job_goes_on_with_its_unfinished_run():
 def test_an_unnamed_job_starts_anew(step, changes, now):
     saved = saved_run(step, **changes)
     spot = place(job(**now), TOTAL)
+    assert spot.resume_from is None
+    assert spot.config.run_name != saved.run_name
+
+
+def test_a_run_that_ended_short_of_the_estimate_is_finished():
+    """By epochs a run has fewer steps than `total_steps` (65,100 of 65,104 for Sudoku-Extreme)."""
+    saved = saved_run(TOTAL - 4)
+    save(job().replace({"run_name": saved.run_name}), TOTAL - 3, saved.checkpoint_path, True)
+    spot = place(job(), TOTAL)
     assert spot.resume_from is None
     assert spot.config.run_name != saved.run_name
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -93,6 +94,45 @@ def test_several_seeds(here, capfd):
     said = capfd.readouterr().out
     assert "all exact, last step: mean" in said
     assert "deviation" in said
+
+
+def test_a_seed_of_several_is_continued_as_a_run_of_its_own(here):
+    assert run("seeds=2", "checkpoint_path=mine/r") == 0
+    assert sorted(path.name for path in (here / "mine").iterdir()) == ["r-seed0", "r-seed1"]
+    assert train.main(["resume=mine/r-seed1"]) == 0
+    assert sorted(path.name for path in (here / "mine").iterdir()) == ["r-seed0", "r-seed1"]
+
+
+def test_a_signal_during_the_last_evaluation_ends_the_job(here, monkeypatch):
+    """The first seed's run is complete; the second does not begin."""
+
+    def signalled(trainer, seconds):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr("trm_fast.runner.summarize", signalled)
+    assert run("+run_name=r", "seeds=2") == 143
+    assert run_folder(here).name == "r-seed0"
+
+
+def test_a_run_without_test_data_ends_well(here, capfd):
+    shutil.rmtree(here / "boards" / "test")
+    assert run("+run_name=r") == 0
+    said = capfd.readouterr().out
+    assert "evaluation  none" in said
+    assert f"trm_fast.evaluate {run_folder(here).relative_to(here)} --data DIR" in said
+
+
+def test_a_run_killed_before_its_first_pointer_is_resumed(here, capfd):
+    assert run("+run_name=r") == 0
+    folder = run_folder(here)
+    (folder / "last").unlink()
+    assert train.main([f"resume={folder}"]) == 0
+    assert "going on    from step 12" in capfd.readouterr().out
+
+
+def test_absurd_numbers_are_one_line_and_exit_2(here, capfd):
+    assert train.main(["generate=999999999999"]) == 2
+    assert capfd.readouterr().err == "trm-fast train: not enough memory for so many boards\n"
 
 
 @pytest.mark.parametrize(

@@ -10,11 +10,12 @@ import torch
 from trm_fast import checkpoint, memory, optim
 from trm_fast.config import TrainConfig
 from trm_fast.data.dataset import from_arrays
-from trm_fast.data.format import write_dataset
+from trm_fast.data.format import Metadata, PuzzleArrays, write_dataset
 from trm_fast.interop import write_official
 from trm_fast.losses import ACTLossHead
 from trm_fast.model import Model
-from trm_fast.trainer import Trainer, TrainingStopped, open_splits
+from trm_fast.splits import open_splits
+from trm_fast.trainer import Trainer, TrainingStopped, for_device
 
 SEQ, VOCAB = 16, 6
 
@@ -402,3 +403,96 @@ def test_compiled_step_equals_the_plain_one(data, tmp_path, monkeypatch):
     compiled.run()
     for name, value in plain.model.state_dict().items():
         torch.testing.assert_close(compiled.model.state_dict()[name], value, rtol=1e-4, atol=1e-5)
+
+
+def test_steps_beyond_the_estimate_are_not_reported(tmp_path):
+    """Groups of uneven puzzles give more batches than `total_steps` estimates."""
+    sizes, groups = np.array([10] + [1] * 99), np.array([1, 99])
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(1, VOCAB, (sizes.sum(), SEQ)).astype(np.uint8)
+    ends = [np.concatenate([[0], np.cumsum(part)]).astype(np.int32) for part in (sizes, groups)]
+    arrays = PuzzleArrays(tokens, tokens, np.zeros(len(sizes), np.int32), *ends)
+    mean = sizes.mean().item()
+    metadata = Metadata(0, 0, 0, VOCAB, SEQ, 1, len(groups), mean, len(sizes), ("all",))
+    write_dataset(tmp_path / "uneven", {"train": (metadata, {"all": arrays})})
+    config = make_config(
+        str(tmp_path / "uneven"), steps=None, eval_steps=None, epochs=8, eval_interval=8
+    )
+    reporter = Recorder()
+    trainer = make_trainer(config, tmp_path / "run", reporter)
+    assert trainer.run()
+    assert trainer.step > trainer.total_steps == 4
+    assert [step for step, _ in reporter.steps] == [1, 2, 3, 4]
+
+
+def test_first_evaluations_are_left_out_by_steps_too(data, tmp_path):
+    reporter = Recorder()
+    config = make_config(data, steps=8, eval_steps=2, min_eval_interval=2)
+    make_trainer(config, tmp_path / "run", reporter).run()
+    assert [step for step, _ in reporter.evaluations] == [6, 8]
+    assert reporter.saved == ["step_6", "step_8"]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"checkpoint_every_eval": False},
+        {"checkpoint_every_eval": False, "save_interval": 1},
+        {"steps": 6, "eval_steps": 3, "save_interval": 6},
+    ],
+    ids=["epochs", "last-only", "saved-before-the-end", "steps"],
+)
+def test_the_last_checkpoint_says_that_the_run_is_finished(data, tmp_path, changes):
+    """By epochs it ends short of `total_steps`: short last batches are dropped."""
+    by_epochs = {"steps": None, "eval_steps": None, "epochs": 6, "eval_interval": 3}
+    config = make_config(data, global_batch_size=8, **{**by_epochs, **changes})
+    trainer = make_trainer(config, tmp_path / "run")
+    assert trainer.run()
+    if not changes.get("steps"):
+        assert trainer.step < trainer.total_steps
+    path = checkpoint.resolve(tmp_path / "run")
+    assert checkpoint.load_checkpoint(path).config["finished"] is True
+    again = make_trainer(config, tmp_path / "run")
+    again.resume(path)
+    assert again.run()
+    assert again.step == trainer.step
+    assert again.reports.keys() == {"all"}
+
+
+def test_a_stopped_run_is_not_finished(data, tmp_path):
+    trainer = make_trainer(make_config(data), tmp_path / "run", Recorder(stop_at=3))
+    trainer.reporter.trainer = trainer
+    assert not trainer.run()
+    saved = checkpoint.load_checkpoint(checkpoint.resolve(tmp_path / "run"))
+    assert saved.config["finished"] is False
+
+
+def test_resuming_on_other_data_is_refused(data, tmp_path):
+    config = make_config(data)
+    trainer = make_trainer(config, tmp_path / "run", Recorder(stop_at=3))
+    trainer.reporter.trainer = trainer
+    trainer.run()
+    tokens = np.full((24, SEQ), 2, np.uint8)
+    metadata, arrays = from_arrays(tokens, tokens, vocab_size=VOCAB)
+    write_dataset(data, {"train": (metadata, {"all": arrays})})
+    other = make_trainer(config, tmp_path / "run")
+    with pytest.raises(checkpoint.CheckpointError, match=r"total_groups 24 \(was 20\)"):
+        other.resume(tmp_path / "run" / "step_3")
+
+
+def test_outputs_that_cannot_be_saved_are_one_error(data, tmp_path):
+    config = make_config(data, eval_save_outputs=["preds"])
+    trainer = make_trainer(config, tmp_path / "run")
+    (tmp_path / "run" / "step_0_all_preds.0").mkdir(parents=True)
+    with pytest.raises(checkpoint.CheckpointError, match="step_0_all_preds.0: cannot be written"):
+        trainer.evaluate()
+
+
+def test_bfloat16_becomes_float32_on_mps(data, monkeypatch):
+    config = make_config(data, arch__forward_dtype="bfloat16")
+    assert for_device(config) == config
+    monkeypatch.setattr("trm_fast.trainer.pick_device", lambda name: torch.device("mps"))
+    assert for_device(config).arch.forward_dtype == "float32"
+    half = make_config(data, arch__forward_dtype="float16")
+    assert for_device(half) == half

@@ -38,8 +38,8 @@ _YAML_BARE = re.compile(r"[A-Za-z_/][A-Za-z0-9_./@+-]*")
 _YAML_WORDS = ("true", "false", "yes", "no", "on", "off", "null", "y", "n")
 _DEEPEST = 8
 # Top-level keys of files that hold no settings: Hydra's own, and what a checkpoint's config.json
-# says of the data and of the model built for it.
-NOT_SETTINGS = ("hydra", "model", "data")
+# says of the run, of the data and of the model built for it.
+NOT_SETTINGS = ("hydra", "finished", "model", "data")
 
 
 class HelpRequested(Exception):
@@ -263,11 +263,14 @@ def _saved_config(path: str) -> dict[str, Any]:
         step = (folder / "last").read_text(encoding="ascii").strip()
     except (OSError, ValueError):
         step = "."
-    if not (folder / step / "config.json").is_file():
+    file = folder / step / "config.json"
+    if not file.is_file():  # killed before `last` was written: any step, all have these settings
+        file = next(folder.glob("step_*/config.json"), file)
+    if not file.is_file():
         raise ConfigError(
             f"resume must be auto, never or a run folder with a checkpoint, got {show(path)}"
         )
-    return read_config_file(folder / step / "config.json")
+    return read_config_file(file)
 
 
 def read_config_file(path: str | Path) -> dict[str, Any]:

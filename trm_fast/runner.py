@@ -22,8 +22,9 @@ from trm_fast.interop import write_official
 from trm_fast.overrides import emit_yaml
 from trm_fast.progress import MetricsError, MetricsWriter, StatusLine, make_loggers, read_metrics
 from trm_fast.runs import Place, RunLock, place
+from trm_fast.splits import Splits, open_splits
 from trm_fast.summary import summarize
-from trm_fast.trainer import Splits, Trainer, TrainingStopped, open_splits
+from trm_fast.trainer import Trainer, TrainingStopped, for_device
 from trm_fast.viz import learning_curve
 
 
@@ -131,6 +132,9 @@ def train(config: TrainConfig) -> int:
     except (ValueError, OSError) as error:
         say(f"trm-fast train: {error}", err=True)
         return 2
+    except MemoryError:
+        say("trm-fast train: not enough memory for so many boards", err=True)
+        return 2
     except KeyboardInterrupt:
         say("interrupted", err=True)
         return 130
@@ -153,11 +157,11 @@ def _run_seeds(config: TrainConfig) -> int:
     base = config.with_names()
     finals: dict[str, list[float]] = {}
     for seed in range(config.seed, config.seed + config.seeds):
-        name = f"{base.run_name}-seed{seed}"
         say(f"--- seed {seed} ---")
-        status, trainer = _run(
-            base.replace({"seed": seed, "run_name": name, "checkpoint_path": None})
-        )
+        # seeds=1, so that what stopped one of them is continued as the run that it is.
+        own = {"seed": seed, "seeds": 1, "run_name": f"{base.run_name}-seed{seed}"}
+        folder = f"{base.checkpoint_path}-seed{seed}"
+        status, trainer = _run(base.replace({**own, "checkpoint_path": folder}))
         if status != 0:
             return status
         for set_name, report in trainer.reports.items():
@@ -176,6 +180,7 @@ def _run_seeds(config: TrainConfig) -> int:
 
 def _run(config: TrainConfig) -> tuple[int, Trainer]:
     """One run; its exit status and the trainer as it ended."""
+    config = for_device(config)
     splits = open_splits(config)
     total = config.total_steps(splits.train.total_groups, splits.train.mean_puzzle_examples)
     spot = place(config, total)
@@ -206,7 +211,8 @@ def _run_locked(spot: Place, splits: Splits, total: int, signals: Signals) -> tu
     summarize(trainer, seconds)
     picture = spot.run_dir / "learning_curve.png"
     say(learning_curve(read_metrics(spot.run_dir), picture) or f"curve       {picture}")
-    return 0, trainer
+    # A signal during the last evaluation came too late to stop this run, not the next seed's.
+    return 128 + signals.received if signals.received else 0, trainer
 
 
 def _announce(trainer: Trainer, spot: Place) -> None:

@@ -15,6 +15,7 @@ from typing import IO, Any
 
 from trm_fast import checkpoint
 from trm_fast.config import TrainConfig, flatten
+from trm_fast.overrides import NOT_SETTINGS
 
 try:
     import fcntl
@@ -111,7 +112,8 @@ def _continuation(config: TrainConfig, folder: Path, total_steps: int) -> Place 
     try:
         step = checkpoint.resolve(folder)
         saved = _saved_settings(step)
-        if _step_of(step) >= total_steps or _differences(config, saved):
+        finished = _record(step).get("finished") or _step_of(step) >= total_steps
+        if finished or _differences(config, saved):
             return None
         RunLock(folder).release()
     except (OSError, ValueError):
@@ -135,10 +137,15 @@ def _step_of(folder: Path) -> int:
     return int(found[1])
 
 
+def _record(step: Path) -> dict[str, Any]:
+    """A checkpoint's config.json."""
+    values: dict[str, Any] = json.loads((step / checkpoint.CONFIG).read_text(encoding="utf-8"))
+    return values
+
+
 def _saved_settings(step: Path) -> dict[str, Any]:
     """The dotted settings in a checkpoint's config.json."""
-    values = json.loads((step / checkpoint.CONFIG).read_text(encoding="utf-8"))
-    return flatten({k: v for k, v in values.items() if k not in ("model", "data")})
+    return flatten({k: v for k, v in _record(step).items() if k not in NOT_SETTINGS})
 
 
 def _differences(config: TrainConfig, saved: Mapping[str, Any]) -> list[str]:

@@ -33,16 +33,18 @@ def summarize(trainer: Trainer, seconds: float) -> None:
     if clues:
         say("            No board shares its grid with a training board, symmetries included.")
         say("            36-50 clues is easy Sudoku, 28-32 is what newspapers call medium.")
-    if trainer.splits.test is not None and sudoku_side(trainer.splits.test):
+    test = trainer.splits.test
+    board = test is not None and sudoku_side(test) is not None
+    if board:
         _show_board(trainer)
     say(f"run folder  {trainer.run_dir}")
     say("next")
-    say(f"  python -m trm_fast.evaluate {trainer.run_dir}")
-    if trainer.model_config.seq_len == 81 and trainer.model_config.vocab_size == 11:
+    say(f"  python -m trm_fast.evaluate {trainer.run_dir}{'' if test else ' --data DIR'}")
+    if board:
         puzzle = _as_line(_first_test_board(trainer)[0])
         say(f'  python -m trm_fast.solve -m {trainer.run_dir} "{puzzle}"')
     else:
-        say(f"  python -m trm_fast.train resume={trainer.run_dir}")
+        say("  python -m trm_fast.train --help")
 
 
 def _result(name: str, report: SetReport, clues: tuple[int, int] | None) -> str:

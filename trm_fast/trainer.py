@@ -10,6 +10,7 @@ Dims legend: B batch, L puzzle tokens.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -24,14 +25,15 @@ from torch import Tensor
 from trm_fast import checkpoint, memory, optim
 from trm_fast.config import TrainConfig
 from trm_fast.data.augment import hand_back, sudoku_augment
-from trm_fast.data.dataset import PuzzleDataset, PuzzleDatasetConfig
-from trm_fast.data.format import Metadata
+from trm_fast.data.dataset import PuzzleDataset
+from trm_fast.durable import unwritable
 from trm_fast.inference import SetReport, evaluate, sudoku_rules, sudoku_side
 from trm_fast.interop import load_weights
 from trm_fast.loading import pick_device
 from trm_fast.losses import ACTLossHead
 from trm_fast.model import Model
 from trm_fast.recursion import Carry, State
+from trm_fast.splits import Splits, dataset_config
 
 
 class TrainingStopped(RuntimeError):
@@ -57,46 +59,6 @@ class Reporter(Protocol):
         """Asked after every step; True ends the run after a checkpoint."""
 
 
-@dataclass(frozen=True)
-class Splits:
-    """The data of a run: where it lies, and its training and test metadata."""
-
-    paths: tuple[str, ...]
-    paths_test: tuple[str, ...]
-    train: Metadata
-    test: Metadata | None
-
-
-def open_splits(config: TrainConfig) -> Splits:
-    """Read the metadata of the training data and, where there is one, of the test data.
-
-    Raises:
-        DataError: missing or malformed training data, malformed test data.
-    """
-    paths, paths_test = config.data_paths, config.data_paths_test or config.data_paths
-    train = PuzzleDataset(_dataset_config(config, paths, 1, test=False)).metadata
-    has_test = all(Path(path, "test").is_dir() for path in paths_test)
-    test = None
-    if has_test:
-        test = PuzzleDataset(_dataset_config(config, paths_test, 1, test=True), "test").metadata
-    return Splits(tuple(paths), tuple(paths_test), train, test)
-
-
-def _dataset_config(
-    config: TrainConfig, paths: tuple[str, ...], epochs_per_iter: int, *, test: bool
-) -> PuzzleDatasetConfig:
-    batch = config.global_batch_size
-    return PuzzleDatasetConfig(
-        seed=config.seed,
-        dataset_paths=paths,
-        global_batch_size=(config.eval_batch_size or batch) if test else batch,
-        test_set_mode=test,
-        epochs_per_iter=epochs_per_iter,
-        rank=0,
-        num_replicas=1,
-    )
-
-
 @dataclass
 class _Sums:
     """Metrics added up on the device, so that reading them is left to the log line."""
@@ -118,6 +80,17 @@ class _Sums:
             f"train/{name}": value / (per_item if name.endswith("loss") else count)
             for name, value in sums.items()
         }
+
+
+def for_device(config: TrainConfig) -> TrainConfig:
+    """The settings as they are on the run's device: float32 in place of bfloat16 on MPS.
+
+    Raises:
+        ValueError: the device is not there.
+    """
+    if pick_device(config.device).type == "mps" and config.arch.forward_dtype == "bfloat16":
+        return config.replace({"arch.forward_dtype": "float32"})
+    return config
 
 
 class Trainer:
@@ -143,9 +116,7 @@ class Trainer:
     ) -> None:
         self.splits, self.run_dir, self.reporter = splits, run_dir, reporter
         self.device = pick_device(config.device)
-        if self.device.type == "mps" and config.arch.forward_dtype == "bfloat16":
-            config = config.replace({"arch.forward_dtype": "float32"})
-        self.config = config
+        self.config = config = for_device(config)
         if config.threads:
             torch.set_num_threads(config.threads)
         metadata = splits.train
@@ -188,7 +159,7 @@ class Trainer:
 
     def _train_dataset(self) -> PuzzleDataset:
         epochs = self._epochs_per_iteration()
-        return PuzzleDataset(_dataset_config(self.config, self.splits.paths, epochs, test=False))
+        return PuzzleDataset(dataset_config(self.config, self.splits.paths, epochs, test=False))
 
     def _prepare(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """Augment and hand back solution cells, drawn from (seed, step) alone."""
@@ -301,7 +272,7 @@ class Trainer:
             TrainingStopped: see `train_step`.
             CheckpointError: a checkpoint could not be written.
         """
-        if self.step >= self.total_steps and not self.reports:
+        if self.finished and not self.reports:
             self.evaluate()
         for batch in self._batches():
             if batch is None:
@@ -309,9 +280,9 @@ class Trainer:
                     self._evaluate_and_save()
                 continue
             self.train_step(batch)
-            if self.step % self.config.log_interval == 0:
+            if self.step % self.config.log_interval == 0 and self._sums.steps:
                 self._report_step()
-            if self.config.eval_steps and self.step % self.config.eval_steps == 0:
+            if self._evaluates_now():
                 self._evaluate_and_save()
             every = self.config.save_interval
             if every and self.step % every == 0 and self._saved_at != self.step:
@@ -329,28 +300,35 @@ class Trainer:
     def _batches(self) -> Iterator[dict[str, Tensor] | None]:
         """Batches to the end of the run; None where an iteration over the data ends."""
         config = self.config
-        iterations = None if config.steps else config.epochs // self._epochs_per_iteration()
-        while iterations is None or self.iteration < iterations:
-            before = self.step
-            resumed = self.step > 0
+        while not self.finished:
             for _, batch, _ in self.dataset:
-                if config.steps and self.step >= self.total_steps:
-                    return
                 yield batch
-            if self.step == before and not resumed:
+                if self.finished:
+                    return
+            if self.step == 0:
                 raise ValueError(
                     f"the data has fewer examples than global_batch_size={config.global_batch_size}"
                 )
             self.iteration += 1
+            self._saved_at = -1  # a checkpoint of this step says that the iteration goes on
             yield None
-            if config.steps and self.step >= self.total_steps:
-                return
+
+    @property
+    def finished(self) -> bool:
+        """Whether all steps, or all epochs, are done (`total_steps` only estimates the latter)."""
+        if self.config.steps:
+            return self.step >= self.total_steps
+        return self.iteration >= self.config.epochs // self._epochs_per_iteration()
 
     def _evaluates_by_epoch(self) -> bool:
         return self.config.eval_steps is None and self.config.steps is None
 
     def _past_first_evaluations(self) -> bool:
         return self.iteration > (self.config.min_eval_interval or 0)
+
+    def _evaluates_now(self) -> bool:
+        every, left_out = self.config.eval_steps, self.config.min_eval_interval or 0
+        return every is not None and self.step % every == 0 and self.step // every > left_out
 
     def _report_step(self) -> None:
         metrics = self._sums.means(self.config.global_batch_size)
@@ -369,7 +347,7 @@ class Trainer:
             return {}
         config = self.config
         batches = PuzzleDataset(
-            _dataset_config(config, self.splits.paths_test, 1, test=True), "test"
+            dataset_config(config, self.splits.paths_test, 1, test=True), "test"
         )
         collect: dict[str, list[Tensor]] = {name: [] for name in config.eval_save_outputs}
         with self.evaluation_weights():
@@ -383,14 +361,20 @@ class Trainer:
                 collect=collect,
             )
         if collect:
-            outputs = {name: torch.cat(parts) for name, parts in collect.items()}
-            self.run_dir.mkdir(parents=True, exist_ok=True)
-            torch.save(outputs, self.run_dir / f"step_{self.step}_all_preds.0")
+            self._save_outputs(collect)
         exact = next(iter(self.reports.values())).exact_accuracy[-1]
         if self.best is None or exact > self.best[0]:
             self.best = (exact, self.step)
         self.reporter.on_evaluation(self, self.reports)
         return self.reports
+
+    def _save_outputs(self, collected: dict[str, list[Tensor]]) -> None:
+        path = self.run_dir / f"step_{self.step}_all_preds.0"
+        try:
+            self.run_dir.mkdir(parents=True, exist_ok=True)
+            torch.save({name: torch.cat(parts) for name, parts in collected.items()}, path)
+        except (OSError, RuntimeError) as error:
+            raise unwritable(path, error) from error
 
     def evaluation_weights(self) -> AbstractContextManager[None]:
         """A context in which the model has the weights that are evaluated."""
@@ -427,6 +411,7 @@ class Trainer:
         splits = self.splits
         return {
             **self.config.to_dict(),
+            "finished": self.finished,
             "model": self.model_config.to_dict(),
             "data": {
                 "data_paths": list(splits.paths),
@@ -440,6 +425,8 @@ class Trainer:
         rng = {"cpu": torch.get_rng_state()}
         if self.device.type == "cuda":
             rng["cuda"] = torch.cuda.get_rng_state(self.device)
+        elif self.device.type == "mps":
+            rng["mps"] = torch.mps.get_rng_state()
         return {
             "step": self.step,
             "iteration": self.iteration,
@@ -459,10 +446,17 @@ class Trainer:
         """Take up a checkpoint of this run: the next step is bitwise the one that would have come.
 
         Raises:
-            CheckpointError: damaged, or of another model.
+            CheckpointError: damaged, or of other data than the run is given now.
         """
         saved = checkpoint.load_checkpoint(path)
-        state = saved.train_state
+        state, then = saved.train_state, saved.config["data"]["metadata"]
+        now = json.loads(json.dumps(asdict(self.splits.train)))
+        if changed := [
+            f"{key} {now[key]} (was {then[key]})" for key in now if now[key] != then[key]
+        ]:
+            raise checkpoint.CheckpointError(
+                f"{path}: the training data is not what it was: {', '.join(changed[:3])}"
+            )
         self.model.load_state_dict(saved.model, strict=True)
         if self.ema is not None and saved.ema is not None:
             self.ema.load_merged(saved.ema, state["ema_updates"])
@@ -479,6 +473,8 @@ class Trainer:
         torch.set_rng_state(state["rng"]["cpu"])
         if self.device.type == "cuda" and "cuda" in state["rng"]:
             torch.cuda.set_rng_state(state["rng"]["cuda"], self.device)
+        elif self.device.type == "mps" and "mps" in state["rng"]:
+            torch.mps.set_rng_state(state["rng"]["mps"])
 
 
 def _carry_to_dict(carry: Carry) -> dict[str, Any]:

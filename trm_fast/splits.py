@@ -1,0 +1,77 @@
+"""The data of a run: opened, and checked against the settings before the first step.
+
+Owns `Splits`. Imported by `trainer.py` and `runner.py`: what would stop a run at its first
+evaluation, hours later, is an error here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from trm_fast.config import TrainConfig
+from trm_fast.data.dataset import PuzzleDataset, PuzzleDatasetConfig
+from trm_fast.data.format import DataError, Metadata
+from trm_fast.inference import sudoku_side
+
+
+@dataclass(frozen=True)
+class Splits:
+    """The data of a run: where it lies, and its training and test metadata."""
+
+    paths: tuple[str, ...]
+    paths_test: tuple[str, ...]
+    train: Metadata
+    test: Metadata | None
+
+
+def open_splits(config: TrainConfig) -> Splits:
+    """Read the metadata of the training data and, where there is one, of the test data.
+
+    Raises:
+        DataError: missing or malformed training data; malformed or empty test data, or test data
+            unlike the training data; `data_paths_test` given without a test split.
+        ValueError: Sudoku augmentation or curriculum for other puzzles.
+    """
+    paths, paths_test = config.data_paths, config.data_paths_test or config.data_paths
+    train = PuzzleDataset(dataset_config(config, paths, 1, test=False)).metadata
+    for key, used in (("augment", config.augment != "none"), ("curriculum", config.curriculum > 0)):
+        if used and sudoku_side(train) is None:
+            raise ValueError(
+                f"{key} is for Sudoku: {paths[0]} has {train.seq_len} tokens of "
+                f"{train.vocab_size} values"
+            )
+    test = None
+    if config.data_paths_test or all(Path(path, "test").is_dir() for path in paths_test):
+        test = PuzzleDataset(dataset_config(config, paths_test, 1, test=True), "test").metadata
+        _check_alike(config, train, test, paths_test[0])
+    return Splits(tuple(paths), tuple(paths_test), train, test)
+
+
+def _check_alike(config: TrainConfig, train: Metadata, test: Metadata, path: str) -> None:
+    """Raise unless the model of the training data can be measured on the test data."""
+    if test.total_groups == 0:
+        raise DataError(f"{path}: the test split has no puzzles")
+    for name in ("seq_len", "vocab_size", "num_puzzle_identifiers"):
+        ours, theirs = getattr(train, name), getattr(test, name)
+        fits = ours == theirs
+        if name == "num_puzzle_identifiers":  # without puzzle rows they are not looked at
+            fits = theirs <= ours or config.arch.puzzle_emb_ndim == 0
+        if not fits:
+            raise DataError(f"{path}: {name} of the test split is {theirs}, in training {ours}")
+
+
+def dataset_config(
+    config: TrainConfig, paths: tuple[str, ...], epochs_per_iter: int, *, test: bool
+) -> PuzzleDatasetConfig:
+    """How a run visits its training or its test data."""
+    batch = config.global_batch_size
+    return PuzzleDatasetConfig(
+        seed=config.seed,
+        dataset_paths=paths,
+        global_batch_size=(config.eval_batch_size or batch) if test else batch,
+        test_set_mode=test,
+        epochs_per_iter=epochs_per_iter,
+        rank=0,
+        num_replicas=1,
+    )

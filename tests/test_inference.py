@@ -337,3 +337,12 @@ def test_predict_nothing():
 def test_predict_refuses(inputs, select, said):
     with pytest.raises(ValueError, match=said):
         predict(tiny_model(), inputs, select=select)
+
+
+@pytest.mark.parametrize("steps", [0, -1])
+def test_no_supervision_steps_is_an_error(steps):
+    batch = as_batch([SOLVED + 1], [SOLVED + 1])
+    with pytest.raises(ValueError, match=f"steps must be at least 1, got {steps}"):
+        predict(tiny_model(), batch["inputs"], steps=steps)
+    with pytest.raises(ValueError, match="steps must be at least 1"):
+        evaluate(tiny_model(), [("all", batch, 1)], steps=steps)

@@ -314,3 +314,9 @@ def test_live_equality_with_the_official_builder(
             for root in ("theirs", "ours")
         ]
         assert described[0] == described[1]
+
+
+def test_absurd_numbers_are_one_line(tmp_path, capsys):
+    assert main(["--output-dir", str(tmp_path / "d"), "--generate", "99999999999999"]) == 2
+    assert capsys.readouterr().err == "error: not enough memory for so many puzzles\n"
+    assert list(tmp_path.iterdir()) == []

@@ -52,6 +52,13 @@ class StepOutput:
     logits: Tensor
 
 
+def _depth(model: Model, steps: int | None) -> int:
+    depth = model.config.halt_max_steps if steps is None else steps
+    if depth < 1:
+        raise ValueError(f"steps must be at least 1, got {depth}")
+    return depth
+
+
 @torch.inference_mode()
 def supervision_steps(model: Model, batch: dict[str, Tensor], steps: int) -> Iterator[StepOutput]:
     """The model's outputs after each of `steps` supervision steps, none of them halting early.
@@ -60,10 +67,13 @@ def supervision_steps(model: Model, batch: dict[str, Tensor], steps: int) -> Ite
         model: in evaluation mode.
         batch: "inputs" [B, L] int32 and "puzzle_identifiers" [B] int32 on the model's device.
         steps: M >= 1, also beyond halt_max_steps.
+
+    Raises:
+        ValueError: steps < 1.
     """
     data = {name: batch[name] for name in ("inputs", "puzzle_identifiers")}
     carry = model.initial_carry(data)
-    for _ in range(steps):
+    for _ in range(_depth(model, steps)):
         carry, outputs = model(carry, data)
         carry.halted = torch.zeros_like(carry.halted)
         logits = outputs["logits"]
@@ -199,10 +209,10 @@ def evaluate(
             batch, or "logits", "preds", "q_halt_logits" of the last step.
 
     Raises:
-        ValueError: no puzzles at all.
+        ValueError: no puzzles at all, or steps < 1.
     """
     device = model.inner.H_init.device
-    depth = model.config.halt_max_steps if steps is None else steps
+    depth = _depth(model, steps)
     tallies: dict[str, _Tally] = {}
     was_training = model.training
     model.eval()
@@ -250,7 +260,7 @@ def predict(
         batch_size: boards at a time.
 
     Raises:
-        ValueError: a wrong shape, or another `select`.
+        ValueError: a wrong shape, another `select`, or steps < 1.
     """
     config = model.config
     if inputs.dim() != 2 or inputs.shape[1] != config.seq_len:
@@ -262,7 +272,7 @@ def predict(
     if puzzle_identifiers is None:
         puzzle_identifiers = torch.zeros(len(inputs), dtype=torch.int32)
     device = model.inner.H_init.device
-    depth = config.halt_max_steps if steps is None else steps
+    depth = _depth(model, steps)
     was_training = model.training
     model.eval()
     parts = []

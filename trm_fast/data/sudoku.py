@@ -358,6 +358,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         say(f"error: {error}", err=True)
         return 2
+    except MemoryError:
+        say("error: not enough memory for so many puzzles", err=True)
+        return 2
     for line in manifest["skipped"][:_SHOWN]:
         say(f"skipped {line}", err=True)
     for name, count in manifest["counts"].items():

@@ -56,7 +56,9 @@ PRESETS: dict[str, dict[str, Any]] = {
         "arch.H_cycles": 1,
         "arch.L_cycles": 2,
         "arch.halt_max_steps": 8,
-        "arch.halt_exploration_prob": 0.3,
+        # Over 3 seeds .5 and .3 solve as many easy boards (96.5 and 96.7 %, deviation .3), .5 more
+        # medium ones (38.0 and 35.9 %).
+        "arch.halt_exploration_prob": 0.5,
         "arch.puzzle_emb_ndim": 0,
         "arch.puzzle_emb_len": 0,
         "arch.pos_encodings": "none",

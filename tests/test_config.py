@@ -209,7 +209,10 @@ CASES = {
         [("cpu", "cpu"), ("cuda", "cuda"), ("cuda:1", "cuda:1"), ("mps", "mps"), ("auto", "auto")],
         [("gpu", "one of auto, cpu, cuda, cuda:N, mps"), ("cuda:x", "one of auto"), (0, "text")],
     ),
-    "threads": COUNT_OR_NULL,
+    "threads": (
+        [(1, 1), (None, None)],
+        [(n, "an integer in [1, 1024] or null") for n in (0, 1025)],
+    ),
     "compile": SWITCH,
     "preset": ([("arc1", "arc1"), (None, None)], [("arc3", "one of sudoku-mini, sudoku-extreme")]),
 }

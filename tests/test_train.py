@@ -130,6 +130,14 @@ def test_a_run_killed_before_its_first_pointer_is_resumed(here, capfd):
     assert "going on    from step 12" in capfd.readouterr().out
 
 
+def test_weights_to_start_from_are_not_needed_to_go_on(here):
+    assert run("+run_name=first") == 0
+    first = run_folder(here)
+    assert run("+run_name=second", f"load_checkpoint={first}", "steps=6") == 0
+    shutil.rmtree(first)
+    assert run("+run_name=second", f"load_checkpoint={first}", "steps=6") == 0
+
+
 def test_absurd_numbers_are_one_line_and_exit_2(here, capfd):
     assert train.main(["generate=999999999999"]) == 2
     assert capfd.readouterr().err == "trm-fast train: not enough memory for so many boards\n"

@@ -140,7 +140,7 @@ class TrainConfig:
         "scores beyond the accuracies", (EvaluatorConfig("arc@ARC"),), section="Evaluation"
     )
     eval_interval: int | None = option(
-        "epochs between evaluations; null: one at the end", 10000, low=1
+        "epochs between evaluations, unused with steps; null: one at the end", 10000, low=1
     )
     eval_steps: int | None = option(
         "optimizer steps between evaluations; goes before eval_interval", None, low=1
@@ -180,7 +180,7 @@ class TrainConfig:
     )
 
     device: str = option("auto, cpu, cuda, cuda:N or mps", "auto", section="Machine")
-    threads: int | None = option("CPU threads; null: PyTorch's choice", None, low=1)
+    threads: int | None = option("CPU threads; null: PyTorch's choice", None, low=1, high=1024)
     compile: bool = option("run the step through torch.compile", False)
 
     arch: ArchConfig = dataclasses.field(default_factory=ArchConfig)

@@ -10,6 +10,7 @@ import os
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import safetensors.torch
@@ -41,6 +42,10 @@ def parse_pickle(path: Path, data: bytes) -> dict[str, Any]:
     """The dict of a torch.save'd file, its code never run; CheckpointError for anything else."""
     try:
         value = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except UnpicklingError as error:  # its text advises to load without weights_only
+        raise CheckpointError(
+            f"{path}: cannot be loaded: not a torch.save'd file of tensors and plain values"
+        ) from error
     except Exception as error:  # whatever the parser meets in a hostile file
         raise CheckpointError(f"{path}: cannot be loaded: {one_line(error)}") from error
     if not isinstance(value, dict):

@@ -195,9 +195,7 @@ def _run(config: TrainConfig) -> tuple[int, Trainer]:
 def _run_locked(spot: Place, splits: Splits, total: int, signals: Signals) -> tuple[int, Trainer]:
     console = Console(spot, total, signals)
     try:
-        trainer = Trainer(spot.config, splits, spot.run_dir, console)
-        if spot.resume_from is not None:
-            trainer.resume(spot.resume_from)
+        trainer = Trainer(spot.config, splits, spot.run_dir, console, spot.resume_from)
         _announce(trainer, spot)
         began = time.monotonic()
         finished = trainer.run()

@@ -101,6 +101,7 @@ class Trainer:
         splits: of `open_splits`.
         run_dir: where checkpoints go; made when the first one is written.
         reporter: told about everything.
+        resume_from: a checkpoint of this run to take up, see `resume`.
 
     Raises:
         ValueError: the device is missing, or a step does not fit its memory.
@@ -112,7 +113,12 @@ class Trainer:
     """
 
     def __init__(
-        self, config: TrainConfig, splits: Splits, run_dir: Path, reporter: Reporter
+        self,
+        config: TrainConfig,
+        splits: Splits,
+        run_dir: Path,
+        reporter: Reporter,
+        resume_from: Path | None = None,
     ) -> None:
         self.splits, self.run_dir, self.reporter = splits, run_dir, reporter
         self.device = pick_device(config.device)
@@ -131,7 +137,7 @@ class Trainer:
         self.step_bytes = memory.check_fits(self.model_config, self.part, self.device)
         torch.manual_seed(config.seed)
         self.model = Model(self.model_config).to(self.device).train()
-        if config.load_checkpoint:
+        if config.load_checkpoint and resume_from is None:
             load_weights(self.model, config.load_checkpoint)
         self.head = ACTLossHead(self.model, config.arch.loss_type)
         self.forward = torch.compile(self.head) if config.compile else self.head
@@ -146,6 +152,8 @@ class Trainer:
         self.reports: dict[str, SetReport] = {}
         self._sums = _Sums()
         self._evaluated_at = self._saved_at = -1
+        if resume_from is not None:
+            self.resume(resume_from)
 
     # Data
 
@@ -276,7 +284,7 @@ class Trainer:
             self.evaluate()
         for batch in self._batches():
             if batch is None:
-                if self._evaluates_by_epoch() and self._past_first_evaluations():
+                if self._evaluates_by_epoch():
                     self._evaluate_and_save()
                 continue
             self.train_step(batch)
@@ -321,10 +329,9 @@ class Trainer:
         return self.iteration >= self.config.epochs // self._epochs_per_iteration()
 
     def _evaluates_by_epoch(self) -> bool:
-        return self.config.eval_steps is None and self.config.steps is None
-
-    def _past_first_evaluations(self) -> bool:
-        return self.iteration > (self.config.min_eval_interval or 0)
+        config = self.config
+        past_first = self.iteration > (config.min_eval_interval or 0)
+        return config.eval_steps is None and config.steps is None and past_first
 
     def _evaluates_now(self) -> bool:
         every, left_out = self.config.eval_steps, self.config.min_eval_interval or 0

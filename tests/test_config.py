@@ -278,7 +278,7 @@ def test_sudoku_mini_is_the_recipe():
     assert (arch.q_readout, arch.q_logits, arch.puzzle_emb_ndim) == ("mean", 1, 0)
     assert config.arch.loss_type == "stablemax_cross_entropy"
     assert arch.halt_exploration_prob == 0.5
-    assert (config.global_batch_size, config.steps, config.optimizer) == (64, 1800, "adamw")
+    assert (config.global_batch_size, config.steps, config.optimizer) == (64, 1500, "adamw")
     assert (config.lr, config.lr_warmup_steps, config.lr_min_ratio) == (0.02, 50, 0.1)
     assert (config.beta1, config.beta2, config.weight_decay) == (0.9, 0.95, 0.1)
     assert (config.ema, config.ema_rate, config.ema_warmup) == (True, 0.99, True)

@@ -1,7 +1,7 @@
 """The presets: plain dictionaries of dotted keys, applied over the official base configuration.
 
 Owns their values only. config imports it; it imports nothing. `sudoku-mini` is the default job:
-the measured recipe for a CPU (38 thousand parameters, about 60 ms a step on one core). The others
+the measured recipe for a CPU (38 thousand parameters, 60 to 90 ms a step on one core). The others
 are the command lines of the official README.
 """
 
@@ -30,7 +30,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "augment": "sudoku",
         "curriculum": 0.2,
         "global_batch_size": 64,
-        "steps": 1800,
+        "steps": 1500,
         "optimizer": "adamw",
         "lr": 2e-2,
         "lr_min_ratio": 0.1,
@@ -43,10 +43,13 @@ PRESETS: dict[str, dict[str, Any]] = {
         "ema_rate": 0.99,
         "ema_warmup": True,
         "eval_interval": None,
-        "eval_steps": 200,
+        "eval_steps": 250,
         "eval_max_puzzles": 500,
         "keep": 3,
         "log_interval": 10,
+        # A step on one thread takes 84 ms here, also beside a busy neighbour; on two that sleep
+        # while they wait 123, on two that spin 73, but 200 beside the neighbour.
+        "threads": 1,
         "arch.mlp_t": True,
         "arch.hidden_size": 48,
         "arch.num_heads": 4,

@@ -1,5 +1,7 @@
 """The estimate of a step's memory against what a step really holds, and the choice it leads to."""
 
+import re
+
 import pytest
 import torch
 from tiny import MIXERS, HeldStorages, tiny_batch, tiny_config, tiny_model
@@ -178,15 +180,32 @@ def test_check_fits_names_a_batch_size(free, mixer):
     least = min(memory.step_bytes(config, 20, policy) for policy in POLICIES)
     free(least)
     said = refusal(config, 64).rpartition("; ")[2]
-    size, policy = said.removeprefix("global_batch_size=").split(" with arch.policy=")
-    assert size == "16"
-    assert memory.step_bytes(config, int(size), policy.removesuffix(" fits")) <= least
+    found = re.fullmatch(
+        r"16 at a time with arch.policy=(\w+) fit: global_batch_size=16, or more grad_accum", said
+    )
+    assert memory.step_bytes(config, 16, found[1]) <= least
 
 
 def test_check_fits_where_nothing_does(free):
     free(1000)
     text = refusal(ModelConfig.from_dict(tiny_config()), 64)
     assert text.endswith("no batch size fits: make the model smaller")
+
+
+@pytest.mark.parametrize(
+    ("limit", "expected"), [("1000", 1000 - 600 + 150), ("max", None)], ids=["limit", "no-limit"]
+)
+def test_free_bytes_in_a_container(tmp_path, monkeypatch, limit, expected):
+    """A control group's limit counts, less what is used, caches given back."""
+    for name, text in (
+        ("memory.max", limit),
+        ("memory.current", "600"),
+        ("memory.stat", "anon 400\ninactive_file 150"),
+    ):
+        (tmp_path / name).write_text(text + "\n")
+    monkeypatch.setattr(memory, "CONTROL_GROUP", tmp_path)
+    monkeypatch.setattr(memory, "_available", lambda: 10**6)
+    assert memory.free_bytes(CPU) == (expected or 10**6)
 
 
 def test_free_bytes_of_this_machine():

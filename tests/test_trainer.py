@@ -35,7 +35,8 @@ class Recorder:
         self.evaluations.append((trainer.step, reports))
 
     def on_checkpoint(self, trainer, path):
-        self.saved.append(path.name)
+        if path.name not in self.saved[-1:]:  # before an evaluation, and after it
+            self.saved.append(path.name)
 
     def on_skip(self, trainer, norm):
         self.skipped.append((trainer.step, norm))
@@ -163,6 +164,34 @@ def test_a_stopped_run_saves_and_continues(data, tmp_path):
     second.resume(checkpoint.resolve(tmp_path / "b"))
     assert second.run()
     assert_same(everything(straight), everything(second))
+
+
+@pytest.mark.parametrize("by", ["steps", "epochs"])
+def test_an_evaluation_that_was_cut_short_is_made_up_for(data, tmp_path, by, monkeypatch):
+    """Stopped between its batches: the state was saved before, and resuming evaluates."""
+    changes = {"epochs": 4, "eval_interval": 2, "steps": None, "eval_steps": None}
+    config = make_config(data, eval_batch_size=2, **(changes if by == "epochs" else {}))
+    first_evaluation = 10 if by == "epochs" else 4
+    straight = make_trainer(config, tmp_path / "straight")
+    assert straight.run()
+    reporter = Recorder()
+    cut = make_trainer(config, tmp_path / "cut", reporter)
+    asked = []
+
+    def in_the_evaluation():
+        asked.append(cut.step)
+        return asked.count(first_evaluation) >= (3 if by == "epochs" else 2)
+
+    monkeypatch.setattr(reporter, "wants_to_stop", in_the_evaluation)
+    assert cut.run() is False
+    assert cut.step == first_evaluation
+    assert reporter.evaluations == []
+    again_reporter = Recorder()
+    again = make_trainer(config, tmp_path / "cut", again_reporter)
+    again.resume(checkpoint.resolve(tmp_path / "cut"))
+    assert again.run()
+    assert [step for step, _ in again_reporter.evaluations] == [first_evaluation, straight.step]
+    assert_same(everything(straight), everything(again))
 
 
 def test_steps_are_those_of_the_official_loop(data, tmp_path):

@@ -10,6 +10,7 @@ Dims legend: B batch, L puzzle tokens, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -151,3 +152,31 @@ def _metrics(
         "q_halt_accuracy": (counted & ((q_halt >= 0) == solved)).sum(),
         "steps": torch.where(counted, carry.steps, 0).sum(),
     }
+
+
+@dataclass
+class MetricSums:
+    """Metrics of several steps, added up on the device: reading them is left to the log line.
+
+    Attributes:
+        steps: batches counted.  values: sums by name, 0-d float64 (float32 on MPS).
+    """
+
+    steps: int = 0
+    values: dict[str, Tensor] = field(default_factory=dict)
+
+    def add(self, metrics: dict[str, Tensor]) -> None:
+        """Add what `ACTLossHead` returned for one batch, or a part of it."""
+        for name, value in metrics.items():
+            wide = value.to(torch.float64 if value.device.type != "mps" else torch.float32)
+            self.values[name] = self.values[name] + wide if name in self.values else wide
+
+    def means(self, batch: int) -> dict[str, float]:
+        """Losses per item of the batch, everything else per halted item with labels."""
+        sums = {name: float(value) for name, value in self.values.items()}
+        count = max(sums.get("count", 0.0), 1.0)
+        per_item = batch * max(self.steps, 1)
+        return {
+            f"train/{name}": value / (per_item if name.endswith("loss") else count)
+            for name, value in sums.items()
+        }

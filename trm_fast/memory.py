@@ -10,6 +10,7 @@ Dims legend: B batch, S tokens incl. prefix, D width, F and F_t widths of the tw
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import torch
 
@@ -17,6 +18,7 @@ from trm_fast.config import ModelConfig
 from trm_fast.ops import POLICIES
 
 GIB = 2**30
+CONTROL_GROUP = Path("/sys/fs/cgroup")
 
 
 def parameter_count(config: ModelConfig) -> int:
@@ -77,6 +79,20 @@ def free_bytes(device: torch.device) -> int:
 
 
 def _free_host_bytes() -> int:
+    """What the machine has left, or the container's limit (cgroup v2) leaves, if that is less."""
+    free = [_available()]
+    try:
+        limit = int((CONTROL_GROUP / "memory.max").read_text(encoding="ascii"))
+        used = int((CONTROL_GROUP / "memory.current").read_text(encoding="ascii"))
+        lines = (CONTROL_GROUP / "memory.stat").read_text(encoding="ascii").splitlines()
+        stat = dict(line.split() for line in lines)
+        free.append(limit - used + int(stat.get("inactive_file", 0)))  # caches give way
+    except (OSError, ValueError):  # no control groups, or "max": no limit
+        pass
+    return max(0, min(free))
+
+
+def _available() -> int:
     try:
         with open("/proc/meminfo", encoding="ascii") as lines:
             available = next(line for line in lines if line.startswith("MemAvailable"))
@@ -128,4 +144,7 @@ def check_fits(config: ModelConfig, batch: int, device: torch.device) -> int:
     if not smaller:
         raise ValueError(f"{said}; no batch size fits: make the model smaller")
     leanest = _leanest(config, smaller)
-    raise ValueError(f"{said}; global_batch_size={smaller} with arch.policy={leanest} fits")
+    raise ValueError(
+        f"{said}; {smaller} at a time with arch.policy={leanest} fit: "
+        f"global_batch_size={smaller}, or more grad_accum"
+    )

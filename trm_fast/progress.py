@@ -21,6 +21,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
@@ -270,11 +271,12 @@ class StatusLine:
             self._say("\r" + " " * len(self._shown) + "\r")
 
     def _say(self, text: str) -> None:
-        if self._stream is None:
-            say(text, end="")
-            return
-        self._stream.write(text)
-        self._stream.flush()
+        with suppress(OSError):  # a full disk under the log does not end the run
+            if self._stream is None:
+                say(text, end="")
+                return
+            self._stream.write(text)
+            self._stream.flush()
 
 
 def format_seconds(seconds: float) -> str:

@@ -10,6 +10,7 @@ Dims legend: B batch, S tokens incl. prefix, D width.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,6 +44,19 @@ class Carry:
     steps: Tensor
     halted: Tensor
     current_data: dict[str, Tensor]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Nested dictionary of the tensors themselves, for a checkpoint."""
+        states = {"z_H": self.inner_carry.z_H, "z_L": self.inner_carry.z_L}
+        own = {"steps": self.steps, "halted": self.halted}
+        return {**states, **own, "current_data": dict(self.current_data)}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any], device: torch.device) -> Carry:
+        """What `to_dict` returned, on `device`."""
+        data = {name: value.to(device) for name, value in values["current_data"].items()}
+        y, z, steps, halted = (values[n].to(device) for n in ("z_H", "z_L", "steps", "halted"))
+        return cls(State(y, z), steps, halted, data)
 
 
 def take_new_data(

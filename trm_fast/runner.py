@@ -8,9 +8,11 @@ from __future__ import annotations
 import os
 import signal
 import statistics
+import sys
 import time
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 from trm_fast import memory
 from trm_fast.checkpoint import CheckpointError
@@ -21,7 +23,7 @@ from trm_fast.inference import SetReport
 from trm_fast.interop import write_official
 from trm_fast.overrides import emit_yaml
 from trm_fast.progress import MetricsError, MetricsWriter, StatusLine, make_loggers, read_metrics
-from trm_fast.runs import Place, RunLock, place
+from trm_fast.runs import Place, RunLock, latest, place
 from trm_fast.splits import Splits, open_splits
 from trm_fast.summary import summarize
 from trm_fast.trainer import Trainer, TrainingStopped, for_device
@@ -47,6 +49,11 @@ class Signals:
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.received == signal.SIGINT and number == signal.SIGINT:
             raise KeyboardInterrupt
+        if self.received is None:
+            text = (
+                b"\nstopping: the run is saved after this step or evaluation batch\n"
+            )
+            os.write(sys.stderr.fileno(), text)  # a handler must not use buffered streams
         self.received = number
 
 
@@ -57,6 +64,8 @@ class Console:
         config, self.run_dir, self.signals = spot.config, spot.run_dir, signals
         self.config = config
         self.writer = MetricsWriter(self.run_dir, spot.resume_step)
+        rows = read_metrics(self.run_dir)
+        self.evaluated = {row["step"] for row in rows if _is_evaluation(row)}
         self.status = StatusLine(total_steps, start=spot.resume_step or 0)
         self.trackers = make_loggers(
             config.logger,
@@ -78,7 +87,8 @@ class Console:
         for name, report in reports.items():
             metrics |= {f"{name}/{key}": value for key, value in report.metrics().items()}
             self.status.message(f"step {trainer.step}  {_sentence(name, report)}")
-        self._log(trainer.step, metrics)
+        if trainer.step not in self.evaluated:  # made again to show a finished run
+            self._log(trainer.step, metrics)
 
     def on_checkpoint(self, trainer: Trainer, path: Path) -> None:
         if self.config.official:
@@ -106,6 +116,11 @@ class Console:
         self.status.close()
         for tracker in self.trackers:
             tracker.close()
+
+
+def _is_evaluation(row: dict[str, Any]) -> bool:
+    names = (name for name in row if name.endswith("/exact_accuracy"))
+    return any(not name.startswith("train/") for name in names)
 
 
 def _sentence(name: str, report: SetReport) -> str:
@@ -187,7 +202,7 @@ def _run(config: TrainConfig) -> tuple[int, Trainer]:
     lock = RunLock(spot.run_dir)
     try:
         with Signals() as signals:
-            return _run_locked(spot, splits, total, signals)
+            return _run_locked(latest(spot), splits, total, signals)
     finally:
         lock.release()
 

@@ -9,7 +9,7 @@ import json
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -59,12 +59,21 @@ class RunLock:
         if fcntl is not None:
             try:
                 fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
+            except BlockingIOError:
                 self._file.close()
                 raise ValueError(f"{run_dir} is in use by another process") from None
+            except OSError:  # a file system without locks
+                pass
 
     def release(self) -> None:
         self._file.close()
+
+
+def latest(spot: Place) -> Place:
+    """The same place once its lock is held: another process may have gone on there meanwhile."""
+    if spot.config.resume != "auto" or not checkpoint.list_steps(spot.run_dir):
+        return spot
+    return replace(spot, resume_from=checkpoint.resolve(spot.run_dir))
 
 
 def place(config: TrainConfig, total_steps: int) -> Place:

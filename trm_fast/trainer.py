@@ -12,9 +12,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext, suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -30,14 +30,18 @@ from trm_fast.durable import unwritable
 from trm_fast.inference import SetReport, evaluate, sudoku_rules, sudoku_side
 from trm_fast.interop import load_weights
 from trm_fast.loading import pick_device
-from trm_fast.losses import ACTLossHead
+from trm_fast.losses import ACTLossHead, MetricSums
 from trm_fast.model import Model
-from trm_fast.recursion import Carry, State
+from trm_fast.recursion import Carry
 from trm_fast.splits import Splits, dataset_config
 
 
 class TrainingStopped(RuntimeError):
     """The run cannot go on; one line with step and batch. The last checkpoint is as it was."""
+
+
+class _Interrupted(Exception):
+    """The reporter wants to stop in the middle of an evaluation."""
 
 
 class Reporter(Protocol):
@@ -56,30 +60,7 @@ class Reporter(Protocol):
         """After a step whose gradient was not finite was left out."""
 
     def wants_to_stop(self) -> bool:
-        """Asked after every step; True ends the run after a checkpoint."""
-
-
-@dataclass
-class _Sums:
-    """Metrics added up on the device, so that reading them is left to the log line."""
-
-    steps: int = 0
-    values: dict[str, Tensor] = field(default_factory=dict)
-
-    def add(self, metrics: dict[str, Tensor]) -> None:
-        for name, value in metrics.items():
-            wide = value.to(torch.float64 if value.device.type != "mps" else torch.float32)
-            self.values[name] = self.values[name] + wide if name in self.values else wide
-
-    def means(self, batch: int) -> dict[str, float]:
-        """Losses per item of the batch, everything else per halted item with labels."""
-        sums = {name: float(value) for name, value in self.values.items()}
-        count = max(sums.get("count", 0.0), 1.0)
-        per_item = batch * max(self.steps, 1)
-        return {
-            f"train/{name}": value / (per_item if name.endswith("loss") else count)
-            for name, value in sums.items()
-        }
+        """Asked after every step and evaluated batch; True ends the run after a checkpoint."""
 
 
 def for_device(config: TrainConfig) -> TrainConfig:
@@ -150,7 +131,7 @@ class Trainer:
         self.lr = 0.0
         self.best: tuple[float, int] | None = None
         self.reports: dict[str, SetReport] = {}
-        self._sums = _Sums()
+        self._sums = MetricSums()
         self._evaluated_at = self._saved_at = -1
         if resume_from is not None:
             self.resume(resume_from)
@@ -280,30 +261,30 @@ class Trainer:
             TrainingStopped: see `train_step`.
             CheckpointError: a checkpoint could not be written.
         """
-        if self.finished and not self.reports:
-            self.evaluate()
+        if self._owes_evaluation() or (self.finished and not self.reports):
+            self._evaluate_and_save()
         for batch in self._batches():
             if batch is None:
-                if self._evaluates_by_epoch():
-                    self._evaluate_and_save()
-                continue
-            self.train_step(batch)
-            if self.step % self.config.log_interval == 0 and self._sums.steps:
-                self._report_step()
-            if self._evaluates_now():
+                due = self._evaluates_by_epoch()
+            else:
+                self.train_step(batch)
+                if self.step % self.config.log_interval == 0 and self._sums.steps:
+                    self._report_step()
+                due = self._evaluates_now()
+            if due:
                 self._evaluate_and_save()
             every = self.config.save_interval
-            if every and self.step % every == 0 and self._saved_at != self.step:
-                self.save()
+            if batch is not None and every and self.step % every == 0:
+                self._save_once()
             if self.reporter.wants_to_stop():
-                if self._saved_at != self.step:
-                    self.save()
+                self._save_once()
                 return False
         if self._evaluated_at != self.step:
+            self._save_once()
             self.evaluate()
-        if self._saved_at != self.step:
             self.save()
-        return True
+        self._save_once()
+        return not self._owes_evaluation()
 
     def _batches(self) -> Iterator[dict[str, Tensor] | None]:
         """Batches to the end of the run; None where an iteration over the data ends."""
@@ -339,34 +320,49 @@ class Trainer:
 
     def _report_step(self) -> None:
         metrics = self._sums.means(self.config.global_batch_size)
-        self._sums = _Sums()
+        self._sums = MetricSums()
         self.reporter.on_step(self, metrics | {"train/lr": self.lr})
 
     def _evaluate_and_save(self) -> None:
-        self.evaluate()
+        """A checkpoint before the evaluation too: it may take hours, and be killed."""
         if self.config.checkpoint_every_eval:
+            self._save_once()
+        if self.evaluate() and self.config.checkpoint_every_eval:
             self.save()
 
+    def _owes_evaluation(self) -> bool:
+        """Whether the evaluation that belongs to this step has not come to its end."""
+        if self.step == 0 or self._evaluated_at == self.step:
+            return False
+        between = self.iteration > 0 and self.dataset.state_dict()["position"] is None
+        return self.finished or self._evaluates_now() or (between and self._evaluates_by_epoch())
+
     def evaluate(self, max_puzzles: int | None = None) -> dict[str, SetReport]:
-        """Measure the EMA weights (the raw ones without EMA) on the test data; {} without any."""
-        self._evaluated_at = self.step
+        """Measure the EMA weights (the raw ones without EMA) on the test data.
+
+        Returns {} where there is none, and where the reporter wanted to stop meanwhile.
+        """
         if self.splits.test is None:
+            self._evaluated_at = self.step
             return {}
         config = self.config
         batches = PuzzleDataset(
             dataset_config(config, self.splits.paths_test, 1, test=True), "test"
         )
         collect: dict[str, list[Tensor]] = {name: [] for name in config.eval_save_outputs}
-        with self.evaluation_weights():
+        with self.evaluation_weights(), suppress(_Interrupted):
             self.reports = evaluate(
                 self.model,
-                batches,
+                self._until_stopped(batches),
                 steps=config.eval_steps_max,
                 max_puzzles=max_puzzles or config.eval_max_puzzles,
                 loss_type=config.arch.loss_type,
                 rules=sudoku_rules if sudoku_side(self.splits.test) else None,
                 collect=collect,
             )
+            self._evaluated_at = self.step
+        if self._evaluated_at != self.step:
+            return {}
         if collect:
             self._save_outputs(collect)
         exact = next(iter(self.reports.values())).exact_accuracy[-1]
@@ -374,6 +370,14 @@ class Trainer:
             self.best = (exact, self.step)
         self.reporter.on_evaluation(self, self.reports)
         return self.reports
+
+    def _until_stopped(
+        self, batches: Iterable[tuple[str, dict[str, Tensor], int]]
+    ) -> Iterator[tuple[str, dict[str, Tensor], int]]:
+        for batch in batches:
+            if self.reporter.wants_to_stop():
+                raise _Interrupted
+            yield batch
 
     def _save_outputs(self, collected: dict[str, list[Tensor]]) -> None:
         path = self.run_dir / f"step_{self.step}_all_preds.0"
@@ -388,6 +392,10 @@ class Trainer:
         return self.ema.swap(self.model) if self.ema else nullcontext()
 
     # Checkpoints
+
+    def _save_once(self) -> None:
+        if self._saved_at != self.step:
+            self.save()
 
     def save(self) -> Path:
         """Write a checkpoint of everything, and move the pointers `last` and `best` to it."""
@@ -444,7 +452,7 @@ class Trainer:
             "ema_updates": self.ema.updates if self.ema else 0,
             "guard": self.guard.state_dict(),
             "dataset": self.dataset.state_dict(),
-            "carries": [_carry_to_dict(carry) for carry in self.carries],
+            "carries": [carry.to_dict() for carry in self.carries],
             "sums": {"steps": self._sums.steps, "values": self._sums.values},
             "rng": rng,
         }
@@ -471,30 +479,14 @@ class Trainer:
             optimizer.load_state_dict(values)
         self.guard.load_state_dict(state["guard"])
         self.dataset.load_state_dict(state["dataset"])
-        self.carries = [_carry_from_dict(values, self.device) for values in state["carries"]]
+        self.carries = [Carry.from_dict(values, self.device) for values in state["carries"]]
         self.step, self.iteration, self.lr = state["step"], state["iteration"], state["lr"]
         self.best = (state["best"][0], state["best"][1]) if state["best"] else None
         self._evaluated_at, self._saved_at = state["evaluated_at"], self.step
         sums = {name: value.to(self.device) for name, value in state["sums"]["values"].items()}
-        self._sums = _Sums(state["sums"]["steps"], sums)
+        self._sums = MetricSums(state["sums"]["steps"], sums)
         torch.set_rng_state(state["rng"]["cpu"])
         if self.device.type == "cuda" and "cuda" in state["rng"]:
             torch.cuda.set_rng_state(state["rng"]["cuda"], self.device)
         elif self.device.type == "mps" and "mps" in state["rng"]:
             torch.mps.set_rng_state(state["rng"]["mps"])
-
-
-def _carry_to_dict(carry: Carry) -> dict[str, Any]:
-    return {
-        "z_H": carry.inner_carry.z_H,
-        "z_L": carry.inner_carry.z_L,
-        "steps": carry.steps,
-        "halted": carry.halted,
-        "current_data": dict(carry.current_data),
-    }
-
-
-def _carry_from_dict(values: dict[str, Any], device: torch.device) -> Carry:
-    data = {name: value.to(device) for name, value in values["current_data"].items()}
-    z_H, z_L, steps, halted = (values[n].to(device) for n in ("z_H", "z_L", "steps", "halted"))
-    return Carry(State(z_H, z_L), steps, halted, data)

@@ -1,123 +1,33 @@
 """The training loop: its order, its schedule, what it survives, and that resuming is bitwise."""
 
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from training import (
+    SEQ,
+    VOCAB,
+    Recorder,
+    assert_same,
+    everything,
+    make_config,
+    make_data,
+    make_trainer,
+)
 
 from trm_fast import checkpoint, memory, optim
-from trm_fast.config import TrainConfig
 from trm_fast.data.dataset import from_arrays
 from trm_fast.data.format import Metadata, PuzzleArrays, write_dataset
 from trm_fast.interop import write_official
 from trm_fast.losses import ACTLossHead
 from trm_fast.model import Model
-from trm_fast.splits import open_splits
-from trm_fast.trainer import Trainer, TrainingStopped, for_device
-
-SEQ, VOCAB = 16, 6
-
-
-class Recorder:
-    """A Reporter that remembers, and stops the run at a step of choice."""
-
-    def __init__(self, stop_at=None):
-        self.stop_at, self.trainer = stop_at, None
-        self.steps, self.evaluations, self.saved, self.skipped = [], [], [], []
-
-    def on_step(self, trainer, metrics):
-        self.trainer = trainer
-        self.steps.append((trainer.step, metrics))
-
-    def on_evaluation(self, trainer, reports):
-        self.evaluations.append((trainer.step, reports))
-
-    def on_checkpoint(self, trainer, path):
-        if path.name not in self.saved[-1:]:  # before an evaluation, and after it
-            self.saved.append(path.name)
-
-    def on_skip(self, trainer, norm):
-        self.skipped.append((trainer.step, norm))
-
-    def wants_to_stop(self):
-        return self.stop_at is not None and self.trainer.step >= self.stop_at
+from trm_fast.trainer import for_device
 
 
 @pytest.fixture
 def data(tmp_path):
-    """20 puzzles of 4 identifiers to train on, 10 to test on, 16 tokens each."""
-    rng = np.random.default_rng(0)
-    splits = {}
-    for split, count in (("train", 20), ("test", 10)):
-        tokens = rng.integers(2, VOCAB, (count, SEQ)).astype(np.uint8)
-        blanks = np.where(rng.random(tokens.shape) < 0.5, 1, tokens).astype(np.uint8)
-        ids = np.arange(count) % 4
-        metadata, arrays = from_arrays(blanks, tokens, vocab_size=VOCAB, puzzle_identifiers=ids)
-        splits[split] = (metadata, {"all": arrays})
-    write_dataset(tmp_path / "data", splits, ["<blank>", "a", "b", "c"])
-    return str(tmp_path / "data")
-
-
-def make_config(data, **changes):
-    values = {
-        "data_paths": [data],
-        "evaluators": [],
-        "global_batch_size": 4,
-        "steps": 8,
-        "eval_steps": 4,
-        "lr": 1e-2,
-        "lr_warmup_steps": 2,
-        "puzzle_emb_lr": 1e-2,
-        "ema": True,
-        "arch.hidden_size": 16,
-        "arch.num_heads": 2,
-        "arch.L_layers": 1,
-        "arch.H_cycles": 2,
-        "arch.L_cycles": 1,
-        "arch.intermediate_multiple": 8,
-        "arch.halt_max_steps": 3,
-        "arch.halt_exploration_prob": 0.5,
-        "arch.puzzle_emb_len": 1,
-        "arch.forward_dtype": "float32",
-        "device": "cpu",
-    }
-    dotted = {name.replace("__", "."): value for name, value in changes.items()}
-    return TrainConfig.from_dict(values | dotted)
-
-
-def make_trainer(config, run_dir, reporter=None):
-    return Trainer(config, open_splits(config), Path(run_dir), reporter or Recorder())
-
-
-def everything(trainer):
-    """All that decides how a run goes on, as a flat dictionary of tensors and plain values."""
-    flat = {}
-
-    def walk(value, name):
-        if isinstance(value, dict):
-            for key, item in value.items():
-                walk(item, f"{name}.{key}")
-        elif isinstance(value, list | tuple):
-            for key, item in enumerate(value):
-                walk(item, f"{name}.{key}")
-        else:
-            flat[name] = value.clone() if isinstance(value, torch.Tensor) else value
-
-    walk(trainer.state_dict(), "state")
-    walk(dict(trainer.model.state_dict()), "model")
-    walk(trainer.ema.shadow if trainer.ema else {}, "ema")
-    return flat
-
-
-def assert_same(one, other):
-    assert one.keys() == other.keys()
-    for name, value in one.items():
-        if isinstance(value, torch.Tensor):
-            assert torch.equal(value, other[name]), name
-        else:
-            assert value == other[name], name
+    return make_data(tmp_path / "data")
 
 
 VARIANTS = {
@@ -312,69 +222,6 @@ def test_saved_ema_loads_alone(data, tmp_path):
     for name, p in model.named_parameters():
         assert torch.equal(p, trainer.ema.shadow[name.removeprefix("model.")]), name
     assert saved.config["data"]["metadata"]["seq_len"] == SEQ
-
-
-def poison(trainer, monkeypatch, steps, what):
-    """Make the loss ("loss") or only its gradient ("gradient") NaN at the given steps."""
-    real = trainer.forward
-
-    def forward(**kwargs):
-        carry, loss, metrics, outputs, done = real(**kwargs)
-        if trainer.step in steps:
-            loss = loss * math.nan if what == "loss" else _NaNGradient.apply(loss)
-        return carry, loss, metrics, outputs, done
-
-    monkeypatch.setattr(trainer, "forward", forward)
-
-
-class _NaNGradient(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x):
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx, grad):
-        return grad * math.nan
-
-
-def test_a_step_without_finite_gradient_changes_nothing(data, tmp_path, monkeypatch):
-    reporter = Recorder()
-    trainer = make_trainer(make_config(data), tmp_path, reporter)
-    poison(trainer, monkeypatch, {2}, "gradient")
-    batches = [batch for _, batch, _ in trainer._train_dataset()]
-    trainer.train_step(batches[0])
-    before = everything(trainer)
-    trainer.train_step(batches[1])
-    after = everything(trainer)
-    untouched = ("model.", "ema.", "state.optimizers.", "state.ema_updates")
-    changed = {n for n in before if n.startswith(untouched) and not same(before[n], after[n])}
-    assert not changed
-    assert trainer.guard.skipped == 1
-    assert [step for step, _ in reporter.skipped] == [2]
-    trainer.train_step(batches[2])
-    assert all(p.isfinite().all() for p in trainer.model.parameters())
-    assert not same(before["model.inner.lm_head.weight"], trainer.model.inner.lm_head.weight)
-
-
-def same(one, other):
-    return torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other
-
-
-def test_repeated_bad_gradients_stop_the_run(data, tmp_path, monkeypatch):
-    trainer = make_trainer(make_config(data, max_skipped=3), tmp_path)
-    poison(trainer, monkeypatch, {2, 3, 4}, "gradient")
-    with pytest.raises(TrainingStopped, match=r"3 gradients in a row .* step 4 \(iteration 0,"):
-        trainer.run()
-
-
-def test_a_bad_loss_stops_the_run_and_keeps_the_last_checkpoint(data, tmp_path, monkeypatch):
-    trainer = make_trainer(make_config(data), tmp_path)
-    poison(trainer, monkeypatch, {6}, "loss")
-    with pytest.raises(TrainingStopped, match=r"the loss is nan at step 6 .*puzzle identifiers"):
-        trainer.run()
-    saved = checkpoint.load_checkpoint(checkpoint.resolve(tmp_path))
-    assert saved.step == 4
-    assert all(value.isfinite().all() for value in saved.model.values())
 
 
 def test_learning_rate_and_metrics_of_the_log(data, tmp_path):

@@ -50,9 +50,7 @@ class Signals:
         if self.received == signal.SIGINT and number == signal.SIGINT:
             raise KeyboardInterrupt
         if self.received is None:
-            text = (
-                b"\nstopping: the run is saved after this step or evaluation batch\n"
-            )
+            text = b"\nstopping: the run is saved after this step or evaluation batch\n"
             os.write(sys.stderr.fileno(), text)  # a handler must not use buffered streams
         self.received = number
 

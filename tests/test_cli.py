@@ -167,3 +167,15 @@ def test_info_rejects_an_unknown_flag():
     done = run("-m", "trm_fast", "info", "--jsno")
     assert done.returncode == 2
     assert "--jsno" in done.stderr
+
+
+def test_commands_that_are_shown_start_this_python(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("shutil.which", lambda name: "/usr/bin/python")
+    for executable, shown in (
+        ("/usr/bin/python", "python"),
+        (str(tmp_path / ".venv" / "bin" / "python"), ".venv/bin/python"),
+        ("/opt/a b/python", "'/opt/a b/python'"),
+    ):
+        monkeypatch.setattr("sys.executable", executable)
+        assert console.program() == shown

@@ -432,3 +432,11 @@ def test_zero_gradients_reaches_frozen_weights():
     model(torch.arange(5).repeat(2)[:6]).sum().backward()
     zero_gradients(model, optimizers)
     assert model.q_head.weight.grad is None and model.puzzle_emb.local_weights.grad is None
+
+
+def test_sign_descent_takes_the_official_arguments():
+    rows = PuzzleRows()
+    optimizer = SparseEmbeddingSignSGD(rows.buffers(), world_size=1, lr=0.1, weight_decay=2.0)
+    assert optimizer.param_groups[0]["lr"] == 0.1
+    with pytest.raises(ValueError, match="world_size is 2; this version trains in 1 process"):
+        SparseEmbeddingSignSGD(rows.buffers(), world_size=2)

@@ -269,3 +269,18 @@ def test_resume_by_path_takes_the_settings_of_the_run(here, capfd):
     folder = run_folder(here)
     assert train.main([f"resume={folder}"]) == 0
     assert "going on    from step 12" in capfd.readouterr().out
+
+
+def test_the_configuration_of_a_run_serves_for_another(here):
+    """Its name and folder are its own, the rest is taken over."""
+    assert run("+run_name=r") == 0
+    (folder,) = (here / "checkpoints").glob("*/r")
+    config = folder / "step_12" / "config.json"
+    assert train.main(["--config", str(config), "seed=1", "+run_name=other"]) == 0
+    saved = json.loads((folder.parent / "other" / "step_12" / "config.json").read_text())
+    assert (saved["seed"], saved["steps"], saved["arch"]["hidden_size"]) == (1, 12, 8)
+
+
+def test_weights_that_are_not_there_name_the_setting(here, capfd):
+    assert run("load_checkpoint=nowhere") == 2
+    assert "load_checkpoint: nowhere" in capfd.readouterr().err

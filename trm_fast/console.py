@@ -5,10 +5,13 @@ library itself never does. May be imported by any module; imports nothing of the
 """
 
 import os
+import shlex
+import shutil
 import sys
+from pathlib import Path
 from typing import TextIO
 
-__all__ = ["say"]
+__all__ = ["program", "say"]
 
 
 def say(text: str = "", *, err: bool = False, end: str = "\n") -> None:
@@ -25,6 +28,16 @@ def say(text: str = "", *, err: bool = False, end: str = "\n") -> None:
         stream.flush()
     except BrokenPipeError:
         _silence(stream)
+
+
+def program() -> str:
+    """How to start this Python again from the working folder, for commands that are shown."""
+    if shutil.which("python") == sys.executable:
+        return "python"
+    try:
+        return shlex.quote(str(Path(sys.executable).relative_to(Path.cwd())))
+    except ValueError:
+        return shlex.quote(sys.executable)
 
 
 def _write(stream: TextIO, text: str) -> None:

@@ -129,8 +129,12 @@ def _text(facts: dict[str, Any]) -> str:
         lines.append(f"  {built['backend']:<11}{built['detail']}")
     for device, rows in facts["backends"].items():
         lines += ["", f"what backend=auto takes on {device}"]
+        reasons = {row["reason"] for row in rows}
         for row in rows:
-            lines.append(f"  {row['op']:<18}{row['implementation']:<11}{row['reason']}")
+            reason = row["reason"] if len(reasons) > 1 else ""
+            lines.append(f"  {row['op']:<18}{row['implementation']:<11}{reason}".rstrip())
+        if len(reasons) == 1:
+            lines.append(f"  why no other: {reasons.pop()}")
     return "\n".join(lines)
 
 

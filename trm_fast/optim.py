@@ -145,14 +145,22 @@ class SparseEmbeddingSignSGD(Optimizer):
             local_weights [B, E] float with requires_grad (its `.grad` is read), local_ids [B] int.
         lr: learning rate >= 0; the trainer sets it before each step.
         weight_decay: decoupled, >= 0.
+        world_size: 1, as official loops pass it; more processes come with a later version.
 
     Raises:
         ValueError: other than those three tensors, or a setting out of range.
     """
 
     def __init__(
-        self, params: Iterable[Tensor], lr: float = 1e-3, weight_decay: float = 1e-2
+        self,
+        params: Iterable[Tensor],
+        lr: float = 1e-3,
+        weight_decay: float = 1e-2,
+        *,
+        world_size: int = 1,
     ) -> None:
+        if world_size != 1:
+            raise ValueError(f"world_size is {world_size!r}; this version trains in 1 process")
         _check_rate("lr", lr)
         _check_rate("weight_decay", weight_decay)
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay})

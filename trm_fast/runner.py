@@ -17,7 +17,7 @@ from typing import Any
 from trm_fast import memory
 from trm_fast.checkpoint import CheckpointError
 from trm_fast.config import TrainConfig
-from trm_fast.console import say
+from trm_fast.console import program, say
 from trm_fast.data.sudoku_generator import default_job_data
 from trm_fast.inference import SetReport
 from trm_fast.interop import write_official
@@ -149,7 +149,7 @@ def train(config: TrainConfig) -> int:
         say("trm-fast train: not enough memory for so many boards", err=True)
         return 2
     except KeyboardInterrupt:
-        say("interrupted", err=True)
+        say("interrupted; what came after the last checkpoint is not saved", err=True)
         return 130
 
 
@@ -217,7 +217,7 @@ def _run_locked(spot: Place, splits: Splits, total: int, signals: Signals) -> tu
         console.close()
     if not finished:
         say(f"stopped at step {trainer.step}; everything is saved. Go on with:")
-        say(f"  python -m trm_fast.train resume={spot.run_dir}")
+        say(f"  {program()} -m trm_fast.train resume={spot.run_dir}")
         return 128 + (signals.received or signal.SIGINT), trainer
     summarize(trainer, seconds)
     picture = spot.run_dir / "learning_curve.png"
@@ -230,7 +230,9 @@ def _announce(trainer: Trainer, spot: Place) -> None:
     parameters = sum(p.numel() for p in trainer.model.parameters())
     say(f"run folder  {spot.run_dir}")
     if spot.resume_from is not None:
-        say(f"going on    from step {trainer.step} (a new run_name= starts anew)")
+        begins = "measured again" if trainer.finished else "a new run_name= starts anew"
+        ends = ", the end of the run" if trainer.finished else ""
+        say(f"going on    from step {trainer.step}{ends} ({begins})")
     say(
         f"model       {parameters:,} parameters, {trainer.config.arch.forward_dtype}, "
         f"on {trainer.device}"
@@ -239,6 +241,9 @@ def _announce(trainer: Trainer, spot: Place) -> None:
         f"training    {trainer.total_steps} steps of {trainer.config.global_batch_size} boards, "
         f"about {trainer.step_bytes / memory.GIB:.2f} GiB"
     )
+    if trainer.config.curriculum:
+        until = int(trainer.config.curriculum * trainer.total_steps)
+        say(f"curriculum  cells given away fade out by step {until}: till then boards get harder")
     if trainer.splits.test is None:
         say("evaluation  none: the data has no test split")
     left_out = ", ".join(evaluator.name for evaluator in trainer.config.evaluators)

@@ -172,5 +172,6 @@ def _check_same(config: TrainConfig, saved: Mapping[str, Any], run_dir: Path) ->
     if changed:
         raise ValueError(
             f"{run_dir} holds a run with other settings: {', '.join(changed[:4])}; "
-            "give those, or another run_name"
+            "give the old values, or start anew under another run_name (load_checkpoint= takes its "
+            "weights)"
         )

@@ -94,6 +94,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         puzzles = _puzzles(options)
         path = options.model if options.model is not None else newest_run()
         loaded = load_or_stop(path, options.weights, options.device)
+        if options.model is None:
+            say(f"answered by {loaded.folder} ({loaded.weights} weights)", err=True)
         _check_sizes(puzzles, loaded)
         answers = _answer(puzzles, loaded, options)
         _write(_shown(answers, loaded, options), options.output)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from trm_fast.console import say
+from trm_fast.console import program, say
 from trm_fast.data.dataset import PuzzleDataset, PuzzleDatasetConfig
 from trm_fast.data.format import DataError, read_manifest
 from trm_fast.inference import SetReport, predict, sudoku_side
@@ -39,12 +39,12 @@ def summarize(trainer: Trainer, seconds: float) -> None:
         _show_board(trainer)
     say(f"run folder  {trainer.run_dir}")
     say("next")
-    say(f"  python -m trm_fast.evaluate {trainer.run_dir}{'' if test else ' --data DIR'}")
+    say(f"  {program()} -m trm_fast.evaluate {trainer.run_dir}{'' if test else ' --data DIR'}")
     if board:
         puzzle = _as_line(_first_test_board(trainer)[0])
-        say(f'  python -m trm_fast.solve -m {trainer.run_dir} "{puzzle}"')
+        say(f'  {program()} -m trm_fast.solve -m {trainer.run_dir} "{puzzle}"')
     else:
-        say("  python -m trm_fast.train --help")
+        say(f"  {program()} -m trm_fast.train --help")
 
 
 def _result(name: str, report: SetReport, clues: tuple[int, int] | None) -> str:
@@ -96,6 +96,7 @@ def _show_board(trainer: Trainer) -> None:
         titles.append(f"{title}: {wrong} cells wrong")
     say()
     say(side_by_side(boards, titles))
+    say("[4] in place of a clue, . where the answer is no digit")
     say()
 
 

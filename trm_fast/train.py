@@ -34,9 +34,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Read by the OpenMP runtime when PyTorch loads it: threads that wait for work sleep instead of
     # spinning. With a busy neighbour a step is several times faster, without one as fast.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    from trm_fast.runner import train
+    try:
+        from trm_fast.runner import train
 
-    return train(config)
+        return train(config)
+    except KeyboardInterrupt:  # while PyTorch was being loaded
+        say("interrupted", err=True)
+        return 130
 
 
 if __name__ == "__main__":

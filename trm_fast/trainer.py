@@ -119,7 +119,10 @@ class Trainer:
         torch.manual_seed(config.seed)
         self.model = Model(self.model_config).to(self.device).train()
         if config.load_checkpoint and resume_from is None:
-            load_weights(self.model, config.load_checkpoint)
+            try:
+                load_weights(self.model, config.load_checkpoint)
+            except ValueError as error:
+                raise ValueError(f"load_checkpoint: {error}") from error
         self.head = ACTLossHead(self.model, config.arch.loss_type)
         self.forward = torch.compile(self.head) if config.compile else self.head
         self.optimizers = optim.build_optimizers(self.model, config)

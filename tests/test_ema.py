@@ -5,7 +5,8 @@ import torch
 from test_optim import Head, Toy, assert_same, state_of, train
 from torch import nn
 
-from trm_fast.optim import EMA, AdamATan2
+from trm_fast.ema import EMA
+from trm_fast.optim import AdamATan2
 
 
 @pytest.mark.parametrize("warmup", [False, True])

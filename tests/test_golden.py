@@ -18,9 +18,10 @@ from official import OFFICIAL_COMMIT
 from parity import assert_l2, relative_l2, splitmix
 
 from trm_fast import reference
+from trm_fast.ema import EMA
 from trm_fast.losses import LOSSES, ACTLossHead
 from trm_fast.model import Model
-from trm_fast.optim import EMA, AdamATan2, SparseEmbeddingSignSGD, cosine_schedule
+from trm_fast.optim import AdamATan2, SparseEmbeddingSignSGD, cosine_schedule
 
 
 def _generator_hash() -> str:

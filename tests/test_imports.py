@@ -33,7 +33,7 @@ ORDER = [
     ["backends"],
     ["layers", "recursion"],
     ["model"],
-    ["losses", "optim"],
+    ["losses", "optim", "ema"],
     ["durable"],
     ["checkpoint", "viz", "progress"],
     ["inference"],

@@ -21,10 +21,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from trm_fast import backends, reference
+from trm_fast.ema import EMA
 from trm_fast.losses import ACTLossHead
 from trm_fast.model import Model
 from trm_fast.ops import OP_NAMES, AttentionWeights, BlockWeights, Ops, Recursion, TokenMixWeights
-from trm_fast.optim import EMA, AdamATan2
+from trm_fast.optim import AdamATan2
 
 MPS = torch.device("mps", 0)
 B, P, L, D, H, F, V = 2, 3, 4, 8, 2, 16, 11

@@ -12,9 +12,10 @@ if TYPE_CHECKING:
     from trm_fast.checkpoint import load_checkpoint, save_checkpoint
     from trm_fast.config import ModelConfig, TrainConfig
     from trm_fast.data.dataset import PuzzleDataset, PuzzleDatasetConfig, from_arrays
+    from trm_fast.ema import EMA
     from trm_fast.losses import ACTLossHead
     from trm_fast.model import Model
-    from trm_fast.optim import EMA, AdamATan2, SparseEmbeddingSignSGD
+    from trm_fast.optim import AdamATan2, SparseEmbeddingSignSGD
 
 __version__ = "0.1.0"
 
@@ -38,9 +39,10 @@ _HOME = {
     "trm_fast.checkpoint": ("load_checkpoint", "save_checkpoint"),
     "trm_fast.config": ("ModelConfig", "TrainConfig"),
     "trm_fast.data.dataset": ("PuzzleDataset", "PuzzleDatasetConfig", "from_arrays"),
+    "trm_fast.ema": ("EMA",),
     "trm_fast.losses": ("ACTLossHead",),
     "trm_fast.model": ("Model",),
-    "trm_fast.optim": ("EMA", "AdamATan2", "SparseEmbeddingSignSGD"),
+    "trm_fast.optim": ("AdamATan2", "SparseEmbeddingSignSGD"),
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 

@@ -27,6 +27,7 @@ from trm_fast.config import TrainConfig
 from trm_fast.data.augment import hand_back, sudoku_augment
 from trm_fast.data.dataset import PuzzleDataset
 from trm_fast.durable import unwritable
+from trm_fast.ema import EMA
 from trm_fast.inference import SetReport, evaluate, sudoku_rules, sudoku_side
 from trm_fast.interop import load_weights
 from trm_fast.loading import pick_device
@@ -126,7 +127,7 @@ class Trainer:
         self.head = ACTLossHead(self.model, config.arch.loss_type)
         self.forward = torch.compile(self.head) if config.compile else self.head
         self.optimizers = optim.build_optimizers(self.model, config)
-        self.ema = optim.EMA(self.model, config.ema_rate, config.ema_warmup) if config.ema else None
+        self.ema = EMA(self.model, config.ema_rate, config.ema_warmup) if config.ema else None
         self.guard = optim.NonFiniteGuard(config.max_skipped)
         self.dataset = self._train_dataset()
         self.carries: list[Carry] = []

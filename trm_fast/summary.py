@@ -96,7 +96,7 @@ def _show_board(trainer: Trainer) -> None:
         titles.append(f"{title}: {wrong} cells wrong")
     say()
     say(side_by_side(boards, titles))
-    say("[4] in place of a clue, . where the answer is no digit")
+    say("brackets mark the places of the clues; a dot is an answer that is no digit")
     say()
 
 

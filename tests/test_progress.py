@@ -324,3 +324,14 @@ def test_metrics_are_json_by_the_letter(tmp_path):
         raise AssertionError(name)
 
     assert json.loads(line, parse_constant=refuse) == {"step": 1, "a": None, "b": 1e-30, "c": 2**60}
+
+
+def test_a_full_disk_under_the_log_does_not_end_the_run():
+    class Full(io.StringIO):
+        def write(self, text):
+            raise OSError(28, "No space left on device")
+
+    line = StatusLine(2, stream=Full(), live=False)
+    line.update(2, 0.5, 1.0, 8)
+    line.message("evaluated")
+    line.close()

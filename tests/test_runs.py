@@ -10,7 +10,7 @@ import torch
 
 from trm_fast.checkpoint import save_checkpoint
 from trm_fast.config import TrainConfig, from_preset
-from trm_fast.runs import RunLock, place
+from trm_fast.runs import RunLock, latest, place
 
 ROOT = Path(__file__).resolve().parent.parent
 TOTAL = 100
@@ -123,6 +123,16 @@ def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before():
     newest = save(config, 40, config.checkpoint_path)
     (newest / "model.safetensors").write_bytes(b"damaged")
     assert place(job(run_name="r"), TOTAL).resume_from.name == "step_20"
+
+
+@pytest.mark.parametrize(("now", "step"), [({}, 60), ({"resume": "step_40"}, 40)])
+def test_what_was_written_before_the_lock_was_had_is_gone_on_with(now, step):
+    """But a checkpoint that was asked for by its path stays the one."""
+    saved = saved_run(40, run_name="r")
+    resume = {"resume": f"{saved.checkpoint_path}/step_40"} if now else {}
+    spot = place(job(run_name="r", **resume), TOTAL)
+    save(saved, 60, saved.checkpoint_path)
+    assert latest(spot).resume_step == step
 
 
 def test_resume_by_path(tmp_path):

@@ -190,8 +190,10 @@ def test_the_newest_run_is_the_default(ask, tmp_path, monkeypatch):
         run = save_run(tmp_path / "checkpoints" / "Project" / name)
         moment = 1_700_000_000 - age
         os.utime(run / "last", (moment, moment))
-    told = json.loads(ask(SOLVED, "--json", model=None)[1])
-    assert told["checkpoint"] == str(Path("checkpoints/Project/new/step_7"))
+    _, out, err = ask(SOLVED, "--json", model=None)
+    chosen = Path("checkpoints/Project/new/step_7")
+    assert json.loads(out)["checkpoint"] == str(chosen)
+    assert err == f"answered by {chosen} (ema weights)\n"
 
 
 @pytest.mark.parametrize(

@@ -104,6 +104,18 @@ def test_an_evaluation_that_was_cut_short_is_made_up_for(data, tmp_path, by, mon
     assert_same(everything(straight), everything(again))
 
 
+def test_a_crash_in_an_evaluation_loses_no_step(data, tmp_path, monkeypatch):
+    trainer = make_trainer(make_config(data), tmp_path)
+
+    def crash():
+        raise RuntimeError("killed here")
+
+    monkeypatch.setattr(trainer, "evaluate", crash)
+    with pytest.raises(RuntimeError, match="killed here"):
+        trainer.run()
+    assert checkpoint.load_checkpoint(checkpoint.resolve(tmp_path)).step == 4
+
+
 def test_steps_are_those_of_the_official_loop(data, tmp_path):
     """Step counted first, loss / batch, rates of the schedule, rows then weights, then the EMA."""
     config = make_config(data, steps=5)

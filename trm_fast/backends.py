@@ -3,7 +3,7 @@
 A row says which backend implements which operation and, for a device, dtype and model shape, why
 it would not serve. `auto` takes the first row of `BACKENDS` that serves; a backend named by the
 user that cannot serve raises with the reason. Choosing happens when a model is built or moved,
-never inside a kernel. Imported by `model.py`, `losses.py`, `optim.py` and `info.py`.
+never inside a kernel. Imported by `model.py`, `losses.py` and `info.py`.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """Files of weights: written so that they survive a crash, read so that nothing in them can run.
 
-Owns the primitives that `checkpoint.py` and `interop.py` share. Imported by those two.
+Owns the primitives that `checkpoint.py` and `interop.py` share. Imported by those two and by the
+trainer.
 """
 
 from __future__ import annotations

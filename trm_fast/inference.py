@@ -1,9 +1,10 @@
 """Answers of a trained model, step by step, and how good they are.
 
-Owns the evaluation loop: every command and the trainer measure through it. Imported by trainer,
-bench, evaluate and solve. Terms: a supervision step is one call of the model; `last` is the answer
-of the last step, `best_q` that of the step with the highest halting logit (a model trained with
-early halting may leave a right answer again; arXiv 2605.19943 selects by the same logit).
+Owns the evaluation loop: every command and the trainer measure through it. Imported by trainer
+and the modules around it, evaluate and solve. Terms: a supervision step is one call of the model;
+`last` is the answer of the last step, `best_q` that of the step with the highest halting logit (a
+model trained with early halting may leave a right answer again; arXiv 2605.19943 selects by the
+same logit).
 
 Dims legend: B batch, L puzzle tokens, M supervision steps.
 """

@@ -1,7 +1,7 @@
 """From a checkpoint on disk to a model that answers, and the exit statuses of answer commands.
 
 Owns choosing the folder, the weights (moving average or raw) and the device, and the options and
-errors that these commands share. Imported by evaluate and solve.
+errors that these commands share. Imported by evaluate and solve; the device also by the trainer.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Losses over answers and halting, and the metrics of a supervision step.
 
-Owns `ACTLossHead`, a drop-in for the official class of that name. Imported by the trainer and by
-users' own loops. Source: arXiv 2510.04871, section 4; stablemax from Prieto et al. 2025,
-"Grokking at the Edge of Numerical Stability" (arXiv 2501.04697).
+Owns `ACTLossHead`, a drop-in for the official class of that name. Imported by trainer,
+inference, contenders and users' own loops. Source: arXiv 2510.04871, section 4; stablemax from
+Prieto et al. 2025, "Grokking at the Edge of Numerical Stability" (arXiv 2501.04697).
 
 Dims legend: B batch, L puzzle tokens, V vocabulary.
 """

@@ -1,7 +1,7 @@
 """The Tiny Recursive Model: embed, recurse, read out; with adaptive computation around it.
 
 Owns `Model`, a drop-in for the official `TinyRecursiveReasoningModel_ACTV1`: the same
-dictionary, carry, outputs, state_dict and random draws. Imported by losses, inference, trainer.
+dictionary, carry, outputs, state_dict and random draws. Imported by whatever runs one.
 Source: Jolicoeur-Martineau 2025 (arXiv 2510.04871), Algorithm 3.
 
 Dims legend: B batch, P puzzle-prefix tokens, L puzzle tokens, S = P + L tokens, D width,

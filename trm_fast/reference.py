@@ -3,7 +3,8 @@
 This is the product path on CPU and MPS and what every kernel is checked against. Each function
 runs in the dtype of its inputs and rounds where the published model rounds: matrix products,
 SiLU, products and residuals in that dtype, norms and rotations in float32 at least. The oracle is
-the same function on float32 or float64 inputs. Imported by `backends.py`, tests and benches.
+the same function on float32 or float64 inputs. Imported by `backends.py`, tests and benches;
+`linear` also by `model.py` for the heads, and by `optim.py` as the default of its optimizer.
 
 Dims legend: see `ops.py`. States may lie batch-major or token-major in memory ([B,S,D] with
 strides of [S,B,D]); token mixing needs no transposed copy in the second layout, so the recursion

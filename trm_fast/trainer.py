@@ -1,9 +1,10 @@
 """Deep supervision with adaptive computation: the training loop, its evaluation, its checkpoints.
 
 Owns `Trainer`: everything a run consists of, saved and restored as a whole, so that a resumed run
-continues bitwise. Prints nothing: what happens is told to a `Reporter`. Imported by `train.py`
-and bench. The order of operations is that of the official loop (arXiv 2510.04871, Algorithm 3):
-count the step, forward, loss / global batch, backward, learning rate, optimizers, EMA.
+continues bitwise. Prints nothing: what happens is told to a `Reporter`. Imported by `runner.py`
+and `summary.py`. The order of operations is that of the official loop (arXiv 2510.04871,
+Algorithm 3): count the step, forward, loss / global batch, backward, learning rate, optimizers,
+EMA.
 
 Dims legend: B batch, L puzzle tokens.
 """

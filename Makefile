@@ -5,7 +5,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 # Extra package index, for CPU wheels of PyTorch where pip would find only CUDA builds:
-#   make test TORCH_INDEX=https://download.pytorch.org/whl/cpu
+#   make test TORCH_INDEX=URL
 TORCH_INDEX ?=
 # What to pass on: make train ARGS="seed=1", make test ARGS="-k imports"
 ARGS ?=

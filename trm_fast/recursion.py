@@ -1,8 +1,8 @@
 """The state of the recursion between supervision steps: reset, halting, and what is kept.
 
 Owns `State` and the adaptive-computation rules around `Ops.deep_recursion`. Imported by
-`model.py` and `trainer.py`. Source: Jolicoeur-Martineau 2025 (arXiv 2510.04871), sections 3-4; the halting rules
-are those of Wang et al. 2025 (HRM, arXiv 2506.21734), section 2.
+`model.py` and `trainer.py`. Source: Jolicoeur-Martineau 2025 (arXiv 2510.04871), sections 3-4; the
+halting rules are those of Wang et al. 2025 (HRM, arXiv 2506.21734), section 2.
 
 Dims legend: B batch, S tokens incl. prefix, D width.
 """

@@ -1,7 +1,9 @@
 """Triton kernels of trm_fast, installed and imported as `trm_fast.kernels`.
 
-Owns nothing yet: the kernels come with a later version, one file per op. Modules here import only
-torch, triton and each other; `trm_fast.backends` alone imports them.
+One file per op: its kernels, their host launch, the registered operation and `unsupported`. Modules
+here import only torch, triton and each other; `trm_fast.backends` alone imports them, and only
+where an NVIDIA GPU is asked for. Reading order: `_common` (what every kernel uses), `launch`
+(settings as data, and the launch itself), `registration`, the ops, `report` (what was compiled).
 """
 
 if __name__ != "trm_fast.kernels":

@@ -40,7 +40,10 @@ def cases(names: str, shapes: Sequence[Sequence[int]]) -> list[Any]:
 
 
 def run(
-    function: Callable[..., Any], inputs: Sequence[Any], dtype: torch.dtype
+    function: Callable[..., Any],
+    inputs: Sequence[Any],
+    dtype: torch.dtype,
+    device: torch.device = torch.device("cpu"),
 ) -> tuple[list[Tensor], list[Tensor | None]]:
     """Outputs of function(*inputs) with floating tensors in `dtype`, and the inputs' gradients.
 
@@ -48,7 +51,12 @@ def run(
     that every dtype is given the same one.
     """
     given = [
-        t.detach().to(dtype, copy=True).requires_grad_() if _is_float(t) else t for t in inputs
+        t.detach().to(device, dtype, copy=True).requires_grad_()
+        if _is_float(t)
+        else t.to(device)
+        if isinstance(t, Tensor)
+        else t
+        for t in inputs
     ]
     before = [t.detach().clone() if isinstance(t, Tensor) else t for t in given]
     outputs = function(*given)
@@ -57,7 +65,9 @@ def run(
     leaves = [t for t in given if _is_float(t)]
     generator = torch.Generator().manual_seed(99)
     upstream = [
-        torch.randn(t.shape, generator=generator, dtype=torch.float64).bfloat16().to(t.dtype)
+        torch.randn(t.shape, generator=generator, dtype=torch.float64)
+        .bfloat16()
+        .to(device, t.dtype)
         for t in wanted
     ]
     grads = torch.autograd.grad(wanted, leaves, upstream, allow_unused=True)
@@ -72,9 +82,13 @@ def check_op(
     formula: Callable[..., Any],
     inputs: Sequence[Any],
     dtype: torch.dtype,
+    device: torch.device = torch.device("cpu"),
 ) -> None:
-    """Outputs and all gradients of `function` in `dtype` against `formula` in float64."""
-    got, got_grads = run(function, inputs, dtype)
+    """Outputs and all gradients of `function` in `dtype` against `formula` in float64.
+
+    `function` runs on `device`, `formula` on the CPU.
+    """
+    got, got_grads = run(function, inputs, dtype, device)
     exact, exact_grads = run(formula, inputs, torch.float64)
     plain, plain_grads = run(formula, inputs, dtype)
     for i, (g, e, p) in enumerate(zip(got, exact, plain, strict=True)):
@@ -82,7 +96,7 @@ def check_op(
             assert g.dtype == dtype
             assert_parity(g, e, p, name=f"output {i}")
         else:
-            assert torch.equal(g, e)
+            assert torch.equal(g.cpu(), e)
     for i, (g, e, p) in enumerate(zip(got_grads, exact_grads, plain_grads, strict=True)):
         assert (g is None) == (e is None), f"gradient {i} is there in one only"
         if g is not None and e is not None:

@@ -1,0 +1,132 @@
+"""What every kernel here uses: arithmetic that is right in the interpreter too, and host checks.
+
+Owns the jit helpers `up`, `down`, `dot` and `tiles`, and the host functions that every op needs.
+Imported by the modules of `trm_fast.kernels` only.
+
+Triton's interpreter keeps bfloat16 as raw 16-bit integers: it adds, compares and multiplies those
+bits, and truncates where the GPU rounds. So a kernel here does arithmetic on `up(...)` only, rounds
+with `down(...)` once, at the store, and multiplies matrices with `dot(...)`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+MAX_WIDTH = 1024  # features of a token: one row of them is a tile
+ALIGNMENT = 16  # elements that sizes in memory are multiples of: tensor maps need 16 bytes
+
+INTERPRET = tl.constexpr(bool(triton.knobs.runtime.interpret))
+
+
+class Shape(Protocol):
+    """What `unsupported` reads of a model's configuration."""
+
+    hidden_size: int
+    num_heads: int
+    mlp_t: bool
+    dropout: float
+
+
+@triton.jit
+def up(x):
+    """x in float32: what every load is put through before arithmetic."""
+    return x.to(tl.float32)
+
+
+@triton.jit
+def down(x, dtype: tl.constexpr):
+    """float32 x rounded to the nearest of `dtype`, ties to even."""
+    if INTERPRET and dtype == tl.bfloat16:
+        bits = x.to(tl.uint32, bitcast=True)
+        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        rounded = tl.where(x == x, rounded, 0x7FC0)
+        return rounded.to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    else:
+        return x.to(dtype)
+
+
+@triton.jit
+def dot(a, b, acc=None):
+    """a @ b + acc in float32, of tiles as they were loaded or as `down` made them."""
+    if INTERPRET:
+        return tl.dot(up(a), up(b), acc)
+    else:
+        return tl.dot(a, b, acc, input_precision="ieee")
+
+
+@triton.jit
+def tiles(source, shape, strides, block: tl.constexpr, TMA: tl.constexpr):
+    """A descriptor whose loads give zeros outside `shape`, and whose stores write nothing there.
+
+    With TMA (sm_90 and newer) `source` is the descriptor that `launch.descriptor` made on the host.
+    Elsewhere it is a pointer, and the compiler turns the descriptor into masked pointer loads: with
+    constant strides they are vectorised and copied asynchronously, those of a host one are not.
+    """
+    if TMA:
+        return source
+    else:
+        return tl.make_tensor_descriptor(source, shape, strides, block)
+
+
+@triton.jit
+def row_scale(ssq_ptr, offs, count, TILES: tl.constexpr, WIDTH: tl.constexpr, eps):
+    """1 / rms of the rows `offs` < count, from their partial sums of squares [TILES, count]."""
+    total = tl.zeros(offs.shape, tl.float32)
+    for i in tl.static_range(TILES):
+        total += tl.load(ssq_ptr + i * count + offs, mask=offs < count, other=0.0)
+    return tl.rsqrt(total / WIDTH + eps)
+
+
+def round_up(size: int, multiple: int = ALIGNMENT) -> int:
+    return -(-size // multiple) * multiple
+
+
+def aligned(t: Tensor, axes: Sequence[int] = (-1,)) -> Tensor:
+    """`t`, contiguous, with zeros added at the end of `axes` up to a multiple of ALIGNMENT."""
+    for axis in axes:
+        missing = -t.shape[axis] % ALIGNMENT
+        if missing:
+            behind = 2 * (t.dim() - 1 - axis % t.dim())
+            t = F.pad(t, (0,) * behind + (0, missing))
+    return t.contiguous()
+
+
+def weight_grad(d: Tensor, x: Tensor, into: Tensor | None = None) -> Tensor:
+    """d.T @ x in float32, of d [N, O] and x [N, I]; added to `into` [O, I] float32 if given."""
+    if d.is_cuda and d.dtype != torch.float32:
+        product = torch.mm(d.t(), x, out_dtype=torch.float32)
+    else:
+        product = torch.mm(d.t().float(), x.float())
+    return product if into is None else into.add_(product)
+
+
+def unsupported_dtype(dtype: torch.dtype) -> str | None:
+    if dtype in DTYPES:
+        return None
+    return f"serves bfloat16, float16 and float32, not {str(dtype).removeprefix('torch.')}"
+
+
+def unsupported_width(width: int) -> str | None:
+    if width % ALIGNMENT == 0 and 0 < width <= MAX_WIDTH:
+        return None
+    return f"needs a hidden size that is a multiple of {ALIGNMENT} up to {MAX_WIDTH}, not {width}"
+
+
+def unsupported(dtype: torch.dtype, config: Shape | None) -> str | None:
+    """Why an op without further conditions cannot serve, or None."""
+    return unsupported_dtype(dtype) or (unsupported_width(config.hidden_size) if config else None)
+
+
+def check(op: str, *reasons: str | None) -> None:
+    """ValueError with the first reason that is not None."""
+    for reason in reasons:
+        if reason is not None:
+            raise ValueError(f"{op} of the triton backend {reason}")

@@ -1,0 +1,96 @@
+"""How a kernel is launched, or recorded instead.
+
+Every kernel is launched through `run`, so that `report` compiles exactly what would be launched: it
+calls the same host functions on tensors without memory, inside `recording`.
+Imported by `launch`, the op modules and `report`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+ARCHITECTURES = (80, 90, 100)
+
+
+class Settings(Protocol):
+    """What `run` reads of a row of `launch.ROWS`."""
+
+    arch: int
+    tiles: Mapping[str, int]
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One launch that was recorded: the kernel, its settings and its arguments by name."""
+
+    kernel: Any
+    row: Any
+    args: dict[str, Any]
+
+
+_recorded: list[Launch] | None = None
+_forced: int | None = None
+
+
+def architecture(device: torch.device) -> int:
+    """The family of GPUs whose rows serve `device`; without a GPU, the one the design is for."""
+    if _forced is not None:
+        return _forced
+    if device.type != "cuda":
+        return 90
+    major = torch.cuda.get_device_capability(device)[0]
+    return {9: 90, 10: 100}.get(major, 80)
+
+
+@contextmanager
+def forced_architecture(arch: int) -> Iterator[None]:
+    """Inside, every device counts as `arch`: for tests of each family's code, interpreted."""
+    global _forced
+    before, _forced = _forced, arch
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+@contextmanager
+def recording(arch: int) -> Iterator[list[Launch]]:
+    """Inside, nothing is launched; the list takes what would have been."""
+    global _recorded
+    before, _recorded = _recorded, []
+    try:
+        with forced_architecture(arch):
+            yield _recorded
+    finally:
+        _recorded = before
+
+
+def descriptor(t: Tensor, block: Sequence[int], row: Settings) -> Tensor | TensorDescriptor:
+    """What `_common.tiles` takes for contiguous `t`: a host descriptor with TMA, else `t`."""
+    assert t.is_contiguous(), "tiles are of contiguous tensors"
+    if row.arch < 90:
+        return t
+    return TensorDescriptor(t, list(t.shape), list(t.stride()), list(block))
+
+
+def run(kernel: Any, grid: tuple[int, ...], row: Settings, like: Tensor, **args: Any) -> None:
+    """kernel[grid](**args) with the settings of `row`, on the device of `like`."""
+    args |= row.tiles
+    if _recorded is not None:
+        _recorded.append(Launch(kernel, row, args))
+        return
+    options = {"num_warps": row.num_warps, "num_stages": row.num_stages}
+    if like.device.type == "cuda" and like.device.index != torch.cuda.current_device():
+        with torch.cuda.device(like.device):
+            kernel[grid](**args, **options)
+    else:
+        kernel[grid](**args, **options)

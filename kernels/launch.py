@@ -1,0 +1,94 @@
+"""Launch settings as data: kernel, architecture, width of the numbers, sizes -> tiles.
+
+Owns `ROWS` and `pick`. Tuning means changing a row here and writing beside it what was measured,
+where and when; `python -m trm_fast.kernels.report` shows what the compiler makes of each row.
+Imported by the op modules and by `report`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from trm_fast.kernels._runtime import architecture
+
+
+@dataclass(frozen=True)
+class Row:
+    """Settings of one kernel on one family of GPUs.
+
+    Attributes:
+        kernel: "<op>_fwd", "<op>_bwd" or what else an op module picks it by.
+        arch: 80 (sm_8x, and sm_12x, which has the same instructions and shared memory), 90 or 100.
+        bits: width of the numbers: 16 (bfloat16, float16) or 32 (float32).
+        tiles: the kernel's block sizes.
+        num_warps, num_stages: of the launch.
+        at_most: sizes up to which the row serves; of a kernel's rows the first that serves is
+            taken, so rows with limits come before those without.
+        measured: GPU, date and time; empty where nobody has measured yet.
+    """
+
+    kernel: str
+    arch: int
+    bits: int
+    tiles: Mapping[str, int]
+    num_warps: int = 4
+    num_stages: int = 3
+    at_most: Mapping[str, int] = field(default_factory=dict)
+    measured: str = ""
+
+
+def _rows(kernel: str, *table: tuple[Any, ...]) -> tuple[Row, ...]:
+    return tuple(Row(kernel, *entry) for entry in table)
+
+
+def _tiles(m: int, n: int, k: int) -> dict[str, int]:
+    return {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k}
+
+
+# Columns: arch, bits, tiles, num_warps, num_stages[, at_most[, measured]]. Tiles for sm_80 stay
+# below the 99 KiB of shared memory that a block has on the consumer cards of that family.
+ROWS: tuple[Row, ...] = (
+    # residual_rmsnorm: rows of up to 1024 features, one pass over memory.
+    *_rows(
+        "residual_rmsnorm",
+        *((arch, bits, {"BLOCK_M": 8}, 8, 1) for arch in (80, 90, 100) for bits in (16, 32)),
+    ),
+    # linear_rmsnorm: a @ w (+ residual) of either orientation of w, partial sums of squares.
+    *_rows(
+        "linear",
+        (80, 16, _tiles(128, 128, 32), 8, 3),
+        (90, 16, _tiles(128, 256, 64), 8, 3),
+        (100, 16, _tiles(128, 256, 64), 8, 3),
+        *((arch, 32, _tiles(64, 64, 32), 8, 2) for arch in (80, 90, 100)),
+    ),
+    # swiglu_rmsnorm: gate and up in two accumulators, and the backward through SwiGLU.
+    *_rows(
+        "gate_up",
+        (80, 16, _tiles(128, 64, 32), 8, 3),
+        (90, 16, _tiles(128, 128, 64), 8, 3),
+        (100, 16, _tiles(128, 128, 64), 8, 3),
+        *((arch, 32, _tiles(64, 32, 32), 8, 2) for arch in (80, 90, 100)),
+    ),
+    *_rows(
+        "swiglu_bwd",
+        (80, 16, _tiles(128, 64, 32), 8, 3),
+        (90, 16, _tiles(128, 64, 64), 8, 3),
+        (100, 16, _tiles(128, 64, 64), 8, 3),
+        *((arch, 32, _tiles(64, 32, 32), 8, 2) for arch in (80, 90, 100)),
+    ),
+)
+
+
+def pick(kernel: str, like: Tensor, **sizes: int) -> Row:
+    """The first row for this kernel, the device and dtype of `like`, and the sizes."""
+    arch, bits = architecture(like.device), like.element_size() * 8
+    for row in ROWS:
+        if (row.kernel, row.arch, row.bits) == (kernel, arch, bits) and all(
+            sizes[name] <= limit for name, limit in row.at_most.items()
+        ):
+            return row
+    raise AssertionError(f"no launch row for {kernel} on sm_{arch}, {bits} bits, {sizes}")

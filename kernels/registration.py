@@ -1,0 +1,74 @@
+"""One helper that makes a function an operation of PyTorch: schema, fake tensors, autograd.
+
+Owns `register`; used once per op and backend: `trm_fast_triton::<op>` for the kernels here,
+`trm_fast_ext::<op>` for the compiled extension. Imports torch only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+TRITON = "trm_fast_triton"
+
+
+def register(
+    namespace: str,
+    schema: str,
+    fake: Callable[..., Any],
+    forward: Callable[..., Any] | None = None,
+    *,
+    save: Callable[..., None] | None = None,
+    backward: Callable[..., Any] | None = None,
+    mutates: Sequence[int] = (),
+) -> Callable[..., Any]:
+    """The operation `<namespace>::<name of the schema>`, callable.
+
+    Args:
+        schema: "name(Tensor x, float eps) -> (Tensor, Tensor)".
+        fake: the results' shapes and dtypes; gets the same arguments, returns empty tensors.
+        forward: computes them on any device; None where compiled code supplies it.
+        save: setup_context(ctx, inputs, output) of `torch.library.register_autograd`.
+        backward: (ctx, *gradients) -> one gradient or None per input. It may call registered
+            operations only, so that a compiler can look through it. Works once: asking for
+            second derivatives is an error.
+        mutates: positions of the arguments, tensors or lists of them, that forward writes to. The
+            schema says the same with `(a!)`. Autograd then refuses a backward pass that needs
+            their old values.
+    """
+    name = schema[: schema.index("(")]
+    qualified = f"{namespace}::{name}"
+    torch.library.define(qualified, schema[len(name) :], tags=(torch.Tag.needs_fixed_stride_order,))
+    if forward is not None:
+        torch.library.impl(qualified, "default", _counted(forward, mutates))
+    torch.library.register_fake(qualified, fake)
+    if backward is not None:
+        torch.library.register_autograd(qualified, _once(qualified, backward), setup_context=save)
+    return getattr(getattr(torch.ops, namespace), name).default
+
+
+def _counted(forward: Callable[..., Any], mutates: Sequence[int]) -> Callable[..., Any]:
+    """`forward`, after which the tensors it wrote to count as changed."""
+    if not mutates:
+        return forward
+
+    def counted(*args: Any) -> Any:
+        result = forward(*args)
+        for position in mutates:
+            written = args[position]
+            for t in written if isinstance(written, list | tuple) else (written,):
+                torch.autograd.graph.increment_version(t)
+        return result
+
+    return counted
+
+
+def _once(name: str, backward: Callable[..., Any]) -> Callable[..., Any]:
+    def once(ctx: Any, *grads: Any) -> Any:
+        if torch.is_grad_enabled():
+            raise RuntimeError(f"{name} is once_differentiable: no second derivatives")
+        return backward(ctx, *grads)
+
+    return once

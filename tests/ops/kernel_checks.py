@@ -1,0 +1,55 @@
+"""What every Triton kernel's test needs: where it runs, as which architecture, and op checks.
+
+Kernels run on a GPU where there is one, else in Triton's interpreter. Imported by
+tests/ops/test_<op>.py.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import pytest
+import torch
+
+from trm_fast.kernels._runtime import forced_architecture
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+# The two ways a kernel reads memory: through pointers, and through descriptors made on the host.
+# sm_100 runs the code of sm_90 with tiles of its own; the report compiles all three.
+ARCHITECTURES = [80, 90]
+
+
+@pytest.fixture(params=ARCHITECTURES, ids=[f"sm{a}" for a in ARCHITECTURES])
+def architecture(request: pytest.FixtureRequest) -> Iterator[int]:
+    """Interpreted, the test runs with the rows of each; a GPU takes its own."""
+    if DEVICE.type == "cuda":
+        if request.param != ARCHITECTURES[-1]:
+            pytest.skip("a GPU runs the rows of its own architecture only")
+        yield request.param
+        return
+    with forced_architecture(request.param):
+        yield request.param
+
+
+def check_registered(op: Callable[..., Any], args: Sequence[Any]) -> None:
+    """`op`, a registered operation, passes every check that PyTorch has for one."""
+    results = torch.library.opcheck(op, tuple(args))
+    assert set(results.values()) == {"SUCCESS"}, results
+
+
+def check_fullgraph(function: Callable[..., torch.Tensor], inputs: Sequence[Any]) -> None:
+    """Compiled as one graph, `function` gives what it gives eagerly, and the same gradients."""
+
+    def values(f: Callable[..., torch.Tensor]) -> list[torch.Tensor]:
+        given = [
+            t.detach().clone().to(DEVICE).requires_grad_(t.is_floating_point())
+            if isinstance(t, torch.Tensor)
+            else t
+            for t in inputs
+        ]
+        out = f(*given)
+        wanted = [t for t in given if isinstance(t, torch.Tensor) and t.requires_grad]
+        return [out.detach(), *torch.autograd.grad(out.square().sum(), wanted)]
+
+    compiled = torch.compile(function, fullgraph=True, dynamic=False)
+    for got, want in zip(values(compiled), values(function), strict=True):
+        torch.testing.assert_close(got, want)

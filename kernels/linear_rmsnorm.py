@@ -10,6 +10,7 @@ Dims legend: B batch, S tokens incl. prefix, D width, E input width, N = B*S row
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -34,7 +35,7 @@ from trm_fast.kernels.launch import pick
 from trm_fast.kernels.registration import TRITON, register
 from trm_fast.kernels.residual_rmsnorm import finish_norm, norm_bwd
 
-__all__ = ["linear", "linear_rmsnorm", "unsupported"]
+__all__ = ["linear", "linear_rmsnorm", "new_squares", "unsupported"]
 
 
 @triton.jit
@@ -56,11 +57,8 @@ def _linear_kernel(
     n = tile_n * BLOCK_N
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for k in range(0, K, BLOCK_K):
-        a = a_tiles.load([m, k])
-        if W_IS_KN:
-            acc = dot(a, w_tiles.load([k, n]), acc)
-        else:
-            acc = dot(a, w_tiles.load([n, k]).T, acc)
+        w = w_tiles.load([k, n]) if W_IS_KN else w_tiles.load([n, k]).T
+        acc = dot(a_tiles.load([m, k]), w, acc)
     offs_m = m + tl.arange(0, BLOCK_M)
     if h_source is not None:
         h_tiles = tiles(h_source, [count, N], [N, 1], [BLOCK_M, BLOCK_N], TMA)
@@ -74,13 +72,19 @@ def _linear_kernel(
     out_tiles.store([m, n], down(acc, out_tiles.dtype))
 
 
+def new_squares(like: Tensor, count: int, width: int) -> Tensor:
+    """Empty [T, count] float32 for the sums of squares of rows of `width` that `linear` makes."""
+    block_n = pick("linear", like, M=count, N=width).tiles["BLOCK_N"]
+    return like.new_empty(triton.cdiv(width, block_n), count, dtype=torch.float32)
+
+
 def linear(
     a: Tensor,
     w: Tensor,
     h: Tensor | None = None,
     *,
     w_is_kn: bool = False,
-    squares: bool = False,
+    squares: bool | Tensor = False,
     h_ssq: Tensor | None = None,
     eps: float = 0.0,
     out: Tensor | None = None,
@@ -89,6 +93,7 @@ def linear(
 
     Args:
         a: [N, K].  w: [D, K], or [K, D] with `w_is_kn`.  h: [N, D] or None for nothing.
+        squares: whether to sum them; or what takes them, made by `new_squares`.
         h_ssq: [T, N] float32 if h stands for rms_norm(h), deferred.
         out: [N, D], takes the result; it may be `h`.
 
@@ -101,7 +106,9 @@ def linear(
     block_m, block_n, block_k = (row.tiles[f"BLOCK_{axis}"] for axis in "MNK")
     columns = triton.cdiv(width, block_n)
     out = a.new_empty(count, width) if out is None else out
-    ssq = a.new_empty(columns, count, dtype=torch.float32) if squares else None
+    if squares is True:
+        squares = new_squares(a, count, width)
+    ssq = squares if isinstance(squares, Tensor) else None
     if out.numel():
         w_block = [block_k, block_n] if w_is_kn else [block_n, block_k]
         run(
@@ -134,10 +141,7 @@ def linear_rmsnorm_bwd(
 
 
 def _fwd_fake(a: Tensor, w: Tensor, h: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    row = pick("linear", a, M=h.shape[0], N=h.shape[1])
-    columns = triton.cdiv(h.shape[1], row.tiles["BLOCK_N"])
-    ssq = h.new_empty(columns, h.shape[0], dtype=torch.float32)
-    return torch.empty_like(h), torch.empty_like(h), ssq
+    return torch.empty_like(h), torch.empty_like(h), new_squares(a, *h.shape)
 
 
 def _bwd_fake(
@@ -186,3 +190,23 @@ def linear_rmsnorm(a: Tensor, w: Tensor, h: Tensor, eps: float) -> Tensor:
         a.flatten(0, 1).contiguous(), w.contiguous(), h.flatten(0, 1).contiguous(), eps
     )
     return out.view(h.shape)
+
+
+def examples(make: Callable[..., Tensor]) -> Iterator[None]:
+    """Every launch of this file at the official size, for the report: the op as attention and the
+    MLP use it, and `linear` as the recursion calls it. A single board has an odd count of rows."""
+    width, inner = 512, 1536
+    for count, depth in ((768 * 97, width), (768 * 97, inner), (97, width)):
+        a, w, h = make(count, depth), make(width, depth), make(count, width)
+        _, total, ssq = linear_rmsnorm_fwd(a, w, h, 1e-5)
+        yield
+        linear_rmsnorm_bwd(h, a, w, total, ssq, 1e-5)
+        yield
+    h, ssq = make(768 * 97, width), make(2, 768 * 97, dtype=torch.float32)
+    linear(h, make(3 * width, width))  # the products for queries, keys and values
+    yield
+    linear(make(768 * 97, inner), make(width, inner), h, squares=True, h_ssq=ssq, eps=1e-5)
+    yield
+    for residual in (None, h):  # a gradient to the input: of the queries' product, of gate and up
+        linear(make(768 * 97, 2 * inner), make(2 * inner, width), residual, w_is_kn=True)
+        yield

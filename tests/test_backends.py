@@ -32,7 +32,7 @@ def with_row(monkeypatch):
             asked.append(question)
             return reason
 
-        row = Row("inject", backend, fast_inject, unsupported)
+        row = Row("inject", backend, lambda: fast_inject, unsupported)
         monkeypatch.setattr(backends, "ROWS", (*backends.ROWS, row))
         return asked
 
@@ -48,8 +48,11 @@ def chosen(name):
 @pytest.mark.parametrize("name", ["auto", "reference"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 def test_reference_serves_everything(name, dtype):
-    for device in (CPU, torch.device("meta"), torch.device("cuda"), torch.device("mps")):
-        ops = backends.select(name, device, dtype)
+    devices = ["cpu", "meta", "mps"]
+    if name == "reference" or not torch.cuda.is_available():
+        devices.append("cuda")
+    for device in devices:
+        ops = backends.select(name, torch.device(device), dtype)
         assert all(getattr(ops, op) is getattr(reference, op) for op in OP_NAMES)
 
 
@@ -123,3 +126,83 @@ def test_ops_are_frozen_and_pickle():
     with pytest.raises(FrozenInstanceError):
         ops.inject = fast_inject
     assert pickle.loads(pickle.dumps(ops)) == ops
+
+
+def gpu(monkeypatch, capability=(9, 0), hip=None, triton=True):
+    """Answers of a machine with a GPU; nothing is run on it."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    if not triton:
+        monkeypatch.setattr(backends.importlib.util, "find_spec", lambda name: None)
+
+
+CUDA = torch.device("cuda")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("mixer", [{"mlp_t": True}, {"num_heads": 1}], ids=["mlp_t", "attention"])
+@pytest.mark.parametrize("capability", [(8, 0), (8, 9), (9, 0), (10, 0), (12, 0)])
+def test_auto_takes_triton_on_a_gpu(monkeypatch, mixer, dtype, capability):
+    gpu(monkeypatch, capability)
+    config = ModelConfig.from_dict(tiny_config(**mixer))
+    for name in ("auto", "triton"):
+        ops = backends.select(name, CUDA, dtype, config)
+        for choice in backends.report(name, CUDA, dtype, config):
+            assert choice.implementation == "triton", choice
+            function = getattr(ops, choice.op)
+            assert function.__module__ == f"trm_fast.kernels.{choice.op}"
+            assert function.__name__ == choice.op
+    assert pickle.loads(pickle.dumps(ops)) == ops
+
+
+def reasons(device, dtype=torch.bfloat16, config=None):
+    return {c.op: c.reason for c in backends.report("auto", device, dtype, config)}
+
+
+@pytest.mark.parametrize(
+    ("machine", "device", "reason"),
+    [
+        ({}, CPU, "serves NVIDIA GPUs only"),
+        ({}, torch.device("mps"), "serves NVIDIA GPUs only"),
+        ({"hip": "6.2"}, CUDA, "serves NVIDIA GPUs only"),
+        ({"capability": (7, 5)}, CUDA, "needs compute capability 8.0 or newer, this GPU has 7.5"),
+        ({"triton": False}, CUDA, "Triton is not installed"),
+    ],
+)
+def test_where_triton_does_not_serve(monkeypatch, machine, device, reason):
+    gpu(monkeypatch, **machine)
+    said = reasons(device)
+    assert set(said) == set(OP_NAMES)
+    assert all(f"triton: {reason}" in text for text in said.values())
+    assert backends.select("auto", device, torch.bfloat16).inject is reference.inject
+    with pytest.raises(ValueError, match="'triton' cannot serve embed_reset"):
+        backends.select("triton", device, torch.bfloat16)
+
+
+def test_without_any_gpu():
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    assert "triton: there is no NVIDIA GPU here" in reasons(CUDA)["inject"]
+
+
+def test_shapes_that_triton_does_not_serve(monkeypatch):
+    gpu(monkeypatch)
+    wide = ModelConfig.from_dict(tiny_config(hidden_size=1040, num_heads=65))
+    assert "up to 1024, not 1040" in reasons(CUDA, config=wide)["linear_rmsnorm"]
+    odd = ModelConfig.from_dict(tiny_config(hidden_size=40, num_heads=4))
+    assert "multiple of 16 up to 1024, not 40" in reasons(CUDA, config=odd)["swiglu_rmsnorm"]
+    heads = ModelConfig.from_dict(tiny_config(hidden_size=512, num_heads=2, mlp_t=False))
+    assert "head" in reasons(CUDA, config=heads)["rope_attention"]
+    assert "head" in reasons(CUDA, config=heads)["deep_recursion"]
+    dropping = ModelConfig.from_dict(tiny_config(hidden_size=32, dropout=0.1))
+    said = reasons(CUDA, config=dropping)
+    assert "triton: serves no dropout" in said["deep_recursion"]
+    assert said["token_mix"] == "cuda: not in this version"
+    assert "not float64" in reasons(CUDA, torch.float64)["stablemax_loss"]
+
+
+def test_table_has_every_op_of_a_backend():
+    assert backends.table("reference") == backends.select("reference", CPU, torch.float32)
+    table = backends.table("triton")
+    assert table.inject.__module__ == "trm_fast.kernels.inject"

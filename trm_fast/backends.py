@@ -3,13 +3,17 @@
 A row says which backend implements which operation and, for a device, dtype and model shape, why
 it would not serve. `auto` takes the first row of `BACKENDS` that serves; a backend named by the
 user that cannot serve raises with the reason. Choosing happens when a model is built or moved,
-never inside a kernel. Imported by `model.py`, `losses.py` and `info.py`.
+never inside a kernel. A backend's code is imported when a row of it is first asked for: where
+there is no GPU, Triton is never loaded. Imported by `model.py`, `losses.py` and `info.py`.
 """
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,7 +31,7 @@ class Row:
 
     op: str
     backend: str
-    function: Callable[..., Any]
+    load: Callable[[], Callable[..., Any]]
     unsupported: Callable[[torch.device, torch.dtype, ModelConfig | None], str | None]
 
 
@@ -46,8 +50,31 @@ def _serves_everywhere(
     return None
 
 
-ROWS: tuple[Row, ...] = tuple(
-    Row(op, "reference", getattr(reference, op), _serves_everywhere) for op in OP_NAMES
+def _load_kernel(op: str) -> Callable[..., Any]:
+    return getattr(importlib.import_module(f"trm_fast.kernels.{op}"), op)
+
+
+def _kernel_unsupported(
+    op: str, device: torch.device, dtype: torch.dtype, config: ModelConfig | None
+) -> str | None:
+    if device.type != "cuda" or torch.version.hip is not None:
+        return "serves NVIDIA GPUs only"
+    if not torch.cuda.is_available():
+        return "there is no NVIDIA GPU here"
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    major, minor = torch.cuda.get_device_capability(device)
+    if major < 8:
+        return f"needs compute capability 8.0 or newer, this GPU has {major}.{minor}"
+    return importlib.import_module(f"trm_fast.kernels.{op}").unsupported(dtype, config)
+
+
+ROWS: tuple[Row, ...] = (
+    *(
+        Row(op, "triton", partial(_load_kernel, op), partial(_kernel_unsupported, op))
+        for op in OP_NAMES
+    ),
+    *(Row(op, "reference", partial(getattr, reference, op), _serves_everywhere) for op in OP_NAMES),
 )
 
 
@@ -87,7 +114,13 @@ def select(
         ValueError: an unknown name, or a named backend that cannot serve.
     """
     _check(name)
-    return Ops(**{op: _choose(op, name, device, dtype, config)[0].function for op in OP_NAMES})
+    return Ops(**{op: _choose(op, name, device, dtype, config)[0].load() for op in OP_NAMES})
+
+
+def table(backend: str) -> Ops:
+    """Every operation of one backend, wherever it serves; for tests and benchmarks."""
+    rows = {row.op: row.load() for row in ROWS if row.backend == backend}
+    return Ops(**rows)
 
 
 def report(

@@ -36,6 +36,19 @@ def check_registered(op: Callable[..., Any], args: Sequence[Any]) -> None:
     assert set(results.values()) == {"SUCCESS"}, results
 
 
+def check_refusals(function: Callable[..., torch.Tensor], inputs: Sequence[torch.Tensor]) -> None:
+    """float64 is a one-line ValueError; a second derivative is an error."""
+    with pytest.raises(ValueError, match="serves bfloat16, float16 and float32, not float64") as e:
+        function(*(t.double() if t.is_floating_point() else t for t in inputs))
+    assert "\n" not in str(e.value)
+    given = [t.detach().to(DEVICE).requires_grad_(t.is_floating_point()) for t in inputs]
+    first = function(*given).square().sum()
+    (grad,) = torch.autograd.grad(first, given[:1], create_graph=False)
+    assert not grad.requires_grad
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        torch.autograd.grad(function(*given).square().sum(), given[:1], create_graph=True)
+
+
 def check_fullgraph(function: Callable[..., torch.Tensor], inputs: Sequence[Any]) -> None:
     """Compiled as one graph, `function` gives what it gives eagerly, and the same gradients."""
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 EPS = 1e-5
+CPU = torch.device("cpu")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # A power of two, the odd real one (81 cells + 16 prefix tokens), one board, no board at all.
 BSD = [(4, 64, 32), (2, 97, 512), (1, 97, 64), (0, 97, 64)]
@@ -43,7 +44,7 @@ def run(
     function: Callable[..., Any],
     inputs: Sequence[Any],
     dtype: torch.dtype,
-    device: torch.device = torch.device("cpu"),
+    device: torch.device = CPU,
 ) -> tuple[list[Tensor], list[Tensor | None]]:
     """Outputs of function(*inputs) with floating tensors in `dtype`, and the inputs' gradients.
 
@@ -82,7 +83,7 @@ def check_op(
     formula: Callable[..., Any],
     inputs: Sequence[Any],
     dtype: torch.dtype,
-    device: torch.device = torch.device("cpu"),
+    device: torch.device = CPU,
 ) -> None:
     """Outputs and all gradients of `function` in `dtype` against `formula` in float64.
 

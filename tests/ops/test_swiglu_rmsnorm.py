@@ -2,12 +2,22 @@
 
 import pytest
 import torch
+from kernel_checks import (
+    DEVICE,
+    check_fullgraph,
+    check_refusals,
+    check_registered,
+)
 from op_checks import EPS, cases, check_op, counted_ops, rms_norm, silu, token_major
-from parity import make_inputs
+from parity import assert_parity, make_inputs
 
+from trm_fast.kernels import swiglu_rmsnorm as kernel
 from trm_fast.reference import swiglu_rmsnorm
 
 SHAPES = [(4, 64, 32, 64), (2, 97, 512, 1536), (1, 97, 64, 33), (0, 97, 64, 128)]
+
+# For the kernel: more rows than a tile, widths that are no powers of two, F no multiple of 16.
+KERNEL_SHAPES = [(2, 97, 48, 100), (1, 5, 16, 16), (0, 97, 64, 64)]
 
 
 def inputs(shape, dtype=torch.float32, **options):
@@ -42,3 +52,51 @@ def test_either_memory_layout_without_a_copy():
         torch.testing.assert_close(other, out)
         assert other.stride() == state.stride()
         assert not {"clone", "copy_", "_to_copy"} & set(names)
+
+
+@pytest.mark.parametrize("shape, dtype", cases("B S D F", KERNEL_SHAPES))
+def test_kernel(shape, dtype, architecture):
+    given = inputs(shape, dtype)
+    check_op(lambda *t: kernel.swiglu_rmsnorm(*t, EPS), formula, given, dtype, DEVICE)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_halves_with_a_deferred_norm_and_in_place(dtype, architecture):
+    """What the recursion does: h not normed yet, gate and up alone, gradients over them."""
+    h, w_gate_up, w_down = (t.flatten(0, -2).to(DEVICE) for t in inputs((1, 70, 48, 40), dtype))
+    gate_up, down = kernel.pack(w_gate_up, w_down, dtype)
+    assert gate_up.shape == (2, 48, 48) and down.shape == (48, 48)
+    assert not gate_up[:, 40:].any() and not down[:, 40:].any()
+    ssq = h.float().square().sum(1)[None]
+    normed = rms_norm(h.double(), -1)
+    g, u = (normed @ w.double().t() for w in w_gate_up.chunk(2))
+    a, gu = h.new_empty(70, 48), h.new_empty(70, 2, 48)
+    kernel.gate_up(h, gate_up, a=a, ssq=ssq, eps=EPS)
+    assert_parity(a[:, :40], silu(g) * u, dtype=dtype)
+    kernel.gate_up(h, gate_up, gu=gu, ssq=ssq, eps=EPS)
+    assert_parity(gu[:, 0, :40], g, dtype=dtype)
+    assert_parity(gu[:, 1, :40], u, dtype=dtype)
+    leaf = gu[:, :, :40].double().requires_grad_()
+    out = silu(leaf[:, 0]) * leaf[:, 1] @ w_down.double().t()
+    (exact,) = torch.autograd.grad(out, leaf, h.double())
+    again = torch.empty_like(a)
+    kernel.swiglu_bwd(h, down, gu, d_gu=gu, a=again)
+    assert_parity(gu[:, :, :40], exact, dtype=dtype)
+    assert_parity(again, a, dtype=dtype)
+    assert not gu[:, :, 40:].any()
+
+
+def test_kernel_is_registered():
+    h, w_gate_up, w_down = inputs((1, 6, 32, 24), requires_grad=True)
+    rows = [h.flatten(0, 1), w_gate_up, w_down, EPS]
+    check_registered(kernel._fwd, rows)
+    _, total, ssq, gu = (t.detach() for t in kernel._fwd(*rows))
+    plain = [t.detach() for t in rows[:3]]
+    check_registered(kernel._bwd, [total, *plain, total, ssq, gu, EPS])
+    check_fullgraph(lambda *t: kernel.swiglu_rmsnorm(*t, EPS), inputs((1, 6, 32, 24)))
+
+
+def test_kernel_refuses():
+    check_refusals(lambda *t: kernel.swiglu_rmsnorm(*t, EPS), inputs((1, 2, 32, 16)))
+    with pytest.raises(ValueError, match="swiglu_rmsnorm of the triton backend .* not 40"):
+        kernel.swiglu_rmsnorm(*inputs((1, 2, 40, 16)), EPS)

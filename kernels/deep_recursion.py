@@ -1,0 +1,330 @@
+"""deep_recursion: all H x L passes of the network as one operation, with its backward by hand.
+
+Owns the op and the policies of its backward. The cycles before the last keep nothing. Of the last
+one `save` keeps what the backward reads and, when it runs, writes each product's gradient over it,
+so that one matrix product per weight covers all passes; `light` keeps the same without gate and up
+and adds up weight gradients pass by pass; `recompute` keeps the states between passes and runs each
+pass again. As the saved tensors are written over, a backward pass works once per forward pass.
+Imported by `trm_fast.backends` alone. Source: Jolicoeur-Martineau 2025 (arXiv 2510.04871),
+Algorithm 3.
+
+Dims legend: B batch, S tokens incl. prefix, D width, N = B*S rows, P = L_cycles + 1 passes of a
+cycle, T tiles of a row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trm_fast.kernels import rope_attention, token_mix
+from trm_fast.kernels._common import (
+    Shape,
+    check,
+    round_up,
+    unsupported_dtype,
+    unsupported_width,
+)
+from trm_fast.kernels.linear_rmsnorm import new_squares
+from trm_fast.kernels.network import (
+    WEIGHTS,
+    Grads,
+    Network,
+    State,
+    Tape,
+    add_weight_grads,
+    backward,
+    forward,
+    new_tape,
+    new_work,
+    tape_fields,
+    unpacked,
+)
+from trm_fast.kernels.registration import TRITON, register
+from trm_fast.kernels.residual_rmsnorm import finish_norm
+
+__all__ = ["deep_recursion", "unsupported"]
+
+POLICIES = ("none", "save", "light", "recompute")  # none: no gradient is asked for
+
+
+@dataclass(frozen=True)
+class _Settings:
+    """The arguments of the operation that are not tensors, in the order of its schema."""
+
+    mlp_t: bool
+    H_cycles: int
+    L_cycles: int
+    heads: int
+    eps: float
+    policy: str
+
+    @property
+    def passes(self) -> int:
+        return self.L_cycles + 1
+
+
+_SETTINGS_SCHEMA = "bool mlp_t, int H_cycles, int L_cycles, int heads, float eps, str policy"
+
+
+def _rows(t: Tensor) -> Tensor:
+    return t.reshape(-1, t.shape[-1])
+
+
+def _cycle(
+    net: Network,
+    x: Tensor,
+    y: State,
+    z: State,
+    s: _Settings,
+    keep: Callable[[int, State], Sequence[Tape] | None],
+    a: Tensor,
+) -> tuple[State, State, Tensor, Tensor]:
+    """The latent L_cycles times, the answer once; also what was injected: y + x, and y.
+
+    `keep` is told the state that goes into each pass and returns the tapes that take the pass.
+    """
+    answer = y.total if y.ssq is None else finish_norm(*y, net.eps)
+    injected = answer + x
+    for i in range(s.L_cycles):
+        z = forward(net, z, injected, a, keep(i, z))
+    y = forward(net, z, answer, a, keep(s.L_cycles, z))
+    return y, z, injected, answer
+
+
+def _new_saved(x: Tensor, weights: Sequence[Tensor], s: _Settings) -> list[Tensor]:
+    """Empty tensors that the forward fills and the backward reads."""
+    count, width = x.shape[0] * x.shape[1], x.shape[2]
+    if s.policy == "none":
+        return []
+    if s.policy == "recompute":
+        states = x.new_empty(s.passes, count, width)
+        squares = new_squares(x, count, width)
+        squares = squares.new_empty(s.passes, *squares.shape)
+        return [states, squares, x.new_empty(count, width), x.new_empty(count, width)]
+    return [t for tape in _new_tapes(x, weights, s, s.passes) for t in tape.tensors()]
+
+
+def _new_tapes(x: Tensor, weights: Sequence[Tensor], s: _Settings, passes: int) -> list[Tape]:
+    inner = weights[3].shape[1]
+    with_gu = s.policy != "light"
+    return [
+        new_tape(x, s.mlp_t, s.heads, block, inner, passes, with_gu)
+        for block in range(len(weights) // WEIGHTS)
+    ]
+
+
+def _as_tapes(saved: Sequence[Tensor], s: _Settings) -> list[Tape]:
+    tapes: list[Tape] = []
+    rest = list(saved)
+    while rest:
+        names = tape_fields(s.mlp_t, len(tapes), s.policy != "light")
+        tapes.append(Tape(**dict(zip(names, rest, strict=False))))
+        rest = rest[len(names) :]
+    return tapes
+
+
+def _one_pass(tapes: Sequence[Tape], index: int) -> list[Tape]:
+    return [tape.of_pass(index) for tape in tapes]
+
+
+def deep_recursion_fwd(
+    x: Tensor,
+    y: Tensor,
+    z: Tensor,
+    weights: Sequence[Tensor],
+    cos: Tensor | None,
+    sin: Tensor | None,
+    *settings: Any,
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """x, y, z [B,S,D], master weights four a block -> y, z [B,S,D], and what the policy keeps."""
+    s = _Settings(*settings)
+    saved = _new_saved(x, weights, s)
+    if not x.numel():
+        return torch.empty_like(y), torch.empty_like(z), saved
+    net = Network.pack(weights, x, s.mlp_t, s.heads, s.eps, (cos, sin))
+    question = _rows(x)
+    states = State(_rows(y), None), State(_rows(z), None)
+    a = question.new_empty(len(question), net.blocks[0].down.shape[1])
+    for _ in range(s.H_cycles - (s.policy != "none")):
+        *states, _, _ = _cycle(net, question, *states, s, lambda i, state: None, a)
+    if s.policy == "recompute":
+        *states, injected, answer = _cycle(net, question, *states, s, _keep_states(saved), a)
+        saved[2].copy_(injected)
+        saved[3].copy_(answer)
+    elif s.policy != "none":
+        tapes = _as_tapes(saved, s)
+        keep = lambda i, state: _one_pass(tapes, i)  # noqa: E731
+        *states, _, _ = _cycle(net, question, *states, s, keep, a)
+    answer, latent = (finish_norm(*state, s.eps).view(x.shape) for state in states)
+    return answer, latent, saved
+
+
+def _keep_states(saved: Sequence[Tensor]) -> Callable[[int, State], None]:
+    def keep(i: int, state: State) -> None:
+        saved[0][i].copy_(state.total)
+        if state.ssq is not None:
+            saved[1][i].copy_(state.ssq)
+        else:
+            saved[1][i].zero_()
+
+    return keep
+
+
+def deep_recursion_bwd(
+    grad: Tensor,
+    saved: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    cos: Tensor | None,
+    sin: Tensor | None,
+    *settings: Any,
+) -> tuple[Tensor, list[Tensor]]:
+    """Gradients to x [B,S,D], in its dtype, and to the weights, in theirs; writes over `saved`."""
+    s = _Settings(*settings)
+    if not grad.numel():
+        return torch.zeros_like(grad), [torch.zeros_like(w) for w in weights]
+    net = Network.pack(weights, grad, s.mlp_t, s.heads, s.eps, (cos, sin))
+    grads: Grads = [None] * len(weights)
+    run = _backward_recomputed if s.policy == "recompute" else _backward_saved
+    d_x = torch.zeros(grad.numel() // grad.shape[-1], grad.shape[-1], dtype=torch.float32, device=grad.device)
+    d = _rows(grad)
+    for i, d in run(net, d, saved, weights, s, grads):
+        if i < s.L_cycles:
+            d_x += d
+    return d_x.to(grad.dtype).view(grad.shape), unpacked(net, grads, weights)
+
+
+def _backward_saved(
+    net: Network,
+    d: Tensor,
+    saved: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    s: _Settings,
+    grads: Grads,
+) -> Iterator[tuple[int, Tensor]]:
+    """The gradient of each pass's input, the last pass first."""
+    tapes = _as_tapes(saved, s)
+    together = s.policy == "save"
+    works = [new_work(net, tape if together else tape.of_pass(0)) for tape in tapes]
+    for i in range(s.L_cycles, -1, -1):
+        tape = _one_pass(tapes, i)
+        work = [w.of_pass(i) for w in works] if together else works
+        d = backward(net, d, tape, work, grads)
+        if not together:
+            add_weight_grads(net, tape, work, grads)
+        yield i, d
+    if together:
+        add_weight_grads(net, tapes, works, grads)
+
+
+def _backward_recomputed(
+    net: Network,
+    d: Tensor,
+    saved: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    s: _Settings,
+    grads: Grads,
+) -> Iterator[tuple[int, Tensor]]:
+    states, squares, injected, answer = saved
+    tapes = _one_pass(_new_tapes(d.view(net.shape), weights, s, 1), 0)
+    works = [new_work(net, tape) for tape in tapes]
+    for i in range(s.L_cycles, -1, -1):
+        deferred = i > 0 or s.H_cycles > 1  # the caller's own z is normed already
+        state = State(states[i], squares[i] if deferred else None)
+        forward(net, state, injected if i < s.L_cycles else answer, works[0].a, tapes)
+        d = backward(net, d, tapes, works, grads)
+        add_weight_grads(net, tapes, works, grads)
+        yield i, d
+
+
+def _fwd_fake(
+    x: Tensor, y: Tensor, z: Tensor, weights: Sequence[Tensor], cos: Any, sin: Any, *settings: Any
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    return torch.empty_like(y), torch.empty_like(z), _new_saved(x, weights, _Settings(*settings))
+
+
+def _bwd_fake(
+    grad: Tensor, saved: Sequence[Tensor], weights: Sequence[Tensor], *rest: Any
+) -> tuple[Tensor, list[Tensor]]:
+    return torch.empty_like(grad), [torch.empty_like(w) for w in weights]
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+    _, _, _, weights, cos, sin, *settings = inputs
+    _, z, saved = output
+    ctx.mark_non_differentiable(z, *saved)
+    ctx.save_for_backward(cos, sin, *weights, *saved)
+    ctx.count, ctx.settings = len(weights), settings
+
+
+def _backward(ctx: Any, grad: Tensor, *unused: Any) -> tuple[Any, ...]:
+    cos, sin, *rest = ctx.saved_tensors
+    weights, saved = rest[: ctx.count], rest[ctx.count :]
+    d_x, d_weights = _bwd(grad.contiguous(), saved, weights, cos, sin, *ctx.settings)
+    return d_x, None, None, d_weights, None, None, *(None for _ in ctx.settings)
+
+
+_bwd = register(
+    TRITON,
+    "deep_recursion_bwd(Tensor grad, Tensor(a!)[] saved, Tensor[] weights, Tensor? cos, Tensor? sin,"
+    f" {_SETTINGS_SCHEMA}) -> (Tensor, Tensor[])",
+    _bwd_fake,
+    deep_recursion_bwd,
+    mutates=(1,),
+)
+_fwd = register(
+    TRITON,
+    "deep_recursion(Tensor x, Tensor y, Tensor z, Tensor[] weights, Tensor? cos, Tensor? sin,"
+    f" {_SETTINGS_SCHEMA}) -> (Tensor, Tensor, Tensor[])",
+    _fwd_fake,
+    deep_recursion_fwd,
+    save=_save,
+    backward=_backward,
+)
+
+
+def deep_recursion(
+    ops: Any,
+    x: Tensor,
+    y: Tensor,
+    z: Tensor,
+    blocks: Sequence[Any],
+    rotary: tuple[Tensor, Tensor] | None,
+    r: Any,
+) -> tuple[Tensor, Tensor]:
+    """x, y, z [B,S,D], master weights, settings -> y, z [B,S,D]; see `trm_fast.ops`.
+
+    The other operations of the table are not used: their kernels are called directly.
+
+    Raises:
+        ValueError: a dtype or width that the kernels do not serve, or dropout.
+    """
+    mlp_t = hasattr(blocks[0].mixer, "gate_up")
+    check(
+        "deep_recursion",
+        unsupported_dtype(x.dtype),
+        unsupported_width(x.shape[-1]),
+        None if mlp_t else rope_attention.unsupported_head(x.shape[-1] // r.heads),
+        "serves no dropout" if r.dropout else None,
+    )
+    weights = [t for block in blocks for t in (*block.mixer, block.gate_up, block.down)]
+    tracked = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *weights))
+    cos, sin = rotary or (None, None)
+    new_y, new_z, _ = _fwd(
+        x.contiguous(), y.detach().contiguous(), z.detach().contiguous(), weights, cos, sin, mlp_t,
+        r.H_cycles, r.L_cycles, r.heads, r.eps, r.policy if tracked else "none",
+    )  # fmt: skip
+    return new_y, new_z.detach()
+
+
+def unsupported(dtype: torch.dtype, config: Shape | None) -> str | None:
+    if config is None:
+        return unsupported_dtype(dtype)
+    if config.dropout:
+        return "serves no dropout: the composition of the other operations does"
+    parts = token_mix if config.mlp_t else rope_attention
+    return parts.unsupported(dtype, config)

@@ -1,0 +1,324 @@
+"""One pass of the network forward and backward, by hand, on the fused kernels.
+
+Owns what `deep_recursion` strings together: `Network` (packed weights and settings), the tape that
+a pass writes for its backward, `forward` and `backward`, and the weight gradients. Nothing here is
+tracked by autograd. Norms over features are deferred: a state is a sum and its rows' squares.
+Imported by `deep_recursion`.
+
+Dims legend: B batch, S tokens incl. prefix, D width, N = B*S rows, F inner width (F' rounded up to
+whole 16s), S' tokens rounded up likewise, H heads, P passes, T tiles of a row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from trm_fast.kernels import swiglu_rmsnorm, token_mix
+from trm_fast.kernels._common import round_up, weight_grad
+from trm_fast.kernels.linear_rmsnorm import linear, new_squares
+from trm_fast.kernels.residual_rmsnorm import finish_norm, norm_bwd
+from trm_fast.kernels.rope_attention import new_lse, rope_attention_bwd, rope_attention_fwd
+from trm_fast.kernels.swiglu_rmsnorm import gate_up, swiglu_bwd
+from trm_fast.kernels.token_mix import token_mix_bwd, token_mix_fwd
+
+WEIGHTS = 4  # of a block: the mixer's two, gate_up, down
+
+
+class State(NamedTuple):
+    """rms_norm(total) if there is `ssq`, the norm not taken yet; else total itself. [N, D]."""
+
+    total: Tensor
+    ssq: Tensor | None
+
+
+class Block(NamedTuple):
+    """Packed weights: of the mixer (token_mix.pack, or qkv and out), of SwiGLU."""
+
+    mixer: tuple[Tensor, Tensor]
+    gate_up: Tensor
+    down: Tensor
+
+
+@dataclass(frozen=True)
+class Network:
+    """Everything that every pass of one call shares."""
+
+    blocks: tuple[Block, ...]
+    shape: tuple[int, int, int]
+    mlp_t: bool
+    heads: int
+    eps: float
+    cos: Tensor | None
+    sin: Tensor | None
+
+    @staticmethod
+    def pack(
+        weights: Sequence[Tensor],
+        like: Tensor,
+        mlp_t: bool,
+        heads: int,
+        eps: float,
+        rotary: tuple[Tensor | None, Tensor | None],
+    ) -> Network:
+        """From master weights, four a block, for states [B,S,D] like `like`, in its dtype."""
+        blocks = []
+        for first in range(0, len(weights), WEIGHTS):
+            a, b, w_gate_up, w_down = weights[first : first + WEIGHTS]
+            if mlp_t:
+                mixer = token_mix.pack(a, b, like.dtype)
+            else:
+                mixer = (a.to(like.dtype), b.to(like.dtype))
+            blocks.append(Block(mixer, *swiglu_rmsnorm.pack(w_gate_up, w_down, like.dtype)))
+        batch, tokens, width = like.shape
+        return Network(tuple(blocks), (batch, tokens, width), mlp_t, heads, eps, *rotary)
+
+
+@dataclass
+class Tape:
+    """What the backward of one block reads. None is what this mixer or policy does not keep.
+
+    Attributes:
+        s: the block's input [N, D]; of attention the first block's only, for a later block's is
+            the total of the block before.
+        qkv [N, 3D], out [N, D], lse: attention.  rstd [B, D] float32: token mixing.
+        mid: the mixer's output [N, D]: token mixing, normed; attention, the sum before the norm.
+        mid_ssq [T, N] float32: its deferred norm (attention).
+        gu: gate and up [N, 2, F'].
+        total [N, D], ssq [T, N] float32: the block's output, its norm deferred.
+    """
+
+    mid: Tensor
+    total: Tensor
+    ssq: Tensor
+    s: Tensor | None = None
+    rstd: Tensor | None = None
+    qkv: Tensor | None = None
+    out: Tensor | None = None
+    lse: Tensor | None = None
+    mid_ssq: Tensor | None = None
+    gu: Tensor | None = None
+
+    def of_pass(self, index: int) -> Tape:
+        """The tape of one pass, from one whose tensors have a leading axis P."""
+        tensors = {name: t[index] for name, t in self.named()}
+        return Tape(**tensors)
+
+    def named(self) -> list[tuple[str, Tensor]]:
+        pairs = ((field.name, getattr(self, field.name)) for field in fields(self))
+        return [(name, t) for name, t in pairs if t is not None]
+
+    def tensors(self) -> list[Tensor]:
+        return [t for _, t in self.named()]
+
+
+def tape_fields(mlp_t: bool, block: int, with_gu: bool) -> list[str]:
+    """The names that `Tape.named` gives for a block, in its order."""
+    own = {"rstd", "s"} if mlp_t else {"qkv", "out", "lse", "mid_ssq"} | ({"s"} if not block else set())
+    kept = {"mid", "total", "ssq", *own, *({"gu"} if with_gu else set())}
+    return [field.name for field in fields(Tape) if field.name in kept]
+
+
+def new_tape(
+    like: Tensor, mlp_t: bool, heads: int, block: int, inner: int, passes: int, with_gu: bool
+) -> Tape:
+    """Empty tape of one block over `passes` passes: every tensor with a leading axis P."""
+    batch, tokens, width = like.shape
+    count = batch * tokens
+    squares = new_squares(like, count, width)
+    shapes = {
+        "mid": (count, width),
+        "total": (count, width),
+        "s": (count, width),
+        "out": (count, width),
+        "qkv": (count, 3 * width),
+        "gu": (count, 2, round_up(inner)),
+    }
+    wide = {"rstd": (batch, width), "ssq": squares.shape, "mid_ssq": squares.shape}
+    if not mlp_t:
+        wide["lse"] = new_lse(like, heads)
+    made = {}
+    for name in tape_fields(mlp_t, block, with_gu):
+        shape, dtype = (shapes[name], like.dtype) if name in shapes else (wide[name], torch.float32)
+        made[name] = like.new_empty(passes, *shape, dtype=dtype)
+    return Tape(**made)
+
+
+def forward(
+    net: Network, state: State, add: Tensor | None, a: Tensor, tapes: Sequence[Tape] | None
+) -> State:
+    """network(state + add).
+
+    Args:
+        add: what is injected, [N, D], or None.
+        a: scratch of [N, F'].
+        tapes: one per block, that takes what `backward` reads; None: nothing is kept.
+    """
+    mix = _token_mix if net.mlp_t else _attention
+    for i, block in enumerate(net.blocks):
+        tape = tapes[i] if tapes else None
+        mid, mid_ssq = mix(net, block, state, add, tape)
+        add = None
+        gate_up(mid, block.gate_up, a=a, gu=tape and tape.gu, ssq=mid_ssq, eps=net.eps)
+        total, ssq = linear(
+            a, block.down, mid, h_ssq=mid_ssq, eps=net.eps,
+            squares=tape.ssq if tape else True, out=tape and tape.total,
+        )  # fmt: skip
+        state = State(total, ssq)
+    return state
+
+
+def _token_mix(
+    net: Network, block: Block, state: State, add: Tensor | None, tape: Tape | None
+) -> tuple[Tensor, None]:
+    shape = net.shape
+    out = (tape.mid.view(shape), tape.rstd, tape.s.view(shape)) if tape else None
+    mid, _, _ = token_mix_fwd(
+        state.total.view(shape), *block.mixer, net.eps, ssq=state.ssq,
+        add=None if add is None else add.view(shape), keep=tape is not None, out=out,
+    )  # fmt: skip
+    return mid.view(-1, shape[2]), None
+
+
+def _attention(
+    net: Network, block: Block, state: State, add: Tensor | None, tape: Tape | None
+) -> tuple[Tensor, Tensor | None]:
+    w_qkv, w_out = block.mixer
+    if add is not None:
+        if state.ssq is None:
+            total = torch.add(state.total, add, out=tape and tape.s)
+        else:
+            total = finish_norm(*state, net.eps, add, out=tape and tape.s)
+        state = State(total, None)
+    qkv = torch.mm(state.total, w_qkv.t(), out=tape and tape.qkv)
+    batch, tokens, width = net.shape
+    attended, _ = rope_attention_fwd(
+        qkv.view(batch, tokens, 3 * width), net.cos, net.sin, net.heads, ssq=state.ssq,
+        eps=net.eps, out=(tape.out.view(net.shape), tape.lse) if tape else None,
+    )  # fmt: skip
+    return linear(
+        attended.view(-1, width), w_out, state.total, h_ssq=state.ssq, eps=net.eps,
+        squares=tape.mid_ssq if tape else True, out=tape and tape.mid,
+    )  # fmt: skip
+
+
+@dataclass
+class Work:
+    """What the backward of one block writes: factors of the weight gradients.
+
+    Attributes:
+        d_total: gradient of the block's sum, [N, D].  d_mid: of attention's, [N, D].
+        a: silu(g) * u again, [N, F'].  d_gu: of gate and up, [N, 2, F'], over the tape's `gu`.
+    """
+
+    d_total: Tensor
+    a: Tensor
+    d_gu: Tensor
+    d_mid: Tensor | None
+
+    def of_pass(self, index: int) -> Work:
+        d_mid = None if self.d_mid is None else self.d_mid[index]
+        return Work(self.d_total[index], self.a[index], self.d_gu[index], d_mid)
+
+
+def new_work(net: Network, tape: Tape) -> Work:
+    """Empty work for a tape that holds one pass or, with a leading axis, several."""
+    inner = net.blocks[0].down.shape[1]
+    lead = tape.total.shape[:-1]
+    gu = tape.total.new_empty(*lead, 2, inner) if tape.gu is None else tape.gu
+    d_mid = None if net.mlp_t else torch.empty_like(tape.mid)
+    return Work(torch.empty_like(tape.total), gu.new_empty(*lead, inner), gu, d_mid)
+
+
+Grads = list[Tensor | None]  # float32, four a block in the order of the weights, as packed
+
+
+def backward(
+    net: Network, grad: Tensor, tapes: Sequence[Tape], works: Sequence[Work], into: Grads
+) -> Tensor:
+    """The gradient of the pass's input from that of its normed output, both [N, D].
+
+    Writes `works`, and over the tapes: `qkv` becomes its gradient, `mid` and `total` of attention
+    become their norms, which the weights multiplied. Adds the token mixers' weight gradients.
+    """
+    last = len(net.blocks) - 1
+    mix = _token_mix_bwd if net.mlp_t else _attention_bwd
+    for i in range(last, -1, -1):
+        block, tape, work = net.blocks[i], tapes[i], works[i]
+        read = tape.total if i < last and not net.mlp_t else None
+        d = norm_bwd(grad, tape.total, tape.ssq, net.eps, out=work.d_total, normed=read)
+        if tape.gu is None:
+            gate_up(tape.mid, block.gate_up, gu=work.d_gu, ssq=tape.mid_ssq, eps=net.eps)
+        swiglu_bwd(d, block.down, work.d_gu, d_gu=work.d_gu, a=work.a)
+        weight = block.gate_up.flatten(0, 1)
+        grad, _ = linear(work.d_gu.flatten(1), weight, d, w_is_kn=True)
+        grad = mix(net, i, grad, tapes, work, into)
+    return grad
+
+
+def _token_mix_bwd(
+    net: Network, i: int, grad: Tensor, tapes: Sequence[Tape], work: Work, into: Grads
+) -> Tensor:
+    tape, shape, first = tapes[i], net.shape, WEIGHTS * i
+    assert tape.s is not None
+    so_far = None if into[first] is None else (into[first], into[first + 1])
+    grad, into[first], into[first + 1] = token_mix_bwd(
+        grad.view(shape), tape.s.view(shape), tape.mid.view(shape), tape.rstd,
+        *net.blocks[i].mixer, into=so_far,
+    )  # fmt: skip
+    return grad.view(-1, shape[2])
+
+
+def _attention_bwd(
+    net: Network, i: int, grad: Tensor, tapes: Sequence[Tape], work: Work, into: Grads
+) -> Tensor:
+    tape, (w_qkv, w_out) = tapes[i], net.blocks[i].mixer
+    assert tape.mid_ssq is not None and tape.qkv is not None and tape.out is not None
+    d_mid = norm_bwd(grad, tape.mid, tape.mid_ssq, net.eps, out=work.d_mid, normed=tape.mid)
+    batch, tokens, width = net.shape
+    qkv = tape.qkv.view(batch, tokens, 3 * width)
+    d_qkv = rope_attention_bwd(
+        torch.mm(d_mid, w_out).view(net.shape), qkv, tape.out.view(net.shape), tape.lse, net.cos,
+        net.sin, net.heads, ssq=tapes[i - 1].ssq if i else None, eps=net.eps, out=qkv,
+    )  # fmt: skip
+    return linear(d_qkv.view(-1, 3 * width), w_qkv, d_mid, w_is_kn=True)[0]
+
+
+def add_weight_grads(
+    net: Network, tapes: Sequence[Tape], works: Sequence[Work], into: Grads
+) -> None:
+    """What `backward` left in tapes and works, one product per weight over all passes they hold."""
+    for i, (tape, work) in enumerate(zip(tapes, works, strict=True)):
+        factors: Iterable[tuple[int, Tensor | None, Tensor | None]] = (
+            (2, work.d_gu.flatten(-2), tape.mid),
+            (3, work.d_total, work.a),
+        )
+        if not net.mlp_t:
+            read = tapes[i - 1].total if i else tape.s
+            factors = ((0, tape.qkv, read), (1, work.d_mid, tape.out), *factors)
+        for offset, d, x in factors:
+            assert d is not None and x is not None
+            at = WEIGHTS * i + offset
+            into[at] = weight_grad(_rows(d), _rows(x), into[at])
+
+
+def _rows(t: Tensor) -> Tensor:
+    return t.reshape(-1, t.shape[-1])
+
+
+def unpacked(net: Network, grads: Grads, weights: Sequence[Tensor]) -> list[Tensor]:
+    """Gradients in the shapes and dtypes of the master weights."""
+    found = []
+    for at, (grad, weight) in enumerate(zip(grads, weights, strict=True)):
+        assert grad is not None
+        if at % WEIGHTS == 2 or (net.mlp_t and at % WEIGHTS == 0):
+            grad = grad.view(2, -1, grad.shape[-1])
+            grad = grad[:, : weight.shape[0] // 2, : weight.shape[1]]
+        else:
+            grad = grad[: weight.shape[0], : weight.shape[1]]
+        found.append(grad.reshape(weight.shape).to(weight.dtype))
+    return found

@@ -1,0 +1,5 @@
+"""The fixture of every kernel's test."""
+
+from kernel_checks import architecture
+
+__all__ = ["architecture"]

@@ -7,7 +7,7 @@ Imported by the op modules and by `report`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -56,6 +56,15 @@ ROWS: tuple[Row, ...] = (
     *_rows(
         "residual_rmsnorm",
         *((arch, bits, {"BLOCK_M": 8}, 8, 1) for arch in (80, 90, 100) for bits in (16, 32)),
+    ),
+    # The same along the tokens: a program has some columns of one item, a cache line per token.
+    *_rows(
+        "residual_rmsnorm_tokens",
+        *(
+            (arch, bits, {"BLOCK_S": 128, "BLOCK_D": 1024 // bits}, 8, 1)
+            for arch in (80, 90, 100)
+            for bits in (16, 32)
+        ),
     ),
     # linear_rmsnorm: a @ w (+ residual) of either orientation of w, partial sums of squares.
     *_rows(

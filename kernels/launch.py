@@ -66,6 +66,19 @@ ROWS: tuple[Row, ...] = (
             for bits in (16, 32)
         ),
     ),
+    # inject and swiglu: elementwise, eight numbers of 16 bits or more per thread.
+    *_rows(
+        "inject",
+        *((arch, bits, {"BLOCK": 2048}, 8, 1) for arch in (80, 90, 100) for bits in (16, 32)),
+    ),
+    *_rows(
+        "swiglu",
+        *(
+            (arch, bits, {"BLOCK_M": 8, "BLOCK_N": 256}, 8, 1)
+            for arch in (80, 90, 100)
+            for bits in (16, 32)
+        ),
+    ),
     # linear_rmsnorm: a @ w (+ residual) of either orientation of w, partial sums of squares.
     *_rows(
         "linear",

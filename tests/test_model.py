@@ -209,7 +209,8 @@ def test_policies_give_the_same_gradients(mixer):
 def test_policy_auto_is_decided_once_per_batch_size(monkeypatch):
     asked = []
 
-    def decide(config, batch, device):
+    def decide(config, batch, device, fused):
+        assert not fused
         asked.append(batch)
         return "light"
 
@@ -222,6 +223,16 @@ def test_policy_auto_is_decided_once_per_batch_size(monkeypatch):
     assert asked == [4, 2]
     assert tiny_model(policy="recompute").inner._recursion(4).policy == "recompute"
     assert asked == [4, 2]
+
+
+def test_a_backend_of_gpus_is_refused_where_there_is_none_and_waits_where_there_is(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="backend 'triton' cannot serve embed_reset on cpu"):
+        tiny_model(backend="triton")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    model = tiny_model(backend="triton")
+    with pytest.raises(ValueError, match="backend 'triton' cannot serve embed_reset on cpu"):
+        step(model)
 
 
 def test_backend_named():

@@ -117,6 +117,21 @@ def select(
     return Ops(**{op: _choose(op, name, device, dtype, config)[0].load() for op in OP_NAMES})
 
 
+def fuses_recursion(device: torch.device, dtype: torch.dtype, config: ModelConfig) -> bool:
+    """Whether `deep_recursion` is kernels of its own there, not a composition of operations."""
+    row, _ = _choose("deep_recursion", config.backend, device, dtype, config)
+    return row.backend != "reference"
+
+
+def refusing(error: ValueError) -> Ops:
+    """Operations that raise `error` when they are called."""
+
+    def refuse(*args: Any, **kwargs: Any) -> Any:
+        raise error
+
+    return Ops(**dict.fromkeys(OP_NAMES, refuse))
+
+
 def table(backend: str) -> Ops:
     """Every operation of one backend, wherever it serves; for tests and benchmarks."""
     rows = {row.op: row.load() for row in ROWS if row.backend == backend}

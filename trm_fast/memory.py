@@ -2,7 +2,8 @@
 
 Owns the arithmetic only; runs nothing on a device. Imported by `model.py` (policy "auto") and by
 the trainer, which refuses a run that cannot fit before its first step. The counts are those of the
-reference implementation, tested against the tensors that autograd really keeps.
+reference implementation and, where `fused` says so, of the kernels' own recursion; both are tested
+against the tensors that are really kept.
 
 Dims legend: B batch, S tokens incl. prefix, D width, F and F_t widths of the two SwiGLUs.
 """
@@ -47,24 +48,66 @@ def saved_elements(config: ModelConfig, policy: str) -> int:
     return channel + mixer
 
 
-def step_bytes(config: ModelConfig, batch: int, policy: str) -> int:
+def _reference_elements(config: ModelConfig, policy: str) -> int:
+    """Elements per item that the reference's recursion holds at its worst moment.
+
+    "recompute" holds what "save" keeps of one pass and "light" that of one block.
+    """
+    passes, blocks = config.L_cycles + 1, config.L_layers
+    if policy == "save":
+        return passes * blocks * saved_elements(config, policy)
+    if policy == "light":
+        one_block = saved_elements(config, "save")
+        return passes * blocks * saved_elements(config, policy) + one_block
+    state = config.total_len * config.hidden_size
+    return passes * state + blocks * saved_elements(config, "save")
+
+
+def _fused_tape(config: ModelConfig, with_gate_up: bool) -> int:
+    """Elements per item that the kernels keep of one pass."""
+    state, inner = config.total_len * config.hidden_size, config.channel_width * config.total_len
+    gate_up = 2 * inner if with_gate_up else 0
+    if config.mlp_t:  # each block's input, its mixer's output and its sum
+        return config.L_layers * (3 * state + gate_up)
+    # the first block's input; of each q, k, v, attended, two sums
+    return state + config.L_layers * (6 * state + gate_up)
+
+
+def fused_saved_elements(config: ModelConfig, policy: str) -> int:
+    """Elements per item that the kernels' recursion keeps for its backward."""
+    passes = config.L_cycles + 1
+    if policy == "recompute":  # the state before each pass, and what is injected into it
+        return (passes + 2) * config.total_len * config.hidden_size
+    return passes * _fused_tape(config, policy == "save")
+
+
+def _fused_elements(config: ModelConfig, policy: str) -> int:
+    """Elements per item that the kernels' recursion holds at its worst moment, in its backward."""
+    s, d, f = config.total_len, config.hidden_size, config.channel_width
+    gradients = (1 if config.mlp_t else 2) * s * d + f * s  # of the sums, and silu(gate) * up
+    work = config.L_layers * gradients * (config.L_cycles + 1 if policy == "save" else 1)
+    if policy == "light":
+        work += config.L_layers * 2 * f * s
+    if policy == "recompute":
+        work += _fused_tape(config, with_gate_up=True)
+    mixer = 3 * config.token_width * d + 2 * s * d if config.mlp_t else 2 * s * d
+    return fused_saved_elements(config, policy) + work + mixer
+
+
+def step_bytes(config: ModelConfig, batch: int, policy: str, fused: bool = False) -> int:
     """Memory of one training step of `batch` items: weights, optimizer, states, saved tensors.
 
-    Weights count five times (themselves, gradient, two moments, EMA). On top, at their worst
-    moment, "recompute" holds what "save" keeps of one pass and "light" that of one block.
+    Weights count five times (themselves, gradient, two moments, EMA). `fused`: of the kernels'
+    recursion.
     """
     size = torch.empty((), dtype=getattr(torch, config.forward_dtype)).element_size()
     params = parameter_count(config)
     rows = config.num_puzzle_identifiers * config.puzzle_emb_ndim
-    passes = config.L_cycles + 1
     state = config.total_len * config.hidden_size
-    kept = config.L_layers * saved_elements(config, policy)
-    per_item = passes * (state if policy == "recompute" else kept)
-    if policy != "save":
-        again = config.L_layers if policy == "recompute" else 1
-        per_item += again * saved_elements(config, "save")
+    per_item = (_fused_elements if fused else _reference_elements)(config, policy)
     loss = 8 * config.seq_len * config.vocab_size * 5  # stablemax in float64
-    cast = (1 if policy == "recompute" else passes) * params * size if size != 4 else 0
+    casts = 1 if fused or policy == "recompute" else config.L_cycles + 1
+    cast = casts * params * size if size != 4 else 0
     return 4 * (5 * params + rows) + cast + batch * (per_item * size + 6 * state * size + loss)
 
 
@@ -104,21 +147,23 @@ def _available() -> int:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def fastest_policy(config: ModelConfig, batch: int, device: torch.device) -> str:
+def fastest_policy(
+    config: ModelConfig, batch: int, device: torch.device, fused: bool = False
+) -> str:
     """The first of "save", "light", "recompute" whose step fits nine tenths of the free memory."""
     if device.type not in ("cpu", "cuda", "mps"):
         return "save"
     budget = 0.9 * free_bytes(device)
-    fitting = (p for p in POLICIES if step_bytes(config, batch, p) <= budget)
-    return next(fitting, _leanest(config, batch))
+    fitting = (p for p in POLICIES if step_bytes(config, batch, p, fused) <= budget)
+    return next(fitting, _leanest(config, batch, fused))
 
 
-def _leanest(config: ModelConfig, batch: int) -> str:
+def _leanest(config: ModelConfig, batch: int, fused: bool) -> str:
     """The policy whose step needs least: "light" or "recompute", by the shape of the model."""
-    return min(POLICIES, key=lambda policy: step_bytes(config, batch, policy))
+    return min(POLICIES, key=lambda policy: step_bytes(config, batch, policy, fused))
 
 
-def check_fits(config: ModelConfig, batch: int, device: torch.device) -> int:
+def check_fits(config: ModelConfig, batch: int, device: torch.device, fused: bool = False) -> int:
     """Estimated bytes of a training step of `batch` items.
 
     Raises:
@@ -127,8 +172,8 @@ def check_fits(config: ModelConfig, batch: int, device: torch.device) -> int:
     free = free_bytes(device)
     policy = config.policy
     if policy == "auto":
-        policy = fastest_policy(config, batch, device)
-    need = step_bytes(config, batch, policy)
+        policy = fastest_policy(config, batch, device, fused)
+    need = step_bytes(config, batch, policy, fused)
     if need <= free:
         return need
     said = (
@@ -136,14 +181,14 @@ def check_fits(config: ModelConfig, batch: int, device: torch.device) -> int:
         f"arch.policy={policy}, {free / GIB:.1f} GiB are free"
     )
     for other in POLICIES:
-        if step_bytes(config, batch, other) <= free:
+        if step_bytes(config, batch, other, fused) <= free:
             raise ValueError(f"{said}; arch.policy={other} fits")
     smaller = batch
-    while smaller and step_bytes(config, smaller, _leanest(config, smaller)) > free:
+    while smaller and step_bytes(config, smaller, _leanest(config, smaller, fused), fused) > free:
         smaller //= 2
     if not smaller:
         raise ValueError(f"{said}; no batch size fits: make the model smaller")
-    leanest = _leanest(config, smaller)
+    leanest = _leanest(config, smaller, fused)
     raise ValueError(
         f"{said}; {smaller} at a time with arch.policy={leanest} fit: "
         f"global_batch_size={smaller}, or more grad_accum"

@@ -33,7 +33,7 @@ from trm_fast.layers import (
 )
 from trm_fast.ops import Ops, Recursion, Rotary
 from trm_fast.recursion import Carry, State, halting, take_new_data
-from trm_fast.reference import linear
+from trm_fast.reference import deep_recursion, linear
 
 log = logging.getLogger("trm_fast")
 
@@ -69,7 +69,12 @@ class InnerModel(nn.Module):
 
     def _select_ops(self) -> Ops:
         device = self.H_init.device
-        ops = backends.select(self.config.backend, device, self.forward_dtype, self.config)
+        try:
+            ops = backends.select(self.config.backend, device, self.forward_dtype, self.config)
+        except ValueError as error:
+            if device.type == "cpu" and torch.cuda.is_available():
+                return backends.refusing(error)  # a GPU's backend, asked for before `.to("cuda")`
+            raise
         log.info("implementations on %s: %s", device, self.backend_report())
         return ops
 
@@ -120,7 +125,10 @@ class InnerModel(nn.Module):
         if self.config.policy != "auto":
             return self.config.policy
         if batch not in self._policies:
-            self._policies[batch] = memory.fastest_policy(self.config, batch, self.H_init.device)
+            fused = self.ops.deep_recursion is not deep_recursion
+            self._policies[batch] = memory.fastest_policy(
+                self.config, batch, self.H_init.device, fused
+            )
         return self._policies[batch]
 
     def _recursion(self, batch: int) -> Recursion:

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from trm_fast import checkpoint, memory, optim
+from trm_fast import backends, checkpoint, memory, optim
 from trm_fast.config import TrainConfig
 from trm_fast.data.augment import hand_back, sudoku_augment
 from trm_fast.data.dataset import PuzzleDataset
@@ -117,7 +117,9 @@ class Trainer:
             num_puzzle_identifiers=metadata.num_puzzle_identifiers,
         )
         self.part = config.global_batch_size // config.grad_accum
-        self.step_bytes = memory.check_fits(self.model_config, self.part, self.device)
+        dtype = getattr(torch, self.model_config.forward_dtype)
+        fused = backends.fuses_recursion(self.device, dtype, self.model_config)
+        self.step_bytes = memory.check_fits(self.model_config, self.part, self.device, fused)
         torch.manual_seed(config.seed)
         self.model = Model(self.model_config).to(self.device).train()
         if config.load_checkpoint and resume_from is None:

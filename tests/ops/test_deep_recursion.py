@@ -2,11 +2,13 @@
 
 import pytest
 import torch
+from kernel_checks import DEVICE, check_fullgraph, check_registered
 from op_checks import DTYPES, EPS, case_ids, counted_ops, rms_norm, silu, token_major
-from parity import assert_l2, make_inputs
+from parity import L2_FLOORS, assert_l2, make_inputs, relative_l2
 from tiny import HeldStorages
 
 from trm_fast import reference
+from trm_fast.kernels import deep_recursion as kernel
 from trm_fast.ops import (
     OP_NAMES,
     POLICIES,
@@ -57,28 +59,42 @@ def states(batch, tokens, width, dtype=torch.float32):
     return make_inputs(shape, shape, shape, dtype=dtype, seed=5)
 
 
-def step(mixer, inputs, flat, *, H_cycles=2, L_cycles=2, policy="save", dropout=0.0, rope=True):
+def step(
+    mixer,
+    inputs,
+    flat,
+    *,
+    H_cycles=2,
+    L_cycles=2,
+    policy="save",
+    dropout=0.0,
+    rope=True,
+    heads=HEADS,
+    function=deep_recursion,
+):
     """y, z and the gradients to x and the weights of one call, from a fixed upstream gradient."""
     x, y, z = inputs
     x = x.detach().clone().requires_grad_()
-    tables = rotary(x.shape[1], x.shape[2] // HEADS) if mixer == "attention" and rope else None
-    settings = Recursion(H_cycles, L_cycles, HEADS, EPS, policy, dropout)
-    new_y, new_z = deep_recursion(OPS, x, y, z, blocks_of(mixer, flat), tables, settings)
-    upstream = torch.linspace(-1, 1, new_y.numel()).view(new_y.shape).to(new_y.dtype)
+    tables = None
+    if mixer == "attention" and rope:
+        tables = tuple(t.to(x.device) for t in rotary(x.shape[1], x.shape[2] // heads))
+    settings = Recursion(H_cycles, L_cycles, heads, EPS, policy, dropout)
+    new_y, new_z = function(OPS, x, y, z, blocks_of(mixer, flat), tables, settings)
+    upstream = torch.linspace(-1, 1, new_y.numel()).view(new_y.shape).to(new_y)
     grads = torch.autograd.grad(new_y, [x, *flat], upstream)
     return [new_y.detach(), new_z, *grads]
 
 
-def formula(mixer, x, y, z, flat, H_cycles, L_cycles):
+def formula(mixer, x, y, z, flat, H_cycles, L_cycles, heads=HEADS):
     """Every cycle written out; what comes from before the last one is detached."""
 
     def attention(h, qkv, out):
         batch, tokens, width = h.shape
-        q, k, v = (h @ qkv.T).view(batch, tokens, 3, HEADS, width // HEADS).permute(2, 0, 3, 1, 4)
-        cos, sin = (t.double() for t in rotary(tokens, width // HEADS))
-        half = width // HEADS // 2
+        q, k, v = (h @ qkv.T).view(batch, tokens, 3, heads, width // heads).permute(2, 0, 3, 1, 4)
+        cos, sin = (t.double() for t in rotary(tokens, width // heads))
+        half = width // heads // 2
         q, k = (t * cos + torch.cat((-t[..., half:], t[..., :half]), -1) * sin for t in (q, k))
-        weights = torch.softmax(q @ k.mT / (width // HEADS) ** 0.5, -1)
+        weights = torch.softmax(q @ k.mT / (width // heads) ** 0.5, -1)
         return (weights @ v).transpose(1, 2).flatten(2) @ out.T
 
     def gated(h, gate_up, down):
@@ -267,3 +283,144 @@ def test_each_policy_keeps_less(mixer):
         held[policy] = storages.held_bytes(but=out)
     assert held["save"] > 1.5 * held["light"] > 1.5 * 1.5 * held["recompute"]
     assert held["recompute"] == 3 * 4 * batch * tokens * width  # the inputs of three passes
+
+
+# Heads of 16 features; tokens in one tile and in two; widths that are no powers of two.
+KERNEL_SHAPES = [(2, 12, 32), (1, 97, 48)]
+
+
+def on_device(tensors, dtype):
+    return [t.detach().to(DEVICE, dtype).requires_grad_(t.requires_grad) for t in tensors]
+
+
+def exact_step(mixer, inputs, flat, heads, H_cycles, L_cycles):
+    """What `step` gives, by the formula in float64."""
+    x, y, z = (t.detach().double() for t in inputs)
+    flat = [t.detach().double().requires_grad_() for t in flat]
+    x.requires_grad_()
+    new_y, new_z = formula(mixer, x, y, z, flat, H_cycles, L_cycles, heads)
+    upstream = torch.linspace(-1, 1, new_y.numel()).view(new_y.shape).to(inputs[0]).double()
+    return [new_y, new_z, *torch.autograd.grad(new_y, [x, *flat], upstream)]
+
+
+def assert_as_good(got, plain, exact, dtype):
+    """At most twice the error of plain PyTorch in the same dtype, tensor by tensor."""
+    for i, (g, p, e) in enumerate(zip(got, plain, exact, strict=True)):
+        assert_l2(g.cpu(), e, 2 * relative_l2(p, e) + L2_FLOORS[dtype], name=f"tensor {i}")
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("H_cycles", [1, 2])
+@pytest.mark.parametrize("shape", KERNEL_SHAPES, ids=case_ids("B S D", KERNEL_SHAPES))
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_kernel(mixer, shape, H_cycles, policy):
+    heads = shape[2] // 16
+    flat = leaves_for(mixer, *shape[1:])
+    inputs = states(*shape)
+    options = {"H_cycles": H_cycles, "heads": heads, "policy": policy}
+    given, weights = on_device(inputs, torch.float32), on_device(flat, torch.float32)
+    got = step(mixer, given, weights, function=kernel.deep_recursion, **options)
+    plain = step(mixer, inputs, flat, **options)
+    assert_as_good(got, plain, exact_step(mixer, inputs, flat, heads, H_cycles, 2), torch.float32)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_kernel_in_16_bits(mixer, dtype, policy, architecture):
+    """One update of each state from there: a longer recursion is chaos in so few bits."""
+    flat = leaves_for(mixer, 12, 32, layers=1)
+    inputs = states(2, 12, 32, dtype)
+    options = {"H_cycles": 1, "L_cycles": 1, "policy": policy}
+    given, weights = on_device(inputs, dtype), on_device(flat, torch.float32)
+    got = step(mixer, given, weights, function=kernel.deep_recursion, **options)
+    assert got[0].dtype == got[1].dtype == got[2].dtype == dtype
+    assert all(g.dtype == torch.float32 for g in got[3:])
+    plain = step(mixer, inputs, flat, **options)
+    assert_as_good(got, plain, exact_step(mixer, inputs, flat, HEADS, 1, 1), dtype)
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_kernel_policies_agree_bitwise(mixer):
+    flat, inputs = on_device(leaves_for(mixer, 12, 32), torch.float32), states(2, 12, 32)
+    inputs = on_device(inputs, torch.bfloat16)
+    saved, light, again = (
+        step(mixer, inputs, flat, function=kernel.deep_recursion, policy=policy)
+        for policy in POLICIES
+    )
+    for a, b, c in zip(saved[:3], light[:3], again[:3], strict=True):
+        assert torch.equal(a, b) and torch.equal(a, c)
+    for a, b, c in zip(saved[3:], light[3:], again[3:], strict=True):
+        assert torch.equal(b, c)  # one product over all passes adds up in another order
+        assert_l2(a, b, 1e-5)
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_kernel_without_gradient_and_without_boards(mixer):
+    flat = on_device(leaves_for(mixer, 12, 32), torch.float32)
+    inputs = on_device(states(2, 12, 32), torch.float32)
+    want_y, want_z = step(mixer, inputs, flat, function=kernel.deep_recursion)[:2]
+    tables = tuple(t.to(DEVICE) for t in rotary(12, 16)) if mixer == "attention" else None
+    settings = Recursion(2, 2, HEADS, EPS, "save")
+    with torch.no_grad():
+        y, z = kernel.deep_recursion(OPS, *inputs, blocks_of(mixer, flat), tables, settings)
+    assert torch.equal(y, want_y) and torch.equal(z, want_z) and not y.requires_grad
+    for policy in POLICIES:
+        empty = [t[:0] for t in inputs]
+        outcome = step(mixer, empty, flat, function=kernel.deep_recursion, policy=policy)
+        assert outcome[0].shape == outcome[1].shape == outcome[2].shape == (0, 12, 32)
+        assert not any(g.any() for g in outcome[3:])
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_kernel_is_registered(policy):
+    flat = on_device(leaves_for("mlp_t", 5, 16, layers=1), torch.float32)
+    x, y, z = on_device(states(1, 5, 16), torch.float32)
+    given = [x.requires_grad_(), y, z, flat, None, None, True, 1, 1, 1, EPS, policy]
+    check_registered(kernel._fwd, given)
+    out, _, saved = kernel._fwd(*given)
+    masters = [t.detach() for t in flat]
+    saved = [t.detach() for t in saved]
+    check_registered(kernel._bwd, [out.detach(), saved, masters, *given[4:]])
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_kernel_compiles_as_one_graph(mixer):
+    tables = tuple(t.to(DEVICE) for t in rotary(5, 16)) if mixer == "attention" else None
+    settings = Recursion(2, 1, 1, EPS, "save")
+
+    def answer(x, y, z, *flat):
+        blocks = blocks_of(mixer, flat)
+        return kernel.deep_recursion(OPS, x, y.detach(), z, blocks, tables, settings)[0] + 0 * (
+            y + z
+        )
+
+    check_fullgraph(answer, [*states(1, 5, 16), *leaves_for(mixer, 5, 16, layers=1)])
+
+
+def test_kernel_backward_works_once():
+    flat = on_device(leaves_for("mlp_t", 5, 16, layers=1), torch.float32)
+    inputs = on_device(states(1, 5, 16), torch.float32)
+    inputs[0].requires_grad_()
+    settings = Recursion(1, 1, 1, EPS, "save")
+    y, _ = kernel.deep_recursion(OPS, *inputs, blocks_of("mlp_t", flat), None, settings)
+    y.sum().backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+    y, _ = kernel.deep_recursion(OPS, *inputs, blocks_of("mlp_t", flat), None, settings)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        torch.autograd.grad(y.square().sum(), inputs[0], create_graph=True)
+
+
+def test_kernel_refuses():
+    flat = leaves_for("attention", 5, 16, layers=1)
+    blocks, given = blocks_of("attention", flat), states(1, 5, 16)
+    for settings, text in (
+        (Recursion(1, 1, 1, EPS, dropout=0.1), "serves no dropout"),
+        (Recursion(1, 1, 2, EPS), "head"),
+    ):
+        with pytest.raises(ValueError, match=f"deep_recursion of the triton backend .*{text}"):
+            kernel.deep_recursion(OPS, *given, blocks, None, settings)
+    with pytest.raises(ValueError, match="not float64"):
+        wide = [t.double() for t in given]
+        kernel.deep_recursion(OPS, *wide, blocks, None, Recursion(1, 1, 1, EPS))

@@ -25,7 +25,6 @@ from trm_fast.kernels import rope_attention, token_mix
 from trm_fast.kernels._common import (
     Shape,
     check,
-    round_up,
     unsupported_dtype,
     unsupported_width,
 )
@@ -128,7 +127,7 @@ def _as_tapes(saved: Sequence[Tensor], s: _Settings) -> list[Tape]:
     return tapes
 
 
-def _one_pass(tapes: Sequence[Tape], index: int) -> list[Tape]:
+def _tapes_of_pass(tapes: Sequence[Tape], index: int) -> list[Tape]:
     return [tape.of_pass(index) for tape in tapes]
 
 
@@ -148,20 +147,18 @@ def deep_recursion_fwd(
         return torch.empty_like(y), torch.empty_like(z), saved
     net = Network.pack(weights, x, s.mlp_t, s.heads, s.eps, (cos, sin))
     question = _rows(x)
-    states = State(_rows(y), None), State(_rows(z), None)
+    answer, latent = State(_rows(y), None), State(_rows(z), None)
     a = question.new_empty(len(question), net.blocks[0].down.shape[1])
     for _ in range(s.H_cycles - (s.policy != "none")):
-        *states, _, _ = _cycle(net, question, *states, s, lambda i, state: None, a)
-    if s.policy == "recompute":
-        *states, injected, answer = _cycle(net, question, *states, s, _keep_states(saved), a)
-        saved[2].copy_(injected)
-        saved[3].copy_(answer)
-    elif s.policy != "none":
-        tapes = _as_tapes(saved, s)
-        keep = lambda i, state: _one_pass(tapes, i)  # noqa: E731
-        *states, _, _ = _cycle(net, question, *states, s, keep, a)
-    answer, latent = (finish_norm(*state, s.eps).view(x.shape) for state in states)
-    return answer, latent, saved
+        answer, latent, _, _ = _cycle(net, question, answer, latent, s, lambda i, state: None, a)
+    if s.policy != "none":
+        keep = _keep_states(saved) if s.policy == "recompute" else _keep_tapes(saved, s)
+        answer, latent, injected, before = _cycle(net, question, answer, latent, s, keep, a)
+        if s.policy == "recompute":
+            saved[2].copy_(injected)
+            saved[3].copy_(before)
+    new_y, new_z = (finish_norm(t.total, t.ssq, s.eps).view(x.shape) for t in (answer, latent))
+    return new_y, new_z, saved
 
 
 def _keep_states(saved: Sequence[Tensor]) -> Callable[[int, State], None]:
@@ -173,6 +170,11 @@ def _keep_states(saved: Sequence[Tensor]) -> Callable[[int, State], None]:
             saved[1][i].zero_()
 
     return keep
+
+
+def _keep_tapes(saved: Sequence[Tensor], s: _Settings) -> Callable[[int, State], Sequence[Tape]]:
+    tapes = _as_tapes(saved, s)
+    return lambda i, state: _tapes_of_pass(tapes, i)
 
 
 def deep_recursion_bwd(
@@ -190,9 +192,9 @@ def deep_recursion_bwd(
     net = Network.pack(weights, grad, s.mlp_t, s.heads, s.eps, (cos, sin))
     grads: Grads = [None] * len(weights)
     run = _backward_recomputed if s.policy == "recompute" else _backward_saved
-    d_x = torch.zeros(grad.numel() // grad.shape[-1], grad.shape[-1], dtype=torch.float32, device=grad.device)
-    d = _rows(grad)
-    for i, d in run(net, d, saved, weights, s, grads):
+    d_y = _rows(grad)
+    d_x = torch.zeros_like(d_y, dtype=torch.float32)
+    for i, d in run(net, d_y, saved, weights, s, grads):
         if i < s.L_cycles:
             d_x += d
     return d_x.to(grad.dtype).view(grad.shape), unpacked(net, grads, weights)
@@ -211,7 +213,7 @@ def _backward_saved(
     together = s.policy == "save"
     works = [new_work(net, tape if together else tape.of_pass(0)) for tape in tapes]
     for i in range(s.L_cycles, -1, -1):
-        tape = _one_pass(tapes, i)
+        tape = _tapes_of_pass(tapes, i)
         work = [w.of_pass(i) for w in works] if together else works
         d = backward(net, d, tape, work, grads)
         if not together:
@@ -230,7 +232,7 @@ def _backward_recomputed(
     grads: Grads,
 ) -> Iterator[tuple[int, Tensor]]:
     states, squares, injected, answer = saved
-    tapes = _one_pass(_new_tapes(d.view(net.shape), weights, s, 1), 0)
+    tapes = _tapes_of_pass(_new_tapes(d.view(net.shape), weights, s, 1), 0)
     works = [new_work(net, tape) for tape in tapes]
     for i in range(s.L_cycles, -1, -1):
         deferred = i > 0 or s.H_cycles > 1  # the caller's own z is normed already
@@ -270,8 +272,8 @@ def _backward(ctx: Any, grad: Tensor, *unused: Any) -> tuple[Any, ...]:
 
 _bwd = register(
     TRITON,
-    "deep_recursion_bwd(Tensor grad, Tensor(a!)[] saved, Tensor[] weights, Tensor? cos, Tensor? sin,"
-    f" {_SETTINGS_SCHEMA}) -> (Tensor, Tensor[])",
+    "deep_recursion_bwd(Tensor grad, Tensor(a!)[] saved, Tensor[] weights, Tensor? cos,"
+    f" Tensor? sin, {_SETTINGS_SCHEMA}) -> (Tensor, Tensor[])",
     _bwd_fake,
     deep_recursion_bwd,
     mutates=(1,),
@@ -328,3 +330,21 @@ def unsupported(dtype: torch.dtype, config: Shape | None) -> str | None:
         return "serves no dropout: the composition of the other operations does"
     parts = token_mix if config.mlp_t else rope_attention
     return parts.unsupported(dtype, config)
+
+
+def examples(make: Callable[..., Tensor]) -> Iterator[None]:
+    """The launches of a step of both official Sudoku models, for the report: each distinct one."""
+    batch, tokens, width, heads = 768, 97, 512, 8
+    x = make(batch, tokens, width)
+    for mlp_t in (True, False):
+        mixer = [(1024, tokens), (tokens, 512)] if mlp_t else [(3 * width, width), (width, width)]
+        sizes = [*mixer, (3072, width), (width, 1536)] * 2
+        weights = [make(*size, dtype=torch.float32) for size in sizes]
+        table = None if mlp_t else make(tokens, width // heads, dtype=torch.float32)
+        for policy in POLICIES:
+            settings = (mlp_t, 2, 1, heads, 1e-5, policy)
+            _, _, saved = deep_recursion_fwd(x, x, x, weights, table, table, *settings)
+            yield
+            if saved:
+                deep_recursion_bwd(x, saved, weights, table, table, *settings)
+                yield

@@ -79,13 +79,29 @@ ROWS: tuple[Row, ...] = (
             for bits in (16, 32)
         ),
     ),
+    # embed_reset: whole rows of x, y and z; sums over chunks of tokens for the embedding.
+    *_rows(
+        "embed_reset",
+        *((arch, bits, {"BLOCK_M": 8}, 8, 1) for arch in (80, 90, 100) for bits in (16, 32)),
+    ),
+    *_rows(
+        "embed_reset_bwd",
+        (80, 16, {"BLOCK_D": 128, "BLOCK_K": 64, "CHUNK": 1024}, 8, 3),
+        (90, 16, {"BLOCK_D": 128, "BLOCK_K": 64, "CHUNK": 1024}, 4, 3),
+        (100, 16, {"BLOCK_D": 128, "BLOCK_K": 64, "CHUNK": 1024}, 4, 3),
+        *(
+            (arch, 32, {"BLOCK_D": 64, "BLOCK_K": 32, "CHUNK": 1024}, 8, 2)
+            for arch in (80, 90, 100)
+        ),
+    ),
     # linear_rmsnorm: a @ w (+ residual) of either orientation of w, partial sums of squares.
     *_rows(
         "linear",
         (80, 16, _tiles(128, 128, 32), 8, 3),
         (90, 16, _tiles(128, 256, 64), 8, 3),
         (100, 16, _tiles(128, 256, 64), 8, 3),
-        *((arch, 32, _tiles(64, 64, 32), 8, 2) for arch in (80, 90, 100)),
+        (90, 32, _tiles(64, 32, 32), 8, 2),
+        *((arch, 32, _tiles(64, 64, 32), 8, 2) for arch in (80, 100)),
     ),
     # swiglu_rmsnorm: gate and up in two accumulators, and the backward through SwiGLU.
     *_rows(
@@ -101,6 +117,46 @@ ROWS: tuple[Row, ...] = (
         (90, 16, _tiles(128, 64, 64), 8, 3),
         (100, 16, _tiles(128, 64, 64), 8, 3),
         *((arch, 32, _tiles(64, 32, 32), 8, 2) for arch in (80, 90, 100)),
+    ),
+    # token_mix: gate and up in one accumulator of 2 * BLOCK_F; SPLIT: the tokens in pieces, 97 as
+    # 64 + 32 + 16, instead of in the next power of two. Wgmma is worth it: with mma.sync pieces
+    # spill, and sm_100 reads each from shared memory once more.
+    *_rows(
+        "token_mix_fwd",
+        (80, 16, {"BLOCK_D": 64, "BLOCK_F": 32, "SPLIT": 0}, 8, 2),
+        (90, 16, {"BLOCK_D": 128, "BLOCK_F": 32, "SPLIT": 1}, 8, 3),
+        (100, 16, {"BLOCK_D": 128, "BLOCK_F": 32, "SPLIT": 0}, 8, 3),
+        *((a, 32, {"BLOCK_D": 32, "BLOCK_F": 16, "SPLIT": 1}, 8, 2) for a in (80, 90, 100)),
+    ),
+    *_rows(
+        "token_mix_bwd",
+        (80, 16, {"BLOCK_D": 64, "BLOCK_F": 32, "SPLIT": 0}, 8, 2),
+        (90, 16, {"BLOCK_D": 128, "BLOCK_F": 32, "SPLIT": 1}, 8, 2),
+        (100, 16, {"BLOCK_D": 128, "BLOCK_F": 32, "SPLIT": 0}, 8, 2),
+        *((a, 32, {"BLOCK_D": 32, "BLOCK_F": 16, "SPLIT": 1}, 8, 2) for a in (80, 90, 100)),
+    ),
+    # The same beyond 128 tokens: hidden layer, its backward, and the product with the tokens.
+    *_rows(
+        "token_mix_hidden",
+        (80, 16, {"BLOCK_D": 128, "BLOCK_F": 64, "BLOCK_S": 32}, 8, 3),
+        (90, 16, {"BLOCK_D": 128, "BLOCK_F": 128, "BLOCK_S": 64}, 8, 3),
+        (100, 16, {"BLOCK_D": 128, "BLOCK_F": 128, "BLOCK_S": 64}, 8, 3),
+        *((a, 32, {"BLOCK_D": 64, "BLOCK_F": 32, "BLOCK_S": 32}, 8, 2) for a in (80, 90, 100)),
+    ),
+    *_rows(
+        "token_mix_hidden_bwd",
+        (80, 16, {"BLOCK_D": 64, "BLOCK_F": 64, "BLOCK_S": 32}, 8, 3),
+        (90, 16, {"BLOCK_D": 128, "BLOCK_F": 64, "BLOCK_S": 64}, 8, 3),
+        (100, 16, {"BLOCK_D": 128, "BLOCK_F": 64, "BLOCK_S": 64}, 8, 3),
+        *((a, 32, {"BLOCK_D": 64, "BLOCK_F": 32, "BLOCK_S": 32}, 8, 2) for a in (80, 90, 100)),
+    ),
+    *_rows(
+        "token_mix_tokens",
+        (80, 16, _tiles(128, 128, 32), 8, 3),
+        (90, 16, _tiles(128, 256, 64), 8, 3),
+        (100, 16, _tiles(128, 256, 64), 8, 3),
+        (90, 32, _tiles(64, 32, 32), 8, 2),
+        *((arch, 32, _tiles(64, 64, 32), 8, 2) for arch in (80, 100)),
     ),
 )
 

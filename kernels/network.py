@@ -118,8 +118,11 @@ class Tape:
 
 def tape_fields(mlp_t: bool, block: int, with_gu: bool) -> list[str]:
     """The names that `Tape.named` gives for a block, in its order."""
-    own = {"rstd", "s"} if mlp_t else {"qkv", "out", "lse", "mid_ssq"} | ({"s"} if not block else set())
-    kept = {"mid", "total", "ssq", *own, *({"gu"} if with_gu else set())}
+    kept = {"mid", "total", "ssq"} | ({"rstd"} if mlp_t else {"qkv", "out", "lse", "mid_ssq"})
+    if mlp_t or not block:
+        kept.add("s")
+    if with_gu:
+        kept.add("gu")
     return [field.name for field in fields(Tape) if field.name in kept]
 
 

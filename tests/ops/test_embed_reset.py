@@ -2,10 +2,15 @@
 
 import pytest
 import torch
-from op_checks import cases, check_op
-from parity import make_inputs
+from kernel_checks import DEVICE, architecture, check_fullgraph, check_refusals, check_registered
+from op_checks import cases, check_op, counted_ops
+from parity import assert_parity, make_inputs
 
+from trm_fast.kernels import embed_reset as kernel
+from trm_fast.kernels.embed_reset import embed_reset as triton_embed_reset
 from trm_fast.reference import embed_reset
+
+__all__ = ["architecture"]  # a fixture, used by name
 
 V = 11
 SHAPES = [(4, 2, 62, 32), (2, 16, 81, 512), (1, 16, 81, 64), (0, 16, 81, 64)]
@@ -133,3 +138,147 @@ def test_token_dtypes(dtype):
             embed_reset(question.to(dtype), *rest)
         return
     assert torch.equal(embed_reset(question.to(dtype), *rest)[0], embed_reset(question, *rest)[0])
+
+
+# The official puzzle with its prefix, several boards, none; widths that are no powers of two.
+KERNEL_SHAPES = [(1, 16, 81, 48), (3, 1, 3, 80), (0, 16, 81, 64)]
+BOTH = pytest.mark.parametrize("function", [embed_reset, triton_embed_reset], ids=["ref", "kernel"])
+
+
+def on_device(values):
+    return [v.to(DEVICE) if isinstance(v, torch.Tensor) else v for v in values]
+
+
+@pytest.mark.parametrize("shape, dtype", cases("B P L D", KERNEL_SHAPES))
+def test_kernel_values_and_gradients(shape, dtype, architecture):
+    check_kernel(shape, dtype, "some")
+
+
+@pytest.mark.parametrize("halted", ["all", "none"])
+def test_kernel_with_all_boards_halted_or_none(halted):
+    check_kernel((2, 1, 3, 16), torch.float32, halted)
+
+
+def check_kernel(shape, dtype, halted):
+    question, *given = inputs(shape, dtype)
+
+    def call(function):
+        return lambda rows, table, positions, *states: function(
+            question, rows, table, positions, HALTED[halted](shape[0]), *states, shape[-1] ** 0.5
+        )
+
+    check_op(call(triton_embed_reset), call(formula), given, dtype, DEVICE)
+
+
+@pytest.mark.parametrize("with_rows", [True, False], ids=["rows", "norows"])
+@pytest.mark.parametrize("with_positions", [True, False], ids=["learned", "nopositions"])
+def test_kernel_rounds_as_the_reference(with_rows, with_positions):
+    """Rows and states in bfloat16, master weights in float32: equal to the bit."""
+    question, rows, table, positions, *states = inputs((2, 3, 5, 16))
+    states = [t.bfloat16() for t in states]
+    rows = rows.bfloat16() if with_rows else None
+    if not with_rows:
+        positions, states[0], states[1] = positions[3:], states[0][:, 3:], states[1][:, 3:]
+    given = (question, rows, table, positions if with_positions else None, HALTED["some"](2))
+    got = triton_embed_reset(*on_device((*given, *states, 16**0.5)))
+    for g, want in zip(got, embed_reset(*given, *states, 16**0.5), strict=True):
+        assert torch.equal(g.cpu(), want)
+
+
+def test_kernel_gradients_of_master_weights_have_their_dtype():
+    question, rows, table, positions, *states = on_device(inputs((2, 3, 5, 16)))
+    rows, *states = (t.bfloat16() for t in (rows, *states))
+    wanted = [t.requires_grad_() for t in (rows, table, positions)]
+    flags = HALTED["some"](2).to(DEVICE)
+    x, _, _ = triton_embed_reset(question, rows, table, positions, flags, *states, 4.0)
+    grads = torch.autograd.grad(x.float().square().sum(), wanted)
+    assert [g.dtype for g in grads] == [torch.bfloat16, torch.float32, torch.float32]
+
+
+def test_kernel_computes_no_gradient_that_nobody_asked_for():
+    question, rows, table, _, *states = on_device(inputs((2, 3, 5, 16)))
+    flags = HALTED["some"](2).to(DEVICE)
+    table.requires_grad_()
+    x, y, z = triton_embed_reset(question, rows, table, None, flags, *states, 4.0)
+    assert [t.requires_grad for t in (x, y, z)] == [True, False, False]
+    upstream = torch.ones_like(x)
+    with counted_ops() as names:
+        torch.autograd.grad(x, table, upstream)
+    assert names[0] == "trm_fast_triton::embed_reset_bwd"
+    assert set(names[1:]) <= {"mul", "_to_copy", "view", "detach"}
+
+    states[3].requires_grad_()  # the start of z
+    x, y, z = triton_embed_reset(question, rows, table, None, flags, *states, 4.0)
+    assert [t.requires_grad for t in (x, y, z)] == [True, False, True]
+    with counted_ops() as names:
+        _, d_init = torch.autograd.grad(z, (table, states[3]), upstream, allow_unused=True)
+    assert "trm_fast_triton::embed_reset_bwd" not in names
+    assert_parity(d_init, torch.full_like(d_init, 8))  # places of the one board that halted
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("vocabulary", [2, 11, 64, 65])
+def test_embedding_gradient(vocabulary, dtype, architecture):
+    """Over more than one chunk of tokens, by products and, for the largest, by a sorted sum."""
+    generator = torch.Generator().manual_seed(3)
+    tokens = torch.randint(vocabulary, (13, 81), generator=generator, dtype=torch.int32)
+    (grad,) = make_inputs((13, 83, 16), dtype=dtype)
+    exact = torch.zeros(vocabulary, 16, dtype=torch.float64)
+    exact.index_add_(0, tokens.flatten().long(), grad[:, 2:].reshape(-1, 16).double())
+    got = kernel.embed_reset_bwd(grad.to(DEVICE), tokens.to(DEVICE), vocabulary)
+    assert got.dtype == torch.float32
+    assert_parity(got, exact)  # in float32 whatever the gradient's dtype
+
+
+@BOTH
+@pytest.mark.parametrize("halted", ["all", "some"])
+def test_either_keeps_out_what_halted_boards_held(halted, function):
+    question, rows, table, positions, y, z, y_init, z_init = inputs((2, 2, 6, 16))
+    flags = HALTED[halted](2)
+    y[flags], z[flags] = float("nan"), float("inf")
+    given = (question, rows, table, positions, flags, y, z, y_init, z_init, 1.0)
+    _, new_y, new_z = (t.cpu() for t in function(*on_device(given)))
+    assert torch.equal(new_y[flags], y_init.expand(int(flags.sum()), 8, 16))
+    assert torch.equal(new_z[flags], z_init.expand(int(flags.sum()), 8, 16))
+    assert torch.equal(new_y[~flags], y[~flags])
+
+
+def test_kernel_shows_a_token_outside_the_vocabulary():
+    question, *rest = on_device(inputs((1, 1, 3, 16)))
+    question[0, 0], question[0, 1] = V, -1
+    x, _, _ = triton_embed_reset(question, *rest[:3], HALTED["all"](1).to(DEVICE), *rest[3:], 1.0)
+    assert torch.isnan(x[0, 1:3]).all()
+    assert torch.isfinite(x[0, 0]).all() and torch.isfinite(x[0, 3]).all()
+
+
+def test_kernel_token_dtypes():
+    question, *rest = on_device(inputs((2, 2, 6, 16)))
+    given = (*rest[:3], HALTED["all"](2).to(DEVICE), *rest[3:], 1.0)
+    want = triton_embed_reset(question, *given)[0]
+    assert torch.equal(triton_embed_reset(question.long(), *given)[0], want)
+    with pytest.raises(ValueError, match="embed_reset .* tokens of int32 and int64, not uint8"):
+        triton_embed_reset(question.to(torch.uint8), *given)
+
+
+def test_kernel_is_registered():
+    question, *rest = on_device(inputs((2, 2, 3, 16)))
+    flags = HALTED["some"](2).to(DEVICE)
+    rest = [t.requires_grad_() for t in rest]
+    check_registered(kernel._fwd, (question, *rest[:3], flags, *rest[3:], 4.0))
+    check_registered(kernel._bwd, (torch.ones(2, 5, 16, device=DEVICE), question, V))
+
+
+def test_kernel_compiles_and_refuses():
+    question, *given = inputs((2, 2, 3, 16))
+    flags = HALTED["some"](2)
+
+    def summed(rows, table, positions, *states_and_tokens):
+        *states, question, flags = states_and_tokens
+        x, y, z = triton_embed_reset(question, rows, table, positions, flags, *states, 4.0)
+        return x + y * 2 + z * 3
+
+    check_fullgraph(summed, [*given, question, flags])
+    check_refusals(summed, [*given, question, flags])
+    narrow = [t[..., :8] for t in given]
+    with pytest.raises(ValueError, match="multiple of 16 up to 1024, not 8"):
+        summed(*narrow, question, flags)

@@ -166,10 +166,10 @@ def forward(
         tape = tapes[i] if tapes else None
         mid, mid_ssq = mix(net, block, state, add, tape)
         add = None
-        gate_up(mid, block.gate_up, a=a, gu=tape and tape.gu, ssq=mid_ssq, eps=net.eps)
+        gate_up(mid, block.gate_up, a=a, gu=tape.gu if tape else None, ssq=mid_ssq, eps=net.eps)
         total, ssq = linear(
             a, block.down, mid, h_ssq=mid_ssq, eps=net.eps,
-            squares=tape.ssq if tape else True, out=tape and tape.total,
+            squares=tape.ssq if tape else True, out=tape.total if tape else None,
         )  # fmt: skip
         state = State(total, ssq)
     return state
@@ -178,8 +178,10 @@ def forward(
 def _token_mix(
     net: Network, block: Block, state: State, add: Tensor | None, tape: Tape | None
 ) -> tuple[Tensor, None]:
-    shape = net.shape
-    out = (tape.mid.view(shape), tape.rstd, tape.s.view(shape)) if tape else None
+    shape, out = net.shape, None
+    if tape:
+        assert tape.s is not None and tape.rstd is not None
+        out = (tape.mid.view(shape), tape.rstd, tape.s.view(shape))
     mid, _, _ = token_mix_fwd(
         state.total.view(shape), *block.mixer, net.eps, ssq=state.ssq,
         add=None if add is None else add.view(shape), keep=tape is not None, out=out,
@@ -191,22 +193,30 @@ def _attention(
     net: Network, block: Block, state: State, add: Tensor | None, tape: Tape | None
 ) -> tuple[Tensor, Tensor | None]:
     w_qkv, w_out = block.mixer
+    shape, width = net.shape, net.shape[2]
     if add is not None:
-        if state.ssq is None:
-            total = torch.add(state.total, add, out=tape and tape.s)
-        else:
-            total = finish_norm(*state, net.eps, add, out=tape and tape.s)
-        state = State(total, None)
-    qkv = torch.mm(state.total, w_qkv.t(), out=tape and tape.qkv)
-    batch, tokens, width = net.shape
+        state = _injected(state, add, net.eps, tape.s if tape else None)
+    qkv = torch.mm(state.total, w_qkv.t(), out=tape.qkv if tape else None)
+    out = None
+    if tape:
+        assert tape.out is not None and tape.lse is not None
+        out = (tape.out.view(shape), tape.lse)
     attended, _ = rope_attention_fwd(
-        qkv.view(batch, tokens, 3 * width), net.cos, net.sin, net.heads, ssq=state.ssq,
-        eps=net.eps, out=(tape.out.view(net.shape), tape.lse) if tape else None,
+        qkv.view(*shape[:2], 3 * width), net.cos, net.sin, net.heads, ssq=state.ssq, eps=net.eps,
+        out=out,
     )  # fmt: skip
     return linear(
         attended.view(-1, width), w_out, state.total, h_ssq=state.ssq, eps=net.eps,
-        squares=tape.mid_ssq if tape else True, out=tape and tape.mid,
+        squares=True if tape is None or tape.mid_ssq is None else tape.mid_ssq,
+        out=tape.mid if tape else None,
     )  # fmt: skip
+
+
+def _injected(state: State, add: Tensor, eps: float, out: Tensor | None) -> State:
+    """state + add, rounded; there the norm of a deferred one is taken."""
+    if state.ssq is None:
+        return State(torch.add(state.total, add, out=out), None)
+    return State(finish_norm(state.total, state.ssq, eps, add, out), None)
 
 
 @dataclass

@@ -9,9 +9,13 @@ import copy
 import pytest
 import torch
 from parity import L2_FLOORS, relative_l2
-from tiny import MIXERS, tiny_batch, tiny_model
+from tiny import MIXERS, Peak, tiny_batch, tiny_model
 
-from trm_fast import backends
+from trm_fast import backends, memory
+from trm_fast.config import ModelConfig
+from trm_fast.kernels._runtime import recording
+from trm_fast.kernels.deep_recursion import deep_recursion_bwd, deep_recursion_fwd
+from trm_fast.layers import Network
 from trm_fast.losses import ACTLossHead
 from trm_fast.model import Model
 from trm_fast.ops import POLICIES
@@ -150,3 +154,25 @@ def test_kept_for_backward_at_the_official_sizes(variant, policy, most):
     """Eager PyTorch keeps 42.0 GB of the same step with token mixing, 25.9 with attention."""
     kept = kept_for_backward({**OFFICIAL, **VARIANTS[variant], "policy": policy})
     assert 0.5 * most * GB < kept <= most * GB
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_memory_estimate_of_the_kernels(variant, policy):
+    """Against what a step of the host code asks for, on tensors without memory."""
+    config = ModelConfig.from_dict({**OFFICIAL, **VARIANTS[variant], "policy": policy})
+    blocks = Network(config).weights()
+    weights = [t.detach().to("meta") for b in blocks for t in (*b.mixer, b.gate_up, b.down)]
+    x = torch.empty(768, config.total_len, config.hidden_size, dtype=torch.bfloat16, device="meta")
+    table = torch.empty(config.total_len, config.head_dim, device="meta")
+    tables = (None, None) if config.mlp_t else (table, table)
+    settings = (config.mlp_t, 2, config.L_cycles, config.num_heads, 1e-5, policy)
+    with recording(90), Peak([x, *weights]) as storages:
+        y, z, saved = deep_recursion_fwd(x, x, x, weights, *tables, *settings)
+        kept = sum(t.nbytes for t in saved)
+        deep_recursion_bwd(y, saved, weights, *tables, *settings)
+    elements = 768 * memory.fused_saved_elements(config, policy)
+    assert kept == pytest.approx(2 * elements, rel=0.02)
+    weights_and_optimizer = 2 * 4 * 5 * memory.parameter_count(config)
+    estimate = memory.step_bytes(config, 768, policy, fused=True) - weights_and_optimizer
+    assert 0.85 * estimate < storages.peak < 1.05 * estimate

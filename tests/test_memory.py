@@ -4,7 +4,7 @@ import re
 
 import pytest
 import torch
-from tiny import MIXERS, HeldStorages, tiny_batch, tiny_config, tiny_model
+from tiny import MIXERS, HeldStorages, Peak, tiny_batch, tiny_config, tiny_model
 
 from trm_fast import memory
 from trm_fast.config import ModelConfig
@@ -31,18 +31,6 @@ GRID = {
     "tokenwidth": {**MIXERS["mlp_t"], "token_intermediate_size": 12, "puzzle_emb_len": 5},
     "multiple": {"intermediate_multiple": 256, "expansion": 4.0},
 }
-
-
-class Peak(HeldStorages):
-    """The most bytes of floating-point tensors held at once."""
-
-    peak = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = super().__torch_dispatch__(func, types, args, kwargs)
-        self.made = {key: made for key, made in self.made.items() if not made[0].expired()}
-        self.peak = max(self.peak, sum(size for _, size in self.made.values()))
-        return out
 
 
 @pytest.fixture

@@ -153,3 +153,15 @@ class HeldStorages(TorchDispatchMode):
             for key, (ref, size) in self.made.items()
             if key not in excluded and not ref.expired()
         )
+
+
+class Peak(HeldStorages):
+    """The most bytes of floating-point tensors held at once."""
+
+    peak = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        out = super().__torch_dispatch__(func, types, args, kwargs)
+        self.made = {key: made for key, made in self.made.items() if not made[0].expired()}
+        self.peak = max(self.peak, sum(size for _, size in self.made.values()))
+        return out

@@ -94,6 +94,16 @@ ROWS: tuple[Row, ...] = (
             for arch in (80, 90, 100)
         ),
     ),
+    # stablemax_loss: whole rows of logits, some thousand numbers in a tile.
+    *_rows(
+        "stablemax_loss",
+        *(
+            (arch, bits, {"BLOCK_M": rows}, 4, 1, {"V": widest})
+            for arch in (80, 90, 100)
+            for bits in (16, 32)
+            for widest, rows in ((16, 128), (128, 16), (1024, 2))
+        ),
+    ),
     # linear_rmsnorm: a @ w (+ residual) of either orientation of w, partial sums of squares.
     *_rows(
         "linear",

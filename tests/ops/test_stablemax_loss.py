@@ -2,10 +2,15 @@
 
 import pytest
 import torch
+from kernel_checks import DEVICE, architecture, check_fullgraph, check_refusals, check_registered
 from op_checks import DTYPES, cases, token_major
 from parity import assert_parity, make_inputs
 
+from trm_fast.kernels import stablemax_loss as kernel
+from trm_fast.kernels.stablemax_loss import stablemax_loss as triton_stablemax_loss
 from trm_fast.reference import stablemax_loss
+
+__all__ = ["architecture"]  # a fixture, used by name
 
 IGNORED = -100
 SHAPES = [(4, 64, 8), (2, 81, 11), (1, 97, 3), (0, 81, 11)]
@@ -34,6 +39,11 @@ def labels_for(shape, ignored=0.3, dtype=torch.int32):
 def gradient(loss, logits):
     upstream = torch.linspace(0.5, 2, loss.numel(), dtype=torch.float64).view(loss.shape)
     return torch.autograd.grad(loss, logits, upstream.to(loss.dtype))[0]
+
+
+def on_device(logits, labels):
+    """The kernel's results, on the CPU."""
+    return tuple(t.cpu() for t in triton_stablemax_loss(logits.to(DEVICE), labels.to(DEVICE)))
 
 
 @pytest.fixture
@@ -76,14 +86,14 @@ def test_gradient_is_the_derivative():
     assert torch.autograd.gradcheck(lambda t: stablemax_loss(t, labels)[0], (logits,))
 
 
-@pytest.mark.parametrize("precision", ["float64", "float32"])
+@pytest.mark.parametrize("precision", ["float64", "float32", "kernel"])
 @pytest.mark.parametrize("column", range(len(SPECIAL)), ids=[f"label{v}" for v in SPECIAL])
 def test_special_logits(column, precision, in_float32):
     values = torch.tensor([[SPECIAL, SPECIAL[::-1]]], dtype=torch.float32, requires_grad=True)
     labels = torch.full((1, 2), column, dtype=torch.int32)
-    op = stablemax_loss if precision == "float64" else in_float32
+    op = {"float64": stablemax_loss, "float32": in_float32, "kernel": on_device}[precision]
     loss = op(values, labels)[0]
-    assert loss.dtype == getattr(torch, precision)
+    assert loss.dtype == (torch.float64 if precision == "float64" else torch.float32)
     exact_values = values.detach().double().requires_grad_()
     exact = formula(exact_values, labels)
     rtol = 1e-12 if precision == "float64" else 2e-6
@@ -96,7 +106,9 @@ def test_special_logits(column, precision, in_float32):
     )
 
 
-def test_float32_closed_form_on_random_and_on_confident_rows(in_float32):
+@pytest.mark.parametrize("which", ["reference", "kernel"])
+def test_float32_closed_form_on_random_and_on_confident_rows(which, in_float32):
+    in_float32 = in_float32 if which == "reference" else on_device
     (noise,) = make_inputs((3, 2000, 11), scale=1.0)
     logits = noise * torch.tensor([1.0, 100.0, 1e4]).view(3, 1, 1)
     labels = labels_for((3, 2000, 11))
@@ -156,3 +168,105 @@ def test_second_derivatives_are_refused():
     (grad,) = torch.autograd.grad(loss, logits, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         grad.sum().backward()
+
+
+# A vocabulary of each launch row, more answers than a tile holds, one, none.
+KERNEL_SHAPES = [(2, 97, 11), (1, 5, 100), (1, 1, 1024), (1, 3, 1), (0, 81, 11)]
+
+
+@pytest.mark.parametrize("shape, dtype", cases("B L V", KERNEL_SHAPES))
+def test_kernel_values_and_gradient(shape, dtype, architecture):
+    (logits,) = make_inputs(shape, dtype=dtype, scale=3.0, requires_grad=True)
+    labels = labels_for(shape)
+    before, labels_before = logits.detach().clone(), labels.clone()
+    loss, preds, correct = on_device(logits, labels)
+    exact_logits = logits.detach().double().requires_grad_()
+    exact = stablemax_loss(exact_logits, labels)
+    assert [t.dtype for t in (loss, preds, correct)] == [torch.float32, torch.int64, torch.bool]
+    assert_parity(loss, exact[0], name="loss")
+    assert torch.equal(preds, exact[1])
+    assert torch.equal(correct, exact[2])
+    assert not preds.requires_grad and not correct.requires_grad
+    got = gradient(loss, logits)
+    assert got.dtype == dtype
+    assert_parity(got, gradient(exact[0], exact_logits), name="gradient")
+    assert torch.equal(logits, before)
+    assert torch.equal(labels, labels_before)
+
+
+def test_kernel_predicts_as_argmax():
+    nan, inf = float("nan"), float("inf")
+    rows = torch.tensor(
+        [
+            [1.0, 3.0, 3.0, 2.0, 3.0],
+            [-0.0, 0.0, -1.0, 0.0, -2.0],
+            [-inf, -inf, -inf, -inf, -inf],
+            [0.0, inf, nan, inf, nan],
+            [-inf, -5.0, -inf, -5.0, -6.0],
+        ]
+    )
+    labels = rows.argmax(-1)
+    _, preds, correct = on_device(rows, labels)
+    assert torch.equal(preds, labels)
+    assert correct.all()
+    assert not on_device(rows, labels + 1)[2].any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+def test_kernel_ignored_labels_cost_nothing(dtype):
+    (logits,) = make_inputs((2, 5, 4), dtype=dtype, requires_grad=True)
+    loss, preds, correct = on_device(logits, torch.full((2, 5), IGNORED))
+    assert torch.equal(loss, torch.zeros(2, 5))
+    assert torch.equal(gradient(loss, logits), torch.zeros(2, 5, 4, dtype=dtype))
+    assert torch.equal(preds, logits.argmax(-1))
+    assert not correct.any()
+
+
+def test_kernel_does_not_hide_a_broken_row():
+    logits = torch.tensor([[float("nan"), 0.0], [1.0, 2.0], [1.0, 2.0], [1.0, 2.0]])
+    loss, _, correct = on_device(logits, torch.tensor([1, 2, -1, 1]))
+    assert torch.isnan(loss[0])
+    assert torch.isinf(loss[1:3]).all()  # labels that are no class
+    assert torch.isfinite(loss[3])
+    assert correct.tolist() == [False, False, False, True]
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64, torch.uint8])
+def test_kernel_label_dtypes_and_layouts(dtype):
+    (logits,) = make_inputs((3, 5, 4))
+    labels = labels_for((3, 5, 4), ignored=0.0)
+    want = on_device(logits, labels)
+    assert_parity(want[0], stablemax_loss(logits, labels)[0])
+    for given in (logits, token_major(logits)):
+        got = triton_stablemax_loss(given.to(DEVICE), labels.to(DEVICE, dtype))
+        assert all(torch.equal(g.cpu(), w) for g, w in zip(got, want, strict=True))
+    one = triton_stablemax_loss(logits[0, 0].to(DEVICE), labels[0, 0].to(DEVICE, dtype))
+    assert torch.equal(one[0].cpu(), want[0][0, 0])
+
+
+def test_kernel_is_registered():
+    (logits,) = make_inputs((5, 4), requires_grad=True, device=DEVICE)
+    labels = labels_for((5, 4)).to(DEVICE)
+    check_registered(kernel._fwd, (logits, labels))
+    check_registered(kernel._bwd, (torch.ones(5, device=DEVICE), logits.detach(), labels))
+
+
+def test_kernel_compiles_and_refuses():
+    (logits,) = make_inputs((2, 3, 4))
+    inputs = [logits, labels_for((2, 3, 4))]
+    check_fullgraph(lambda *t: triton_stablemax_loss(*t)[0], inputs)
+    check_refusals(lambda *t: triton_stablemax_loss(*t)[0], inputs)
+    wide = torch.zeros(1, 1025, device=DEVICE)
+    with pytest.raises(ValueError, match="vocabulary of 1 to 1024, not 1025"):
+        triton_stablemax_loss(wide, torch.zeros(1, dtype=torch.int32, device=DEVICE))
+
+
+def test_kernel_says_beforehand_what_it_does_not_serve():
+    class Config:
+        vocab_size = 1024
+
+    assert kernel.unsupported(torch.bfloat16, Config()) is None
+    assert kernel.unsupported(torch.float32, None) is None
+    assert "not float64" in kernel.unsupported(torch.float64, Config())
+    Config.vocab_size = 2000
+    assert "not 2000" in kernel.unsupported(torch.bfloat16, Config())

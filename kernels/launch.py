@@ -104,6 +104,11 @@ ROWS: tuple[Row, ...] = (
             for widest, rows in ((16, 128), (128, 16), (1024, 2))
         ),
     ),
+    # adam_atan2_ema_: elementwise over one tensor, five of them read.
+    *_rows(
+        "adam_atan2_ema_",
+        *((arch, bits, {"BLOCK": 1024}, 8, 1) for arch in (80, 90, 100) for bits in (16, 32)),
+    ),
     # linear_rmsnorm: a @ w (+ residual) of either orientation of w, partial sums of squares.
     *_rows(
         "linear",
@@ -158,13 +163,13 @@ ROWS: tuple[Row, ...] = (
         (80, 16, {"BLOCK_D": 64, "BLOCK_F": 64, "BLOCK_S": 32}, 8, 3),
         (90, 16, {"BLOCK_D": 128, "BLOCK_F": 64, "BLOCK_S": 64}, 8, 3),
         (100, 16, {"BLOCK_D": 128, "BLOCK_F": 64, "BLOCK_S": 64}, 8, 3),
-        *((a, 32, {"BLOCK_D": 64, "BLOCK_F": 32, "BLOCK_S": 32}, 8, 2) for a in (80, 90, 100)),
+        *((a, 32, {"BLOCK_D": 64, "BLOCK_F": 16, "BLOCK_S": 32}, 8, 2) for a in (80, 90, 100)),
     ),
     *_rows(
         "token_mix_tokens",
         (80, 16, _tiles(128, 128, 32), 8, 3),
         (90, 16, _tiles(128, 256, 64), 8, 3),
-        (100, 16, _tiles(128, 256, 64), 8, 3),
+        (100, 16, _tiles(128, 128, 64), 8, 3),
         (90, 32, _tiles(64, 32, 32), 8, 2),
         *((arch, 32, _tiles(64, 64, 32), 8, 2) for arch in (80, 100)),
     ),

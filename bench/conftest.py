@@ -1,19 +1,23 @@
-"""Options and the printed ratios of `pytest bench/ --benchmark-only [--official PATH]`."""
+"""Options, fixtures and the printed results of `pytest bench/ --benchmark-only`."""
 
 import os
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # OpenMP reads it when torch is loaded
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
-from trm_fast import bench
+from trm_fast import bench, op_bench, timing
 from trm_fast.contenders import COMPILE, Official, official_code
+from trm_fast.op_cases import cases
 
 RACES = pytest.StashKey[list[bench.Race]]()
+OP_RACES = pytest.StashKey[list[op_bench.OpRace]]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -25,6 +29,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[RACES] = []
+    config.stash[OP_RACES] = []
 
 
 @pytest.fixture(scope="session")
@@ -41,17 +46,52 @@ def races(request: pytest.FixtureRequest) -> list[bench.Race]:
     return request.config.stash[RACES]
 
 
+@pytest.fixture
+def op_race(request: pytest.FixtureRequest, benchmark: Any) -> Callable[[str, str, str], None]:
+    """(op, case, direction) -> checks and times every contender, and keeps the race.
+
+    pytest-benchmark's own figure, for its comparisons of versions, is the last contender's: the
+    compiled backend that serves, else the reference. The printed ones are those of the race.
+    """
+    option = request.config.getoption
+    device = torch.device(option("--bench-device"))
+    cuda = device.type == "cuda"
+    size = "tiny" if option("--bench-quick") else "real" if cuda else "small"
+
+    def race_them(op: str, name: str, direction: str) -> None:
+        dtype = "bfloat16" if cuda else "float32"
+        found = {case.name: case for case in cases(op, size, dtype=dtype)}
+        if name not in found:
+            pytest.skip(f"{op} has no case {name} at {size} sizes")
+        compiler = None if option("--compile") == "never" else "inductor"
+        race = op_bench.set_up(found[name], direction, device, compiler)
+        race.run(30 if cuda else 5)
+        step = race.step(race.entries[-1])
+        benchmark.pedantic(lambda: timing.timed(lambda: step(0), device), rounds=5)
+        benchmark.extra_info["contender"] = race.entries[-1].name
+        race.inputs.clear()
+        request.config.stash[OP_RACES].append(race)
+
+    return race_them
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     config = terminalreporter.config
-    races = config.stash[RACES]
-    if not races:
+    races, op_races = config.stash[RACES], config.stash[OP_RACES]
+    if not races and not op_races:
         return
-    device = races[0].device
-    size = 64 if config.getoption("--bench-quick") else None
-    peaks = bench.measure_peaks([race.case for race in races], device, size)
+    device = (races or op_races)[0].device
+    quick = config.getoption("--bench-quick")
+    peaks = bench.measure_peaks([race.case for race in races], device, 64 if quick else None)
     report = bench.report(device, peaks, races)
     terminalreporter.write_line("")
-    terminalreporter.write_line(bench.text(report))
+    if races:
+        terminalreporter.write_line(bench.text(report))
+    if op_races:
+        dtype = op_races[0].case.dtype
+        report["op_peaks"] = op_bench.measure_peaks(device, dtype, quick)
+        report["ops"] = [race.result(report["op_peaks"]) for race in op_races]
+        terminalreporter.write_line(op_bench.text(report))
     if config.getoption("--bench-json"):
         text = json.dumps(report, indent=1) + "\n"
         Path(config.getoption("--bench-json")).write_text(text, encoding="utf-8")

@@ -1,7 +1,7 @@
 """`trm-fast bench`: the train step and the inference step, timed against the baselines.
 
-Owns measuring: the protocol, the peak that rates are a fraction of, the results. Imported by
-`__main__.py`, bench/ and its tests. Protocol: every contender gets the same weights, batch and
+Owns the protocol for whole steps and their results; the clocks are those of `timing.py`. Imported
+by `__main__.py`, bench/ and its tests. Protocol: every contender gets the same weights, batch and
 carry and must agree with the reference before anything is timed; then all take turns, one step
 each, in one process; the first turns are dropped; medians and minima are kept. A train step is
 forward, loss and backward without the optimizer; an inference step is one supervision step under
@@ -17,23 +17,14 @@ import os
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # OpenMP reads it when torch is loaded
 
 import argparse
-import contextlib
-import gc
-import importlib.metadata
 import json
-import platform
-import statistics
-import subprocess
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from trm_fast import __version__
 from trm_fast.config import ModelConfig
 from trm_fast.console import say
 from trm_fast.contenders import (
@@ -41,7 +32,6 @@ from trm_fast.contenders import (
     COMPILE,
     STEPS,
     Case,
-    Contender,
     Entry,
     Official,
     ParityError,
@@ -52,10 +42,9 @@ from trm_fast.contenders import (
     prepare,
     quick,
 )
+from trm_fast.timing import basis, collector_off, environment, matmul_peak, summary, timed
 
 __all__ = ["main", "run_cases"]
-
-SCHEMA = 1
 
 
 def kept_for_backward(entry: Entry) -> int:
@@ -75,51 +64,11 @@ def kept_for_backward(entry: Entry) -> int:
 
 
 def lap(entry: Entry, device: torch.device, keep: bool = True) -> None:
-    """One step, timed: on CUDA by events, elsewhere by the clocks."""
-    if device.type == "cuda":
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda.synchronize(device)
-        cpu = time.process_time()
-        start.record()
-        entry.run()
-        end.record()
-        torch.cuda.synchronize(device)
-        cpu, wall = time.process_time() - cpu, start.elapsed_time(end) / 1e3
-    else:
-        begin, cpu = time.perf_counter(), time.process_time()
-        entry.run()
-        if device.type == "mps":
-            torch.mps.synchronize()
-        wall, cpu = time.perf_counter() - begin, time.process_time() - cpu
+    """One step, timed."""
+    wall, cpu = timed(entry.run, device)
     if keep:
         entry.wall.append(wall)
         entry.cpu.append(cpu)
-
-
-@contextlib.contextmanager
-def collector_off() -> Iterator[None]:
-    """No garbage collection in the middle of a step."""
-    gc.collect()
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.enable()
-
-
-def matmul_peak(dtype: torch.dtype, device: torch.device, size: int, runs: int = 8) -> float:
-    """Best rate of `torch.mm` on square matrices, GFLOP/s; by CPU time on one CPU thread."""
-    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    probe = Entry(Contender("mm"), CASES["recipe"].model, nn.Identity(), lambda: torch.mm(a, b))
-    lap(probe, device, keep=False)
-    for _ in range(runs):
-        lap(probe, device)
-    return 2 * size**3 / min(getattr(probe, basis(device))) / 1e9
-
-
-def basis(device: torch.device) -> str:
-    """The clock that ratios and rates use: CPU time with one CPU thread, else wall time."""
-    return "cpu" if device.type == "cpu" and torch.get_num_threads() == 1 else "wall"
 
 
 def useful_flops(config: ModelConfig, step: str) -> float:
@@ -134,11 +83,6 @@ def useful_flops(config: ModelConfig, step: str) -> float:
     if step == "train":
         return float((passes + 2 * with_gradient) * block_pass + 3 * head)
     return float(passes * block_pass + head)
-
-
-def summary(seconds: Sequence[float]) -> dict[str, float]:
-    """Median and minimum in milliseconds."""
-    return {"median": 1e3 * statistics.median(seconds), "min": 1e3 * min(seconds)}
 
 
 def row(entry: Entry, step: str, device: torch.device, peaks: Mapping[str, float]) -> dict:
@@ -296,57 +240,6 @@ def measure_peaks(
     size = size or (8192 if device.type == "cuda" else 1024)
     names = sorted({case.model.forward_dtype for case in cases})
     return {name: matmul_peak(getattr(torch, name), device, size) for name in names}
-
-
-def environment(device: torch.device) -> dict[str, Any]:
-    """What a number depends on."""
-    try:
-        triton: str | None = importlib.metadata.version("triton")
-    except importlib.metadata.PackageNotFoundError:
-        triton = None
-    return {
-        "schema": SCHEMA,
-        "date": time.strftime("%Y-%m-%d", time.gmtime()),
-        "version": __version__,
-        "commit": commit(Path(__file__).resolve().parent.parent),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "triton": triton,
-        "device": device_name(device),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "wait_policy": os.environ.get("OMP_WAIT_POLICY"),
-        "clock": basis(device),
-    }
-
-
-def device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    if device.type == "mps":
-        return "Apple GPU"
-    model = platform.machine()
-    with contextlib.suppress(OSError):
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        model = next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), model)
-    return f"{model}, {torch.backends.cpu.get_cpu_capability()}"
-
-
-def commit(root: Path) -> str | None:
-    """The commit of a git checkout at `root`, with "+changes" if files differ; None elsewhere."""
-    if not (root / ".git").exists():
-        return None
-    try:
-        asked = [["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"]]
-        said = [
-            subprocess.run(
-                ["git", *args], cwd=root, capture_output=True, text=True, check=True
-            ).stdout.strip()
-            for args in asked
-        ]
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return said[0] + ("+changes" if said[1] else "")
 
 
 def table(result: dict) -> str:

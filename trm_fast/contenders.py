@@ -10,15 +10,19 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import importlib.util
 import sys
+import types
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from trm_fast import backends
 from trm_fast.config import ModelConfig
 from trm_fast.losses import ACTLossHead
 from trm_fast.model import Model
@@ -115,6 +119,18 @@ class Official(NamedTuple):
     layers: Any
 
 
+class Fields:
+    """What the official configuration uses of pydantic's BaseModel, where that is not installed."""
+
+    def __init__(self, **values: Any) -> None:
+        for kind in type(self).__mro__:
+            for name in getattr(kind, "__annotations__", {}):
+                if name in values:
+                    setattr(self, name, values[name])
+                elif not hasattr(self, name):
+                    raise ValueError(f"{type(self).__name__} needs {name}")
+
+
 @contextlib.contextmanager
 def official_code(checkout: Path | None) -> Iterator[Official | None]:
     """The official classes of a checkout, or None for None.
@@ -135,6 +151,10 @@ def official_code(checkout: Path | None) -> Iterator[Official | None]:
     path = list(sys.path)
     for name in ours:
         del sys.modules[name]
+    stand_in = importlib.util.find_spec("pydantic") is None
+    if stand_in:
+        sys.modules["pydantic"] = types.ModuleType("pydantic")
+        vars(sys.modules["pydantic"])["BaseModel"] = Fields
     sys.path.insert(0, str(checkout.resolve()))
     try:
         trm = importlib.import_module("models.recursive_reasoning.trm")
@@ -146,27 +166,51 @@ def official_code(checkout: Path | None) -> Iterator[Official | None]:
     finally:
         for name in [n for n in sys.modules if n.split(".")[0] in _TOP_NAMES]:
             del sys.modules[name]
+        if stand_in:
+            del sys.modules["pydantic"]
         sys.modules.update(ours)
         sys.path[:] = path
 
 
 @dataclass(frozen=True)
 class Contender:
-    """One way to run the step. `own_width`: the official rounding of the inner widths to 256."""
+    """One way to run the step.
+
+    Attributes:
+        official: the official code, else ours.
+        compiled: under torch.compile with `compiler` as its backend.
+        own_width: the official rounding of the inner widths to 256.
+        padded: tokens that the official token MLP is given, the missing ones zeros; 0 for its own.
+        backend: of our operations.
+    """
 
     name: str
     official: bool = False
     compiled: bool = False
     own_width: bool = False
+    padded: int = 0
+    backend: str = "reference"
+    compiler: str = "inductor"
+
+
+def fused(config: ModelConfig, device: torch.device) -> str:
+    """The backends beside the reference that "auto" takes there, as a contender's name; or ""."""
+    dtype = getattr(torch, config.forward_dtype)
+    choices = backends.report("auto", device, dtype, config)
+    return " + ".join(sorted({c.implementation for c in choices} - {"reference"}))
 
 
 def contenders(case: Case, device: torch.device, compiling: str = "auto") -> list[Contender]:
-    """The reference first; the official code compiled only where it is run so, on CUDA.
+    """The reference first, then the fused operations where there are any for the device.
+
+    The official code is compiled only where it is run so, on CUDA.
 
     compiling: one of COMPILE; "auto" leaves torch.compile out where it takes tens of minutes:
     on the CPU at the official depth, whose unrolled recursion is one C++ program.
     """
     found = [Contender("reference")]
+    if kernels := fused(case.model, device):
+        found.append(Contender(kernels, backend="auto"))
     depth = case.model.H_cycles * (case.model.L_cycles + 1) * case.model.L_layers
     quick_enough = device.type == "cuda" or depth <= 8
     compiled = compiling == "always" or (compiling == "auto" and quick_enough)
@@ -211,7 +255,27 @@ def build(
     finally:
         official.layers._find_multiple = keep
     head.load_state_dict(reference.state_dict())
+    if contender.padded:
+        _pad_token_mlp(head, contender.padded)
     return head
+
+
+def _pad_token_mlp(head: nn.Module, tokens: int) -> None:
+    """Let the official token MLP multiply matrices of `tokens` columns: aligned rows, equal values.
+
+    97 tokens of two bytes are rows that no GPU reads well; anybody can add this to the code.
+    """
+
+    def forward(mlp: Any, x: Tensor) -> Tensor:
+        extra = tokens - x.shape[-1]
+        gate_up = F.pad(mlp.gate_up_proj.weight.to(x.dtype), (0, extra))
+        down = F.pad(mlp.down_proj.weight.to(x.dtype), (0, 0, 0, extra))
+        gate, up = F.linear(F.pad(x, (0, extra)), gate_up).chunk(2, dim=-1)
+        return F.linear(F.silu(gate) * up, down)[..., : x.shape[-1]]
+
+    for layer in head.model.inner.L_level.layers:  # type: ignore[union-attr]
+        kind = type(layer.mlp_t)
+        layer.mlp_t.__class__ = type(f"Padded{kind.__name__}", (kind,), {"forward": forward})
 
 
 def make_batch(config: ModelConfig, device: torch.device) -> dict[str, Tensor]:
@@ -263,11 +327,14 @@ def prepare(
     device: torch.device,
 ) -> Entry:
     """Everything built and put on the device; `run` does one step and returns its outcome."""
+    config = replace(config, backend=contender.backend)
     head = build(contender, config, official, device)
     batch = make_batch(config, device)
     carry = make_carry(head, config, batch)
     head.train(step == "train")
-    call: Callable[..., Any] = torch.compile(head, dynamic=False) if contender.compiled else head
+    call: Callable[..., Any] = head
+    if contender.compiled:
+        call = torch.compile(head, dynamic=False, backend=contender.compiler)
     rows = getattr(head.model.inner, "puzzle_emb", None)  # type: ignore[union-attr]
 
     def train() -> Any:

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from kernel_checks import DEVICE, architecture, check_fullgraph, check_registered
+from kernel_checks import DEVICE, architecture, check_fullgraph, check_refusals, check_registered
 from op_checks import BSD, EPS, cases, check_op, rms_norm, token_major
 from parity import assert_parity, make_inputs
 
@@ -156,29 +156,16 @@ def test_kernel_is_registered(axis):
     check_registered(kernel._bwd, (h.detach(), total, ssq, axis, EPS))
 
 
-def test_kernel_compiles_as_one_graph():
-    check_fullgraph(
-        lambda h, u: triton_residual_rmsnorm(h, u, TOKENS, EPS),
-        make_inputs((2, 3, 16), (2, 3, 16)),
-    )
-
-
-def test_kernel_second_derivatives_are_refused():
-    h, u = make_inputs((1, 2, 16), (1, 2, 16), requires_grad=True, device=DEVICE)
-    out = triton_residual_rmsnorm(h, u, TOKENS, EPS).pow(3).sum()
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        torch.autograd.grad(out, h, create_graph=True)
-
-
-def test_kernel_says_what_it_does_not_serve():
+def test_kernel_compiles_and_refuses():
+    inputs = make_inputs((2, 3, 16), (2, 3, 16))
+    check_fullgraph(lambda h, u: triton_residual_rmsnorm(h, u, TOKENS, EPS), inputs)
+    check_refusals(lambda h, u: triton_residual_rmsnorm(h, u, FEATURES, EPS), inputs)
     h = torch.zeros(1, 2, 24, device=DEVICE)
     with pytest.raises(ValueError, match="residual_rmsnorm .* multiple of 16 up to 1024, not 24"):
         triton_residual_rmsnorm(h, h, FEATURES, EPS)
-    wide = torch.zeros(1, 2, 16, device=DEVICE)
-    with pytest.raises(ValueError, match="bfloat16, float16 and float32, not float64"):
-        triton_residual_rmsnorm(wide.double(), wide.double(), FEATURES, EPS)
+    h = torch.zeros(1, 2, 16, device=DEVICE)
     with pytest.raises(ValueError, match="axis 1 .tokens. or 2 .features., not 0"):
-        triton_residual_rmsnorm(wide, wide, 0, EPS)
+        triton_residual_rmsnorm(h, h, 0, EPS)
 
 
 @pytest.mark.parametrize("shape, dtype", cases("B S D", [(1, 33, 48), (0, 97, 64)]))

@@ -10,8 +10,8 @@ with `down(...)` once, at the store, and multiplies matrices with `dot(...)`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +26,15 @@ ALIGNMENT = 16  # elements that sizes in memory are multiples of: tensor maps ne
 INTERPRET = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
 
+def inlined(function: Callable[..., Any]) -> Any:
+    """Decorator of the functions that kernels call.
+
+    Interpreted, they stay plain: the interpreter would patch the whole language anew on each call,
+    which takes longer than most of what they compute.
+    """
+    return function if INTERPRET.value else triton.jit(function)
+
+
 class Shape(Protocol):
     """What `unsupported` reads of a model's configuration."""
 
@@ -35,13 +44,13 @@ class Shape(Protocol):
     dropout: float
 
 
-@triton.jit
+@inlined
 def up(x):
     """x in float32: what every load is put through before arithmetic."""
     return x.to(tl.float32)
 
 
-@triton.jit
+@inlined
 def down(x, dtype: tl.constexpr):
     """float32 x rounded to the nearest of `dtype`, ties to even."""
     if INTERPRET and dtype == tl.bfloat16:
@@ -53,7 +62,7 @@ def down(x, dtype: tl.constexpr):
         return x.to(dtype)
 
 
-@triton.jit
+@inlined
 def dot(a, b, acc=None):
     """a @ b + acc in float32, of tiles as they were loaded or as `down` made them."""
     if INTERPRET:
@@ -62,7 +71,7 @@ def dot(a, b, acc=None):
         return tl.dot(a, b, acc, input_precision="ieee")
 
 
-@triton.jit
+@inlined
 def tiles(source, shape, strides, block: tl.constexpr, TMA: tl.constexpr):
     """A descriptor whose loads give zeros outside `shape`, and whose stores write nothing there.
 
@@ -76,7 +85,7 @@ def tiles(source, shape, strides, block: tl.constexpr, TMA: tl.constexpr):
         return tl.make_tensor_descriptor(source, shape, strides, block)
 
 
-@triton.jit
+@inlined
 def row_scale(ssq_ptr, offs, count, TILES: tl.constexpr, WIDTH: tl.constexpr, eps):
     """1 / rms of the rows `offs` < count, from their partial sums of squares [TILES, count]."""
     total = tl.zeros(offs.shape, tl.float32)

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from trm_fast.kernels._common import check, down, unsupported, unsupported_dtype, up
+from trm_fast.kernels._common import check, down, inlined, unsupported, unsupported_dtype, up
 from trm_fast.kernels._runtime import run
 from trm_fast.kernels.launch import pick
 from trm_fast.kernels.registration import TRITON, register
@@ -27,7 +27,7 @@ HALF_PI = tl.constexpr(1.5707963267948966)
 HALF_PI_REST = tl.constexpr(-4.371139000186241e-08)  # what float32 lacks of it
 
 
-@triton.jit
+@inlined
 def _atan2(m, s):
     """atan2(m, s) of float32 m and s >= 0, within 2 units in the last place; 0 for two zeros."""
     height = tl.abs(m)
@@ -51,7 +51,7 @@ def _atan2(m, s):
     return tl.where(m < 0.0, -angle, angle)
 
 
-@triton.jit
+@inlined
 def _lerp(a, b, weight):
     """a + weight (b - a) computed from the nearer end, as torch.lerp does: exact at both."""
     return tl.where(weight < 0.5, a + weight * (b - a), b - (b - a) * (1.0 - weight))

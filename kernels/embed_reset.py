@@ -24,6 +24,7 @@ from trm_fast.kernels._common import (
     check,
     dot,
     down,
+    inlined,
     unsupported,
     unsupported_dtype,
     unsupported_width,
@@ -39,7 +40,7 @@ POSITION_SCALE = tl.constexpr(0.707106781)  # keeps the variance of token + posi
 MAX_ONE_HOT = 64  # vocabularies up to which the gradient is a product with one-hot rows
 
 
-@triton.jit
+@inlined
 def _restart(state_ptr, init_ptr, out_ptr, offs, offs_d, mask, reset):
     """Rows of a state, those of `reset` taken from its start; what they held is not even read."""
     init = up(tl.load(init_ptr + offs_d, mask=mask, other=0.0))

@@ -21,6 +21,7 @@ from torch import Tensor
 from trm_fast.kernels._common import (
     check,
     down,
+    inlined,
     row_scale,
     unsupported,
     unsupported_dtype,
@@ -118,7 +119,7 @@ def norm_bwd(
     return out
 
 
-@triton.jit
+@inlined
 def _rounded_sum(h_ptr, u_ptr, offs, mask):
     """h + u in their dtype: the reference rounds the sum before it squares it."""
     h = up(tl.load(h_ptr + offs, mask=mask, other=0.0))
@@ -142,7 +143,7 @@ def _features_fwd_kernel(
     tl.store(out_ptr + offs, down(out, out_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@inlined
 def _tokens_offsets(WIDTH: tl.constexpr, S: tl.constexpr, BLOCK_D: tl.constexpr):
     """Of a program that owns BLOCK_D columns of one item: item, columns, its first element."""
     columns: tl.constexpr = (WIDTH + BLOCK_D - 1) // BLOCK_D

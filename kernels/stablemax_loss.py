@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from trm_fast.kernels._common import check, down, unsupported_dtype, up
+from trm_fast.kernels._common import check, down, inlined, unsupported_dtype, up
 from trm_fast.kernels._runtime import run
 from trm_fast.kernels.launch import pick
 from trm_fast.kernels.registration import TRITON, register
@@ -37,7 +37,7 @@ class Vocabulary(Protocol):
     vocab_size: int
 
 
-@triton.jit
+@inlined
 def _log1p(u):
     """log(1 + u) for u >= 0. What the sum loses of a small u, the quotient puts right (Kahan)."""
     w = 1.0 + u
@@ -45,7 +45,7 @@ def _log1p(u):
     return tl.where(w == 1.0, u, tl.log(w) * lost)
 
 
-@triton.jit
+@inlined
 def _parts(
     logits_ptr, labels_ptr, count,
     VOCABULARY: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_M: tl.constexpr,

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from trm_fast.kernels._common import check, down, unsupported, unsupported_dtype, up
+from trm_fast.kernels._common import check, down, inlined, unsupported, unsupported_dtype, up
 from trm_fast.kernels._runtime import run
 from trm_fast.kernels.launch import pick
 from trm_fast.kernels.registration import TRITON, register
@@ -26,7 +26,7 @@ from trm_fast.kernels.registration import TRITON, register
 __all__ = ["swiglu", "unsupported"]
 
 
-@triton.jit
+@inlined
 def _offsets(count, F: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """Of one tile: rows [BLOCK_M, 1] int64, columns [1, BLOCK_N], what lies inside."""
     columns: tl.constexpr = (F + BLOCK_N - 1) // BLOCK_N

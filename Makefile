@@ -9,13 +9,17 @@ VENV ?= .venv
 TORCH_INDEX ?=
 # What to pass on: make train ARGS="seed=1", make test ARGS="-k imports"
 ARGS ?=
+# A version of Triton, or `latest`, to compile the kernels with instead of the pinned one.
+TRITON ?=
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 INDEX := $(if $(TORCH_INDEX),--extra-index-url "$(TORCH_INDEX)")
+OTHER := $(VENV)-triton-$(TRITON)
+PURELIB := import sysconfig; print(sysconfig.get_path("purelib"))
 
 .DEFAULT_GOAL := help
-.PHONY: help train test check bench clean
+.PHONY: help train test check aot bench clean FORCE
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' Makefile
@@ -31,11 +35,15 @@ check: $(VENV)/.with-dev ## lint and type-check
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+aot: $(if $(TRITON),$(OTHER)/.installed,$(VENV)/.with-test) ## compile every Triton kernel (TRITON=VERSION or latest: with that)
+	$(if $(TRITON),$(OTHER)/bin,$(BIN))/python -m trm_fast.kernels.report --check $(ARGS)
+
 bench: $(VENV)/.with-test ## run the benchmarks (ARGS="--official PATH" compares)
 	$(BIN)/python -m pytest bench/ --benchmark-only $(ARGS)
 
 clean: ## remove .venv, build products and caches (data/ and checkpoints/ stay)
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf $(VENV) $(VENV)-triton-* build dist *.egg-info
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -43,3 +51,14 @@ $(BIN)/python:
 $(VENV)/.with-%: pyproject.toml setup.py constraints.txt | $(BIN)/python
 	$(PIP) install --quiet --editable ".[$*]" --constraint constraints.txt $(INDEX)
 	@touch $@
+
+# Triton alone is installed there. All else comes from $(VENV) through a path file, which Python
+# reads after the environment's own folder: so PyTorch, which asks for one Triton, stays as it is.
+$(OTHER)/.installed: $(VENV)/.with-test $(if $(filter latest,$(TRITON)),FORCE)
+	$(BIN)/python -m venv --clear $(OTHER)
+	$(OTHER)/bin/python -m pip --disable-pip-version-check install --quiet --no-deps \
+	    $(if $(filter latest,$(TRITON)),triton,triton==$(TRITON))
+	$(BIN)/python -c '$(PURELIB)' >"$$($(OTHER)/bin/python -c '$(PURELIB)')/dependencies.pth"
+	@touch $@
+
+FORCE:

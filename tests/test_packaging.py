@@ -115,7 +115,7 @@ def test_kernels_resolve_inside_the_package_only():
 def test_make_covers_its_targets():
     done = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True)
     listed = re.findall(r"^  make (\w+)", done.stdout, flags=re.M)
-    assert listed == ["help", "train", "test", "check", "bench", "clean"]
+    assert listed == ["help", "train", "test", "check", "aot", "bench", "clean"]
 
 
 @pytest.mark.parametrize(
@@ -124,6 +124,7 @@ def test_make_covers_its_targets():
         ("train", "viz", "python -m trm_fast.train seed=1"),
         ("test", "test", "python -m pytest seed=1"),
         ("check", "dev", "mypy"),
+        ("aot", "test", "python -m trm_fast.kernels.report --check seed=1"),
         ("bench", "test", "python -m pytest bench/ --benchmark-only seed=1"),
     ],
 )
@@ -135,6 +136,20 @@ def test_make_installs_what_the_target_needs(tmp_path, target, extra, runs):
     install = f'install --quiet --editable ".[{extra}]" --constraint constraints.txt'
     assert f'{install} --extra-index-url "https://example.org/cpu"' in done.stdout
     assert f"{tmp_path}/env/bin/{runs}" in done.stdout
+
+
+def test_make_aot_keeps_another_triton_in_an_environment_of_its_own(tmp_path):
+    given = [f"VENV={tmp_path}/env", "TRITON=3.9.0"]
+    done = subprocess.run(
+        ["make", "--dry-run", "aot", *given], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    place = f"{tmp_path}/env-triton-3.9.0"
+    installs = done.stdout.replace("\\\n", "").split("\n")
+    (install,) = (
+        line.split() for line in installs if line.startswith(f"{place}/bin/python -m pip")
+    )
+    assert install[-2:] == ["--no-deps", "triton==3.9.0"]
+    assert f"{place}/bin/python -m trm_fast.kernels.report --check" in done.stdout
 
 
 def readme_commands() -> list[list[str]]:

@@ -1,0 +1,607 @@
+"""The compile report: what it reads of a launch, of the compiler's output, and what its gate says.
+
+Nothing here is compiled except in the last section, which starts the command as a user would, with
+the interpreter's variable set.
+"""
+
+import json
+import os
+import re
+import struct
+from argparse import Namespace
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import triton.language as tl
+from triton.runtime.jit import JITFunction
+
+from trm_fast import ops
+from trm_fast.kernels import _compile, report
+from trm_fast.kernels._compile import Compiled, Variant
+from trm_fast.kernels._runtime import Launch, architecture, descriptor, run
+from trm_fast.kernels.launch import Row
+
+
+def _sum_kernel(
+    a_source, b_ptr, out_ptr, count, half, eps, one,
+    WIDTH: tl.constexpr, FAST: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    tl.store(out_ptr + tl.arange(0, BLOCK_M), a_source + b_ptr)
+
+
+def _difference_kernel(
+    a_source, b_ptr, out_ptr, count, half, eps, one,
+    WIDTH: tl.constexpr, FAST: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    tl.store(out_ptr + tl.arange(0, BLOCK_M), a_source - b_ptr)
+
+
+# What @triton.jit makes of a function where nothing is interpreted.
+KERNEL, OTHER = JITFunction(_sum_kernel), JITFunction(_difference_kernel)
+SETTINGS = ("num_warps", "num_stages")
+TILES = {"BLOCK_M": 64}
+ROWS = {
+    (arch, bits): Row("sum", arch, bits, TILES, 8, 2) for arch in (80, 90, 100) for bits in (16, 32)
+}
+CLEAN = Compiled(
+    registers=128, stack=0, spill_stores=0, spill_loads=0, serialized=False, shared=65536,
+    scratch=0, tensor_memory=0, warps=8, dot=True, mix={"HGMMA": 4, "STG": 8},
+)  # fmt: skip
+TENSOR_MIX = {80: {"HMMA": 4}, 90: {"HGMMA": 4}, 100: {"UTCHMMA": 4}}
+
+
+def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def arguments(**changes: Any) -> dict[str, Any]:
+    args = {
+        "a_source": meta(97, 512),
+        "b_ptr": meta(97, 512, dtype=torch.float32),
+        "out_ptr": meta(97, 512),
+        **{"count": 96, "half": 97, "eps": 1e-5, "one": 1},
+        **{"WIDTH": 512, "FAST": False, "BLOCK_M": 64},
+    }
+    return args | changes
+
+
+def variant(arch: int = 90, **changes: Any) -> Variant:
+    return _compile.variant(Launch(KERNEL, ROWS[arch, 16], arguments(**changes)), arch)
+
+
+# --- what of a launch decides the machine code ---
+
+
+def test_arguments_are_typed_as_a_launch_types_them():
+    blocks = descriptor(meta(97, 512), [64, 32], ROWS[90, 16])
+    of = variant(a_source=blocks, b_ptr=None)
+    assert list(of.signature.values()) == [
+        *("tensordesc<bf16[64, 32]>", "constexpr", "*bf16", "i32", "i32", "fp32", "constexpr"),
+        *("constexpr", "constexpr", "constexpr"),
+    ]
+    # None, and integers that are 1, are compiled in as well.
+    assert of.constants == {(1,): None, (6,): 1, (7,): 512, (8,): False, (9,): 64}
+    known = {position[0] for position, attr in of.attrs.items() if attr}
+    assert known == {2, 3}  # pointers, and integers that are multiples of 16
+    assert of.attrs[3,] == [["tt.divisibility", 16]]
+    assert of.options == {"num_warps": 8, "num_stages": 2}
+    assert (of.module, of.function, of.arch) == (__name__, "_sum_kernel", 90)
+
+
+def test_a_large_integer_needs_64_bits():
+    assert variant(count=2**31).signature["count"] == "i64"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"b_ptr": None},
+        {"b_ptr": meta(97, 512)},
+        {"count": 97},
+        {"count": 1},
+        {"WIDTH": 256},
+        {"FAST": True},
+        {"a_source": descriptor(meta(97, 512), [64, 32], ROWS[90, 16])},
+    ],
+)
+def test_what_changes_the_code_changes_the_key(changes):
+    assert variant(**changes).key != variant().key
+
+
+def test_the_key_tells_architectures_warps_and_kernels_apart():
+    row = ROWS[90, 16]
+    launches = [
+        *(Launch(KERNEL, row, arguments()), Launch(OTHER, row, arguments())),
+        *(Launch(KERNEL, replace(row, **{name: 4}), arguments()) for name in SETTINGS),
+    ]
+    keys = {_compile.variant(launch, arch).key for launch in launches for arch in (80, 90, 100)}
+    assert len(keys) == 12
+
+
+@pytest.mark.parametrize(
+    ("place", "name"), [(_compile, "SCHEMA"), (_compile.triton, "__version__")]
+)
+def test_another_compiler_or_schema_makes_another_key(monkeypatch, place, name):
+    before = variant().key
+    monkeypatch.setattr(place, name, "other")
+    _compile._binder.cache_clear()
+    assert variant().key != before
+    _compile._binder.cache_clear()
+
+
+def test_what_a_compiler_does_not_see_leaves_the_key():
+    assert variant(half=99, out_ptr=meta(5, 512), eps=0.5).key == variant().key
+
+
+# --- what the compiler's tools print ---
+
+PTXAS = """
+ptxas info    : 0 bytes gmem
+ptxas info    : Compiling entry function '_linear_kernel' for 'sm_90a'
+ptxas info    : Function properties for _linear_kernel
+    {stack} bytes stack frame, {stores} bytes spill stores, {loads} bytes spill loads
+ptxas info    : Used {registers} registers, used 1 barriers
+ptxas info    : Compile time = 137.739 ms
+"""
+
+
+def test_registers_and_spills_are_read():
+    log = PTXAS.format(stack=16, stores=24, loads=32, registers=159)
+    assert _compile.read_ptxas(log) == {
+        "registers": 159,
+        "stack": 16,
+        "spill_stores": 24,
+        "spill_loads": 32,
+        "serialized": False,
+    }
+    newer = log.replace("ptxas info", "ptxas-blackwell info")
+    assert _compile.read_ptxas(newer) == _compile.read_ptxas(log)
+
+
+def test_serialized_instructions_are_noticed():
+    log = PTXAS.format(stack=0, stores=0, loads=0, registers=90) + (
+        "ptxas info    : (C7515) Potential Performance Loss: wgmma.mma_async instructions are "
+        "serialized due to non wgmma instructions defining accumulator registers\n"
+    )
+    assert _compile.read_ptxas(log)["serialized"] is True
+
+
+def test_a_log_that_does_not_tell_is_an_error():
+    with pytest.raises(ValueError, match="did not tell registers and spills: 'nothing'"):
+        _compile.read_ptxas("nothing\n")
+
+
+SASS = """\t.headerflags\t@"EF_CUDA_64BIT_ADDRESS EF_CUDA_SM90 EF_CUDA_VIRTUAL_SM(EF_CUDA_SM90)"
+        /*0000*/                   LDC R1, c[0x0][0x28] ;
+        /*0010*/               @P4 BRA 0x320 ;
+        /*0020*/                   UTMALDG.2D [UR16], [UR4], desc[UR18] ;
+        /*0030*/              @!P0 LDG.E.128 R4, desc[UR6][R4.64] ;
+        /*0040*/                   HGMMA.64x256x16.F32.BF16 R24, gdesc[UR12], R24 ;
+        /*0050*/              @UP1 UTCHMMA gdesc[UR14], gdesc[UR16], tmem[UR10] ;
+        /*0060*/                   LDGSTS.E.BYPASS.128 [R7], desc[UR6][R8.64] ;
+        /*12350*/                  NOP;
+"""
+
+
+def test_instructions_are_counted_for_each_kernel():
+    first, second = _compile.read_sass(SASS, [64, 64])
+    assert first == {"UTMALDG": 1, "LDG": 1}
+    assert second == {"HGMMA": 1, "UTCHMMA": 1, "LDGSTS": 1}
+
+
+def test_a_disassembly_of_other_length_is_an_error():
+    with pytest.raises(ValueError, match="8 instructions in 144 bytes"):
+        _compile.read_sass(SASS, [64, 80])
+
+
+def elf(sections: dict[str, bytes]) -> bytes:
+    """An ELF file of these sections, as far as `instructions` reads one."""
+    names = b"".join(name.encode() + b"\0" for name in [*sections, ".shstrtab"])
+    bodies = [*sections.values(), names]
+    file, headers, name_at = bytearray(64), b"", 0
+    for name, body in zip([*sections, ".shstrtab"], bodies, strict=True):
+        headers += struct.pack("<IIQQQQIIQQ", name_at, 1, 0, 0, len(file), len(body), 0, 0, 1, 0)
+        file += body
+        name_at += len(name) + 1
+    struct.pack_into("<Q", file, 0x28, len(file))
+    struct.pack_into("<HHH", file, 0x3A, 64, len(bodies), len(bodies) - 1)
+    return bytes(file) + headers
+
+
+def test_instructions_are_those_of_every_function():
+    file = elf({".nv.info": b"abc", ".text._a": b"1234", ".data": b"x", ".text._b": b"56"})
+    assert _compile.instructions(file) == b"123456"
+
+
+def test_an_error_shows_its_cause_and_its_last_line():
+    try:
+        try:
+            raise ValueError("at 3:4:\n  tl.store(x)\n  ^\nwidths differ\n   ^")
+        except ValueError as inner:
+            raise RuntimeError("at 9:9:\n ^") from inner
+    except RuntimeError as error:
+        assert _compile.one_line(error) == "ValueError: widths differ"
+    assert _compile.one_line(KeyError()) == "KeyError: no message"
+
+
+# --- the cache, and the processes ---
+
+
+@pytest.fixture
+def compiled(monkeypatch: pytest.MonkeyPatch) -> list[Variant]:
+    """Takes what would have been compiled; each result has as many registers as its place."""
+    asked: list[Variant] = []
+
+    def fake(variants: list[Variant], jobs: int) -> Iterator[tuple[Variant, Compiled | str]]:
+        for of in variants:
+            asked.append(of)
+            broken = of.signature["count"] == "i64"
+            yield of, "no" if broken else replace(CLEAN, registers=len(asked))
+
+    monkeypatch.setattr(_compile, "_in_processes", fake)
+    return asked
+
+
+def test_results_are_kept_and_found_again(compiled, tmp_path):
+    some = [variant(), variant(count=97), variant()]
+    first, fresh = _compile.compile_all(some, 2, tmp_path / "a" / "b")
+    assert (len(compiled), fresh) == (2, 2)
+    again, fresh = _compile.compile_all(some[:1], 2, tmp_path / "a" / "b")
+    assert (len(compiled), fresh) == (2, 0)
+    assert again == {some[0].key: first[some[0].key]}
+    assert again[some[0].key] == replace(CLEAN, registers=1)
+    assert [p.suffix for p in (tmp_path / "a" / "b").iterdir()] == [".json", ".json"]
+
+
+def test_without_a_folder_nothing_is_kept(compiled):
+    for _ in range(2):
+        _compile.compile_all([variant()], 1, None)
+    assert len(compiled) == 2
+
+
+def test_a_kernel_that_does_not_compile_is_tried_again(compiled, tmp_path):
+    of = variant(count=2**40)
+    for _ in range(2):
+        assert _compile.compile_all([of], 1, tmp_path) == ({of.key: "no"}, 1)
+    assert list(tmp_path.iterdir()) == []
+
+
+def damaged(whole: str) -> list[str]:
+    kept = json.loads(whole)
+    return [
+        *("", whole[: len(whole) // 2], "[1, 2]", "null", "\x00\xff"),
+        json.dumps({**kept, "registers": "many"}),
+        json.dumps({**kept, "dot": 1}),
+        json.dumps({**kept, "mix": {"STG": None}}),
+        json.dumps({name: value for name, value in kept.items() if name != "shared"}),
+        json.dumps({**kept, "new": 1}),
+    ]
+
+
+def test_a_damaged_result_is_made_anew(compiled, tmp_path):
+    of = variant()
+    _compile.compile_all([of], 1, tmp_path)
+    (path,) = tmp_path.iterdir()
+    whole = path.read_text(encoding="utf-8")
+    for count, text in enumerate(damaged(whole), start=2):
+        path.write_text(text, encoding="utf-8")
+        results, fresh = _compile.compile_all([of], 1, tmp_path)
+        assert (fresh, len(compiled)) == (1, count), text
+        assert _compile.load(tmp_path, of.key) == results[of.key], text
+
+
+def test_a_folder_that_cannot_be_written_is_no_error(compiled, tmp_path):
+    (tmp_path / "file").write_text("")
+    of = variant()
+    for folder in (tmp_path / "file", tmp_path / "file" / "below"):
+        results, _ = _compile.compile_all([of], 1, folder)
+        assert isinstance(results[of.key], Compiled)
+
+
+def test_the_cache_folder_follows_the_variable(monkeypatch, tmp_path):
+    monkeypatch.setenv("TRM_FAST_CACHE", str(tmp_path))
+    assert _compile.cache_folder() == tmp_path / "aot"
+    monkeypatch.delenv("TRM_FAST_CACHE")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert _compile.cache_folder() == tmp_path / "home" / ".cache" / "trm_fast" / "aot"
+
+
+def crashing_batch(batch: list[Variant]) -> list[Compiled | str]:
+    if any(of.signature["count"] == "i64" for of in batch):
+        os._exit(13)
+    return [CLEAN for _ in batch]
+
+
+def test_a_crash_of_the_compiler_costs_its_kernel_only(monkeypatch):
+    monkeypatch.setattr(_compile, "compile_batch", crashing_batch)
+    good = [variant(arch, count=count) for arch in (80, 90) for count in (16, 17)]
+    bad = variant(count=2**40)
+    results, _ = _compile.compile_all([*good, bad], 2, None)
+    assert results.pop(bad.key) == "the compiler crashed"
+    assert results == {of.key: CLEAN for of in good}
+
+
+# --- from examples to lines ---
+
+
+def examples(make: Callable[..., torch.Tensor]) -> Iterator[None]:
+    like = make(97, 512)
+    row = ROWS[architecture(like.device), like.element_size() * 8]
+    for changes in ({}, {"half": 99}, {"b_ptr": None}, {"FAST": True, "count": 97}):
+        args = arguments(a_source=like, out_ptr=make(97, 512), **changes)
+        args.pop("BLOCK_M")
+        run(KERNEL, (1,), row, like, **args)
+        yield
+
+
+def failing(make: Callable[..., torch.Tensor]) -> Iterator[None]:
+    yield from examples(make)
+    raise RuntimeError("too wide")
+
+
+def lines_of(module: Any, archs: list[int], bits: list[int]) -> tuple[list[report.Line], list[str]]:
+    pairs, wrong = report.collect({"inject": module}, archs, bits)
+    return [line for line, _ in pairs], wrong
+
+
+def test_different_launches_are_listed_once_with_what_tells_them_apart():
+    lines, wrong = lines_of(SimpleNamespace(examples=examples), [80], [16])
+    assert wrong == []
+    assert [tuple(line.flags.values()) for line in lines] == [
+        (),
+        ("no b",),
+        ("count%16", "FAST"),
+    ]
+    assert {(line.ops, line.kernel, line.dtype) for line in lines} == {(("inject",), "sum", "bf16")}
+    assert lines[1].name() == "sum, row sum, sm_80, bf16 (no b)"
+
+
+def test_float16_is_compiled_once_for_a_kernel_and_row_of_sm_90():
+    lines, _ = lines_of(SimpleNamespace(examples=examples), [80, 90, 100], [16, 32])
+    counts: dict[tuple[int, str], int] = {}
+    for line in lines:
+        key = (line.row.arch, line.dtype)
+        counts[key] = counts.get(key, 0) + 1
+    whole = {(arch, dtype): 3 for arch in (80, 90, 100) for dtype in ("bf16", "fp32")}
+    assert counts == whole | {(90, "fp16"): 1}
+
+
+def test_two_ops_that_launch_the_same_share_a_line():
+    module = SimpleNamespace(examples=examples)
+    pairs, _ = report.collect({"inject": module, "swiglu": module}, [80], [32])
+    assert {line.ops for line, _ in pairs} == {("inject", "swiglu")}
+    assert len(pairs) == 3
+
+
+def test_examples_that_fail_are_named_with_their_place():
+    lines, (wrong,) = lines_of(SimpleNamespace(examples=failing), [80], [16])
+    assert len(lines) == 3
+    shown = r"inject, sm_80, bf16: the examples failed: RuntimeError: too wide "
+    assert re.fullmatch(shown + r"\(test_kernels_report\.py:\d+\)", wrong)
+
+
+def test_a_module_without_examples_is_named():
+    assert lines_of(SimpleNamespace(), [80], [16]) == (
+        [],
+        ["inject: the module has no function `examples`"],
+    )
+
+
+# --- the gate ---
+
+
+def clean(arch: int, bits: int) -> Compiled:
+    return replace(CLEAN, mix=TENSOR_MIX[arch] if bits == 16 else {"FFMA": 64})
+
+
+@pytest.mark.parametrize("bits", [16, 32])
+@pytest.mark.parametrize("arch", [80, 90, 100])
+def test_a_clean_kernel_has_no_problem(arch, bits):
+    assert list(report.problems(clean(arch, bits), arch, bits)) == []
+
+
+def mixed(**mix: int) -> dict[str, Any]:
+    return {"mix": mix}
+
+
+@pytest.mark.parametrize(
+    ("arch", "bits", "changes", "problem"),
+    [
+        (90, 16, {"spill_stores": 8}, "spills 8 + 0 bytes of registers per thread"),
+        (90, 16, {"spill_loads": 4}, "spills 0 + 4 bytes of registers per thread"),
+        (90, 16, {"stack": 16}, "uses local memory: 16 bytes of stack, 0 instructions"),
+        (80, 32, mixed(LDL=1, FFMA=1), "uses local memory: 0 bytes of stack, 1 instructions"),
+        (80, 32, mixed(STL=2, FFMA=1), "uses local memory: 0 bytes of stack, 2 instructions"),
+        (90, 16, {"registers": 256, "warps": 4}, "needs 256 registers x 128 threads, of 65536"),
+        (90, 16, {"registers": 168, "warps": 16}, "needs 168 registers x 512 threads, of 65536"),
+        (80, 16, {"shared": 101377}, "needs 99.0 KiB of shared memory, of 99"),
+        (90, 16, {"shared": 232449}, "needs 227.0 KiB of shared memory, of 227"),
+        (100, 16, {"shared": 232449}, "needs 227.0 KiB of shared memory, of 227"),
+        (100, 16, {"tensor_memory": 1024}, "needs 1024 columns of tensor memory, of 512"),
+        (90, 16, {"scratch": 384}, "wants 384 bytes of global scratch memory at each launch"),
+        (90, 16, {"serialized": True}, "wgmma instructions are serialized"),
+        (80, 16, mixed(FFMA=9), "multiplies matrices without HMMA"),
+        (90, 16, mixed(FFMA=9), "multiplies matrices without HGMMA"),
+        (90, 16, mixed(HGMMA=4, HMMA=2), "multiplies matrices with 2 HMMA instead of HGMMA"),
+        (100, 16, mixed(HMMA=9), "multiplies matrices without UTCHMMA"),
+        (80, 32, mixed(HMMA=9), "multiplies float32 matrices in less: HMMA"),
+        (90, 32, mixed(HGMMA=9, FFMA=1), "multiplies float32 matrices in less: HGMMA"),
+        (100, 32, mixed(UTCHMMA=9), "multiplies float32 matrices in less: UTCHMMA"),
+    ],
+)
+def test_each_rule_is_broken_once(arch, bits, changes, problem):
+    assert list(report.problems(replace(clean(arch, bits), **changes), arch, bits)) == [problem]
+
+
+@pytest.mark.parametrize(
+    ("arch", "changes"),
+    [
+        (80, {"shared": 101376}),
+        (90, {"shared": 232448}),
+        (90, {"registers": 255, "warps": 8}),
+        (90, {"registers": 168, "warps": 12}),
+        (90, {"dot": False, "mix": {"HMMA": 1}}),
+    ],
+)
+def test_what_is_just_allowed(arch, changes):
+    assert list(report.problems(replace(clean(arch, 16), **changes), arch, 16)) == []
+
+
+def test_a_kernel_that_does_not_compile_has_that_problem_alone():
+    assert list(report.problems("ValueError: no", 90, 16)) == ["does not compile: ValueError: no"]
+
+
+def line(arch: int, bits: int, result: Compiled | str | None = None) -> report.Line:
+    made = clean(arch, bits) if result is None else result
+    return report.Line(("inject",), "sum", ROWS[arch, bits], report.BITS[bits], {}, made)
+
+
+ALL = [line(arch, bits) for arch, bits in ROWS]
+WHOLE = ([80, 90, 100], [16, 32])
+
+
+def test_the_gate_passes_when_all_rows_are_clean():
+    assert report.gate(ALL, ["inject"], list(ROWS.values()), *WHOLE) == []
+
+
+def test_a_row_that_no_example_reaches_is_named():
+    unused = replace(ROWS[90, 16], kernel="other")
+    rows = [*ROWS.values(), unused]
+    assert report.gate(ALL, ["inject"], rows, *WHOLE) == [
+        "row other, sm_90, 16 bits, M64: no example reaches it"
+    ]
+    assert report.gate(ALL, ["inject"], rows, [80], [16]) == []
+
+
+def test_an_op_needs_a_clean_launch_everywhere():
+    missing = "inject: no launch without problems on sm_90 with 32 bits"
+    without = [one for one in ALL if (one.row.arch, one.row.bits) != (90, 32)]
+    assert report.gate(without, ["inject"], (), *WHOLE) == [missing]
+    dirty = line(90, 32, replace(clean(90, 32), stack=8))
+    spoilt = report.gate([*without, dirty], ["inject"], (), *WHOLE)
+    assert spoilt == [
+        "sum, row sum, sm_90, fp32: uses local memory: 8 bytes of stack, 0 instructions",
+        missing,
+    ]
+
+
+# --- the table ---
+
+
+def test_blocks_of_a_multiprocessor():
+    assert report.blocks(replace(CLEAN, registers=97, warps=8, shared=99 * 1024), 80) == (2, 1)
+    assert report.blocks(replace(CLEAN, registers=168, warps=12, shared=0), 90) == (1, 5)
+    assert report.blocks(replace(CLEAN, registers=32, warps=4, shared=0), 90) == (16, 16)
+
+
+def test_the_table_is_aligned():
+    grown = replace(CLEAN, warps=12, spill_loads=4)
+    flagged = replace(line(90, 16, grown), flags={"h": "no h", "K": "K=512"})
+    text = report.table([flagged, line(80, 32, "ValueError: no")])
+    head, first, second = text.split("\n")
+    cells = [re.split(r" {2,}", row) for row in (head, first, second)]
+    assert cells[0] == [
+        *("kernel", "row", "sm", "type", "tiles", "warps", "stages", "regs", "smem KiB"),
+        *("spill", "blocks", "flags", "instructions"),
+    ]
+    assert cells[1] == [
+        *("sum", "sum", "90", "bf16", "M64", "8+", "2", "128", "64.0"),
+        *("4", "1/3", "no h, K=512", "HGMMA 4 STG 8"),
+    ]
+    assert cells[2] == ["sum", "sum", "80", "fp32", "M64", "8", "2", *"----", "does not compile"]
+    at = {name: head.index(name) for name in ("tiles", "regs", "instructions")}
+    assert first[at["instructions"] :] == "HGMMA 4 STG 8"
+    assert second[at["instructions"] :] == "does not compile"
+    assert second[at["tiles"] :].startswith("M64") and second[at["regs"] :].startswith("-")
+
+
+# --- the command ---
+
+
+def test_the_ops_are_those_of_the_engine():
+    assert set(report.OPS) == set(ops.OP_NAMES)
+
+
+def test_an_op_without_a_module_and_one_that_breaks_are_told_apart(monkeypatch):
+    def find(name: str) -> object | None:
+        return None if name.endswith("swiglu") else object()
+
+    def load(name: str) -> object:
+        if name.endswith("inject"):
+            raise ImportError("no such helper")
+        return name
+
+    fake = SimpleNamespace(util=SimpleNamespace(find_spec=find), import_module=load)
+    monkeypatch.setattr(report, "importlib", fake)
+    modules, absent, wrong = report.import_ops(["inject", "swiglu", "token_mix"])
+    assert modules == {"token_mix": "trm_fast.kernels.token_mix"}
+    assert absent == ["swiglu"]
+    assert wrong == ["inject: cannot be imported: ImportError: no such helper"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--op", "tokenmix"], "argument --op: invalid choice: 'tokenmix' (choose from "),
+        (["--arch", "70"], "argument --arch: invalid choice: 70 (choose from 80, 90, 100)"),
+        (["--bits", "8"], "argument --bits: invalid choice: 8 (choose from 16, 32)"),
+        (["--jobs", "0"], "argument --jobs: 0 is not a number of processes"),
+    ],
+)
+def test_unknown_words_are_refused(capsys, words, message):
+    with pytest.raises(SystemExit) as stopped:
+        report.main(words)
+    assert stopped.value.code == 2
+    last = capsys.readouterr().err.strip().split("\n")[-1]
+    assert message in last
+    if words[0] == "--op":
+        assert all(op in last for op in report.OPS)
+
+
+@pytest.mark.parametrize(("check", "status"), [(True, 1), (False, 0)])
+def test_only_a_check_fails(monkeypatch, capsys, tmp_path, compiled, check, status):
+    module = SimpleNamespace(examples=examples)
+    monkeypatch.setattr(report, "import_ops", lambda names: ({"inject": module}, ["swiglu"], []))
+    monkeypatch.setattr(report, "ROWS", tuple(ROWS.values()))
+    given = Namespace(
+        op=None, arch=[80, 90], bits=[16, 32], check=check, jobs=1, no_cache=True,
+        json=tmp_path / "report.json",
+    )  # fmt: skip
+    # Every made-up result has HGMMA: right on sm_90 with 16 bits and nowhere else.
+    assert report._report(given) == status
+    shown = capsys.readouterr().out.strip().split("\n")
+    wrong = shown[shown.index("") + 1 : -2]
+    assert "sum, row sum, sm_80, bf16: multiplies matrices without HMMA" in wrong
+    assert not any("sm_90, bf16" in text or "sm_90, fp16" in text for text in wrong)
+    assert re.fullmatch(
+        rf"Triton \S+: 13 launches, 13 compiled anew, \d+ s, {len(wrong)} violations", shown[-2]
+    )
+    assert shown[-1] == "no kernel for swiglu"
+    written = json.loads(given.json.read_text(encoding="utf-8"))
+    assert written["violations"] == wrong
+    assert {one["result"]["shared"] for one in written["launches"]} == {65536}
+
+
+def test_the_command_compiles_although_the_session_interprets(monkeypatch, capfd, tmp_path):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setenv("TRM_FAST_CACHE", str(tmp_path))
+    monkeypatch.setattr(report.triton.knobs.runtime, "interpret", True)
+    words = ["--op", "embed_reset", "--arch", "90", "--bits", "16", "--check"]
+    status = report.main([*words, "--json", str(tmp_path / "out.json")])
+    text = capfd.readouterr().out
+    assert status == 0, text
+    assert f"Triton {report.triton.__version__}: " in text and "no violations" in text
+    written = json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))
+    made = {one["kernel"]: one["result"] for one in written["launches"]}
+    assert set(made) == {"embed_reset_fwd", "embedding_bwd"}
+    assert made["embed_reset_fwd"]["mix"].keys() >= {"LDG", "STG"}
+    assert not made["embed_reset_fwd"]["dot"]
+    assert made["embedding_bwd"]["dot"] and made["embedding_bwd"]["mix"]["HGMMA"]
+    assert all(0 < one["registers"] <= 255 and one["warps"] in (4, 8) for one in made.values())
+    kept = list((tmp_path / "aot").iterdir())
+    assert len(kept) == len(written["launches"]) >= 4
+    assert all(_compile.load(path.parent, path.stem) is not None for path in kept)

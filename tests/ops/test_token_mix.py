@@ -2,10 +2,21 @@
 
 import pytest
 import torch
+from kernel_checks import (
+    DEVICE,
+    architecture,
+    check_fullgraph,
+    check_refusals,
+    check_registered,
+)
 from op_checks import EPS, cases, check_op, counted_ops, rms_norm, silu, token_major
 from parity import make_inputs
 
+from trm_fast.kernels import token_mix as kernel
+from trm_fast.kernels.token_mix import token_mix as triton_token_mix
 from trm_fast.reference import token_mix
+
+__all__ = ["architecture"]  # a fixture, used by name
 
 # F is the width along the tokens; 97 = 81 cells + 16 prefix tokens goes with 512.
 SHAPES = [(4, 64, 32, 64), (2, 97, 128, 512), (1, 97, 64, 33), (0, 97, 64, 128)]
@@ -49,3 +60,126 @@ def test_either_memory_layout_and_no_copy_of_a_token_major_state():
     torch.testing.assert_close(other, out)
     assert names.count("clone") == 1  # token_major's own
     assert not {"copy_", "_to_copy"} & set(names)
+
+
+# Fewer tokens than a tile, 112 in pieces of 64 + 32 + 16, one piece of 64, two; more than one
+# program can hold. Features of two programs, and less than a tile. F that must be padded. No board.
+KERNEL_SHAPES = [(2, 5, 144, 16), (1, 97, 48, 40), (1, 64, 16, 33), (1, 128, 16, 16)]
+LONG_SHAPES = [(1, 130, 48, 40)]
+NO_BOARD = [(0, 97, 64, 128), (0, 130, 64, 128)]
+
+
+@pytest.mark.parametrize("shape, dtype", cases("B S D F", KERNEL_SHAPES + LONG_SHAPES + NO_BOARD))
+def test_kernel_value_and_gradients(shape, dtype, architecture):
+    given = inputs(shape, dtype)
+    check_op(lambda *t: triton_token_mix(*t, EPS), formula, given, dtype, DEVICE)
+
+
+def test_kernel_takes_either_memory_layout():
+    given = [t.to(DEVICE) for t in inputs((3, 5, 16, 16))]
+    out = triton_token_mix(*given, EPS)
+    assert torch.equal(triton_token_mix(token_major(given[0]), *given[1:], EPS), out)
+
+
+TOKENS = pytest.mark.parametrize("tokens", [97, 130])
+
+
+@TOKENS
+def test_deferred_norm_and_injection_come_first(tokens):
+    h, gate_up, down = (t.to(DEVICE) for t in inputs((2, tokens, 16, 16), torch.bfloat16))
+    (add,) = make_inputs(h.shape, dtype=h.dtype, seed=1, device=DEVICE)
+    weights = kernel.pack(gate_up, down, h.dtype)
+    ssq = h.float().square().view(2 * tokens, 2, 8).sum(-1).t().contiguous()
+    normed = rms_norm(h, -1)
+    for options, want in (
+        ({"add": add}, (h.float() + add.float()).bfloat16()),
+        ({"ssq": ssq}, normed),
+        ({"ssq": ssq, "add": add}, (normed.float() + add.float()).bfloat16()),
+    ):
+        y, rstd, s = kernel.token_mix_fwd(h, *weights, EPS, keep=True, **options)
+        # A scale whose last bit differs rounds a few numbers to the next one.
+        torch.testing.assert_close(s, want, rtol=0.01, atol=0.01)
+        assert (s != want).float().mean() < 0.01
+    # What follows is the op on that.
+    plain, plain_rstd, none = kernel.token_mix_fwd(s, *weights, EPS)
+    assert none is None
+    assert torch.equal(y, plain) and torch.equal(rstd, plain_rstd)
+
+
+@TOKENS
+def test_kept_state_scale_and_given_memory(tokens):
+    h, gate_up, down = (t.to(DEVICE) for t in inputs((2, tokens, 16, 16)))
+    weights = kernel.pack(gate_up, down, h.dtype)
+    out = torch.empty_like(h), torch.empty(2, 16, device=DEVICE), torch.empty_like(h)
+    given = kernel.token_mix_fwd(h, *weights, EPS, keep=True, out=out)
+    assert all(a is b for a, b in zip(given, out, strict=True))
+    y, rstd, s = out
+    assert torch.equal(s, h)
+    assert torch.equal(y, kernel.token_mix_fwd(h, *weights, EPS)[0])
+    inner = down.shape[1]
+    gate, up = (torch.einsum("bsd,fs->bfd", h, w) for w in gate_up.split(inner))
+    total = h + torch.einsum("bfd,sf->bsd", silu(gate) * up, down)
+    torch.testing.assert_close(rstd, total.square().mean(1).add(EPS).rsqrt())
+
+
+def test_boards_behind_do_not_leak_into_the_tokens_that_pad_a_board():
+    h, gate_up, down = (t.to(DEVICE) for t in inputs((2, 5, 16, 16)))
+    h[1, 0] = 0.0  # without eps its norm is not a number
+    ssq = h.square().sum(-1).view(1, 10)
+    y, _, _ = kernel.token_mix_fwd(h, *kernel.pack(gate_up, down, h.dtype), 0.0, ssq=ssq)
+    assert y[0].isfinite().all()
+    assert y[1].isnan().all()
+
+
+@TOKENS
+def test_weight_gradients_are_added_to_what_is_given(tokens):
+    h, gate_up, down = (t.to(DEVICE) for t in inputs((1, tokens, 16, 20)))
+    weights = kernel.pack(gate_up, down, h.dtype)
+    y, rstd, _ = kernel.token_mix_fwd(h, *weights, EPS)
+    ds, *wanted = kernel.token_mix_bwd(h, h, y, rstd, *weights)
+    assert [t.shape for t in wanted] == [t.shape for t in weights]
+    assert {t.dtype for t in wanted} == {torch.float32}
+    into = [torch.ones_like(t) for t in wanted]
+    again, *added = kernel.token_mix_bwd(h, h, y, rstd, *weights, into=tuple(into))
+    assert torch.equal(again, ds)
+    for got, given, want in zip(added, into, wanted, strict=True):
+        torch.testing.assert_close(got, want + 1)
+        assert got.data_ptr() == given.data_ptr()
+
+
+def test_packed_weights_end_in_zeros():
+    gate_up, down = make_inputs((2 * 20, 5), (5, 20))
+    packed_gate_up, packed_down = kernel.pack(gate_up, down, torch.bfloat16)
+    assert packed_gate_up.shape == (2, 32, 16) and packed_down.shape == (16, 32)
+    want = torch.zeros(2, 32, 16)
+    want[0, :20, :5], want[1, :20, :5] = gate_up[:20], gate_up[20:]
+    assert torch.equal(packed_gate_up, want.bfloat16())
+    assert torch.equal(packed_down[:5, :20], down.bfloat16())
+    assert packed_down[5:].count_nonzero() == 0 and packed_down[:, 20:].count_nonzero() == 0
+
+
+@pytest.mark.parametrize("tokens", range(1, 129, 9))
+def test_pieces_hold_every_token_and_few_more(tokens):
+    pieces = kernel.piece_sizes(tokens, 1)
+    assert sum(pieces) == -(-tokens // 16) * 16 and 1 <= len(pieces) <= 3
+    assert all(size in (16, 32, 64) for size in pieces)
+    (whole,) = kernel.piece_sizes(tokens, 0)
+    assert whole in (16, 32, 64, 128) and whole // 2 < max(tokens, 16) <= whole
+
+
+def test_kernel_is_registered():
+    given = [t.to(DEVICE).requires_grad_() for t in inputs((2, 5, 16, 20))]
+    check_registered(kernel._fwd, (*given, EPS))
+    h, gate_up, down = (t.detach() for t in given)
+    y, rstd = kernel._fwd(h, gate_up, down, EPS)
+    check_registered(kernel._bwd, (h, h, y, rstd, gate_up, down))
+
+
+def test_kernel_compiles_as_one_graph():
+    check_fullgraph(lambda *t: triton_token_mix(*t, EPS), inputs((2, 5, 16, 16)))
+
+
+def test_kernel_says_what_it_does_not_serve():
+    check_refusals(lambda *t: triton_token_mix(*t, EPS), inputs((1, 5, 16, 16)))
+    with pytest.raises(ValueError, match="token_mix .* multiple of 16 up to 1024, not 24"):
+        triton_token_mix(*(t.to(DEVICE) for t in inputs((1, 5, 24, 16))), EPS)

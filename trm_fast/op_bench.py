@@ -374,8 +374,10 @@ def set_up(
 
 def first_line(error: BaseException) -> str:
     """An exception in one line, with its type where the text alone says too little."""
-    text = str(error).strip().splitlines()
-    return text[0] if isinstance(error, RuntimeError) and text else f"{error!r}"[:300]
+    lines = str(error).strip().splitlines()
+    if not lines or not isinstance(error, RuntimeError):
+        return f"{error!r}"[:300]
+    return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
 
 
 def measure_peaks(

@@ -53,7 +53,7 @@ _MIXERS: dict[str, dict[str, Any]] = {
 _FEW_CYCLES = {"H_cycles": 1, "L_cycles": 1}
 _TINY = _FEW_CYCLES | {"seq_len": 9, "hidden_size": 32, "num_heads": 2, "puzzle_emb_ndim": 32}
 _TINY |= {"puzzle_emb_len": 2, "L_layers": 1}
-_TINY |= {"intermediate_size": 48, "token_intermediate_size": 32}
+_TINY |= {"intermediate_size": 48, "token_intermediate_size": 48}
 
 
 def network(mixer: str, size: str = "real", batch: int | None = None) -> ModelConfig:

@@ -1,0 +1,532 @@
+"""The GPU suite without a GPU: predictions, deadlines, survival, the search, and the dry run.
+
+No test looks at how long anything took.
+"""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from trm_fast import backends, reference
+from trm_fast.backends import Row
+from trm_fast.contenders import ParityError
+from trm_fast.op_cases import case
+from trm_fast.ops import OP_NAMES
+from trm_fast.suite import predictions, records, session, supervisor, tuning, why
+from trm_fast.suite.predictions import look_up, operation_ms, planned_ms, product_ms
+from trm_fast.suite.records import measurement
+from trm_fast.suite.session import Item, Session, Skip, run_stage
+from trm_fast.suite.stages import STAGES
+from trm_fast.suite.supervisor import CONTEXT_LOST, Stopped, get_now, set_now, supervise
+
+ROOT = Path(__file__).resolve().parent.parent
+SUITE = ROOT / "bench" / "gpu_suite.py"
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def dry(tmp_path):
+    """A session of a dry run that has a minute left."""
+    out = tmp_path / "results.jsonl"
+    return Session("A", "A-1", out, time.time() + 60, CPU, tiny=True, program=SUITE)
+
+
+def items(session):
+    return [r for r in records.read(session.out) if "item" in r]
+
+
+# Predictions
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "low", "high"),
+    [
+        ("ours/mlp_t/step", 83, 66, None),
+        ("official compiled/mlp_t/step", 150, 133, 174),
+        ("official compiled/attention/step", 106, 98, 115),
+        ("ours/mlp_t/memory", 16, None, None),
+        ("ceilings/matmul 8192", 790, None, None),
+    ],
+)
+def test_what_was_predicted(name, value, low, high):
+    found = look_up(name)
+    assert (found.value, found.low, found.high) == (value, low, high)
+    assert found.ratio(2 * value) == 2
+
+
+def test_nothing_was_predicted_for_an_unknown_name():
+    assert look_up("ceilings/matmul 64") is None
+
+
+def test_planning_rates():
+    """The products of the channel SwiGLU at 580 TFLOP/s, a pass over two states at 2.7 TB/s."""
+    rows = 768 * 97
+    assert product_ms(rows, 3072, 512).value == pytest.approx(0.404, abs=1e-3)
+    assert product_ms(rows, 512, 1536).value == pytest.approx(0.202, abs=1e-3)
+    assert planned_ms(0.0, 3 * rows * 512 * 2) == pytest.approx(0.085, abs=1e-3)
+    unaligned = product_ms(768 * 512, 1024, 97, aligned=False)
+    assert unaligned.low == pytest.approx(78.1 / 300, abs=1e-3)
+    assert unaligned.high == pytest.approx(78.1 / 120, abs=1e-3)
+
+
+def test_a_kernel_s_estimate_goes_before_the_rates():
+    mix = case("token_mix", "mlp_t")
+    assert operation_ms("token_mix", "mlp_t", "both", *mix.cost("both")).value == 1.60
+    inject = case("inject", "sudoku")
+    found = operation_ms("inject", "sudoku", "forward", *inject.cost("forward"))
+    assert found.value == pytest.approx(305.1 / 2700, abs=1e-4)
+    assert found.source == "planning rates"
+
+
+def test_every_estimate_is_of_a_case():
+    for name, directions in predictions.OPERATIONS.items():
+        op, one = name.split("/")
+        assert set(directions) <= set(case(op, one).directions)
+
+
+# Records
+
+
+def test_a_record_shows_prediction_and_ratio():
+    row = measurement("ours/mlp_t/step", 90.0, "ms", look_up("ours/mlp_t/step"), note="eager")
+    assert row["ratio"] == pytest.approx(90 / 83)
+    assert row["range"] == [66, None]
+    shown = records.line(row)
+    assert shown.split() == ["ours/mlp_t/step", "90", "ms", "predicted", "83", "x1.08", "eager"]
+    absent = records.line(measurement("x", None, "ms", look_up("ours/mlp_t/step"), note="why"))
+    assert absent.split() == ["x", "-", "ms", "why"]
+
+
+def test_a_line_that_was_cut_off_is_left_out(tmp_path):
+    path = tmp_path / "deep" / "out.jsonl"
+    records.append(path, {"run": "A-1", "stage": "A"})
+    records.append(path, {"run": "A-1", "stage": "A", "item": "x", "status": "ok", "rows": []})
+    records.append(path, {"run": "A-2", "stage": "A", "item": "y", "status": "ok", "rows": []})
+    with path.open("a") as file:
+        file.write('{"run": "A-2", "it')
+    assert [r["run"] for r in records.read(path)] == ["A-1", "A-1", "A-2"]
+    assert len(records.read(path, "A-1")) == 2
+    assert [r["item"] for r in records.latest(records.read(path), "A")] == ["y"]
+    assert records.latest(records.read(path), "B") == []
+    assert records.read(tmp_path / "none") == []
+
+
+# The loop
+
+
+def measured(name, value=1.0):
+    return measurement(name, value, "ms")
+
+
+def test_rows_before_a_failure_are_kept_and_the_next_item_runs(dry):
+    def breaks(s):
+        yield measured("first")
+        raise RuntimeError("CUDA out of memory\nlong story")
+
+    def skips(s):
+        yield from ()
+        raise Skip("not here")
+
+    status = run_stage(
+        dry,
+        [Item("a", breaks, 9), Item("b", skips, 9), Item("c", lambda s: iter([measured("x")]), 9)],
+    )
+    assert status == 1
+    a, b, c = items(dry)
+    assert (a["status"], a["reason"], a["rows"][0]["name"]) == (
+        "failed",
+        "CUDA out of memory",
+        "first",
+    )
+    assert a["where"][-1].startswith("test_gpu_suite.py:")
+    assert (b["status"], b["reason"]) == ("skipped", "not here")
+    assert (c["status"], len(c["rows"])) == ("ok", 1)
+    (begin,) = [r for r in records.read(dry.out) if "item" not in r]
+    assert begin["size"] == "tiny"
+    assert {"device", "torch", "commit", "date"} <= set(begin)
+    assert get_now(dry.out) is None
+
+
+def test_what_would_start_after_the_budget_is_skipped(dry):
+    dry.until = time.time() - 1
+    assert run_stage(dry, [Item("a", lambda s: pytest.fail("ran"), 9)]) == 0
+    (record,) = items(dry)
+    assert (record["status"], record["reason"]) == ("skipped", "the stage's budget was used up")
+
+
+def test_an_item_is_ended_at_its_deadline(dry):
+    """Also one that catches every Exception, and what it had measured is kept."""
+    dry.tiny = False
+
+    def stubborn(s):
+        yield measured("before")
+        while True:
+            with contextlib.suppress(Exception):
+                time.sleep(30)
+
+    assert run_stage(dry, [Item("a", stubborn, 0.2), Item("b", lambda s: iter(()), 9)]) == 1
+    a, b = items(dry)
+    assert (a["status"], a["reason"]) == ("overtime", "it was given 0 s")
+    assert [row["name"] for row in a["rows"]] == ["before"]
+    assert b["status"] == "ok"
+    assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+
+
+def test_items_left_out_of_the_dry_run_say_so(dry):
+    run_stage(dry, [Item("a", lambda s: pytest.fail("ran"), 9, dry=False)])
+    assert items(dry)[0]["reason"] == "left out of the dry run"
+
+
+def test_a_wrong_gate_stops_the_stage_behind_the_gates(dry):
+    def wrong(s):
+        yield measured("error", 3.0)
+        raise ParityError("token_mix is off")
+
+    stage = [
+        Item("correct token_mix", wrong, 9, gate=True),
+        Item("correct swiglu", lambda s: iter(()), 9, gate=True),
+        Item("timing", lambda s: pytest.fail("timed"), 9),
+    ]
+    assert run_stage(dry, stage) == 1
+    first, second, third = items(dry)
+    assert (first["status"], first["reason"]) == ("wrong", "token_mix is off")
+    assert second["status"] == "ok"
+    assert third["reason"] == "stopped: correct token_mix went wrong"
+
+
+def test_a_wrong_kernel_stops_stage_a(dry, monkeypatch):
+    def sigmoid_only(gate_up):
+        gate, up = gate_up.chunk(2, -1)
+        return torch.sigmoid(gate) * up
+
+    row = Row("swiglu", "triton", lambda: sigmoid_only, lambda *_: None)
+    monkeypatch.setattr(backends, "ROWS", (row, *(r for r in backends.ROWS if r.op != "swiglu")))
+    wanted = ("correct swiglu", "official eager mlp_t")
+    assert run_stage(dry, [i for i in STAGES["A"] if i.name in wanted]) == 1
+    gate, timing = items(dry)
+    assert gate["status"] == "wrong"
+    assert gate["reason"].startswith(
+        "triton, swiglu (channel), forward, seed 0: result 0 is off by"
+    )
+    assert timing["reason"] == "stopped: correct swiglu went wrong"
+
+
+def test_a_signal_keeps_what_was_measured(dry):
+    def interrupted(s):
+        yield measured("before")
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(30)
+
+    with pytest.raises(Stopped) as stopped, supervisor.stop_signals():
+        run_stage(dry, [Item("a", interrupted, 60), Item("b", lambda s: pytest.fail("ran"), 9)])
+    assert stopped.value.args == (signal.SIGTERM,)
+    (record,) = items(dry)
+    assert (record["status"], record["reason"]) == ("stopped", f"signal {signal.SIGTERM}")
+    assert [row["name"] for row in record["rows"]] == ["before"]
+
+
+def test_a_lost_context_ends_the_process_and_the_next_one_goes_on(dry, monkeypatch):
+    stage = [Item(n, lambda s: iter(()), 9) for n in "abc"]
+    monkeypatch.setattr(session, "clean_up", lambda device: False)
+    assert run_stage(dry, stage) == CONTEXT_LOST
+    assert get_now(dry.out)["item"] == "a"
+    monkeypatch.setattr(session, "clean_up", lambda device: True)
+    assert run_stage(dry, stage, after="a") == 0
+    assert [r["item"] for r in items(dry)] == ["a", "b", "c"]
+    assert sum("item" not in r for r in records.read(dry.out)) == 1
+
+
+def test_a_gate_that_was_lost_stops_the_next_process(dry):
+    lost = {"run": "A-1", "stage": "A", "item": "gate", "status": "killed", "rows": []}
+    records.append(dry.out, lost | {"reason": "hung", "seconds": 1.0})
+    stage = [Item("gate", lambda s: iter(()), 9, gate=True), Item("x", lambda s: iter(()), 9)]
+    assert run_stage(dry, stage, after="gate") == 1
+    assert items(dry)[-1]["reason"] == "stopped: gate went wrong"
+
+
+# The process that watches
+
+WORKER = """
+import os, signal, sys, time
+from pathlib import Path
+from trm_fast.suite.supervisor import set_now
+out, todo = Path(sys.argv[1]), sys.argv[2].split(",")
+after = sys.argv[4] if len(sys.argv) > 3 else None
+names = [t.split("=")[0] for t in todo]
+for name, how in [t.split("=") for t in todo[names.index(after) + 1 if after else 0:]]:
+    set_now(out, name, time.time() + (-100 if how == "hang" else 100))
+    if how == "hang":
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        time.sleep(60)
+    if how == "die":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if how == "lose":
+        sys.exit(75)
+    with out.open("a") as file:
+        file.write('{"run": "r", "item": "%s", "status": "ok"}\\n' % name)
+set_now(out, None)
+"""
+
+
+def test_the_watcher_records_losses_and_goes_on_behind_them(tmp_path):
+    out = tmp_path / "out.jsonl"
+    command = [sys.executable, "-c", WORKER, str(out), "a=ok,b=die,c=hang,d=lose,e=ok"]
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = str(ROOT)
+    try:
+        assert supervise(command, out, "A", "r", grace=1.0) == 0
+    finally:
+        if before is None:
+            del os.environ["PYTHONPATH"]
+        else:
+            os.environ["PYTHONPATH"] = before
+    found = {r["item"]: r for r in records.read(out, "r")}
+    assert {name: r["status"] for name, r in found.items()} == {
+        "a": "ok",
+        "b": "failed",
+        "c": "killed",
+        "e": "ok",
+    }  # d wrote its own record, here none
+    assert found["b"]["reason"] == "the process ended with status -9"
+    assert get_now(out) is None
+
+
+def test_what_is_being_measured_is_said_beside_the_results(tmp_path):
+    out = tmp_path / "out.jsonl"
+    set_now(out, "item", 12.5)
+    assert get_now(out) == {"item": "item", "until": 12.5}
+    set_now(out, None)
+    assert get_now(out) is None
+    assert list(tmp_path.iterdir()) == []
+
+
+# Launch settings
+
+
+def linear_row(**changes):
+    (row,) = [
+        r for r in tuning.launch_table().ROWS if (r.kernel, r.arch, r.bits) == ("linear", 90, 16)
+    ]
+    tiles = {"BLOCK_M": 128, "BLOCK_N": 256, "BLOCK_K": 64}
+    return replace(row, tiles=tiles, num_warps=8, num_stages=3, **changes)
+
+
+def test_candidates_are_neighbours():
+    found = tuning.candidates(linear_row())
+    assert [tuning.settings(row) for row in found] == [
+        "linear 128x256x64 w8 s4",
+        "linear 128x256x64 w8 s2",
+        "linear 128x256x64 w4 s3",
+        "linear 64x256x64 w8 s3",
+        "linear 128x128x64 w8 s3",
+        "linear 128x256x32 w8 s3",
+        "linear 128x256x128 w8 s3",
+    ]
+    assert len(tuning.candidates(linear_row(), limit=2)) == 2
+    narrow = replace(linear_row(), tiles={"BLOCK_M": 8, "COLUMNS": 512}, num_stages=1, num_warps=4)
+    assert [tuning.settings(row) for row in tuning.candidates(narrow)] == [
+        "linear 8x512 w8 s1",
+        "linear 4x512 w4 s1",
+        "linear 16x512 w4 s1",
+    ]
+
+
+def test_candidates_go_before_the_table_and_leave_it_as_it_was():
+    table = tuning.launch_table()
+    before, first = table.ROWS, linear_row(at_most={"M": 5})
+    with pytest.raises(ZeroDivisionError), tuning.rows_first(first):
+        assert list(table.ROWS) == [first, *before]
+        like = torch.empty(1, dtype=torch.bfloat16)
+        assert table.pick("linear", like, M=5, N=1) is first
+        assert table.pick("linear", like, M=6, N=1) is not first
+        _ = 1 / 0
+    assert table.ROWS is before
+
+
+def test_rows_that_a_kernel_uses_are_found(dry):
+    given = case("swiglu", "channel", "tiny", dtype="float32")
+    function = tuning.triton_function(dry, given)
+    table = tuning.launch_table()
+    before = table.ROWS
+    found = tuning.kernel_rows(given, function, dry)
+    assert table.ROWS is before
+    assert {row.kernel for rows in found.values() for row in rows} == {"swiglu"}
+    assert all(row in before for rows in found.values() for row in rows)
+
+
+def test_a_setting_with_other_results_is_not_timed(dry, monkeypatch):
+    """The function here goes by the table, which no kernel does."""
+    given = case("swiglu", "channel", "tiny", dtype="float32")
+    table = tuning.launch_table()
+    good, wrong, broken = (linear_row(measured=m) for m in ("good", "wrong", "broken"))
+
+    def function(gate_up):
+        setting = table.ROWS[0].measured
+        if setting == "broken":
+            raise RuntimeError("out of resource: shared memory")
+        return reference.swiglu(gate_up) * (1.5 if setting == "wrong" else 1)
+
+    monkeypatch.setattr(tuning, "_median_ms", lambda *_: 2.0)
+    base, *rows = tuning.try_rows(dry, given, "forward", function, [good, wrong, broken])
+    assert (base["name"], base["value"]) == ("rows/swiglu/channel/forward/as in the table", 2.0)
+    assert [(r["value"], r["unit"]) for r in rows[::2]] == [(2.0, "ms"), (None, "ms")]
+    assert rows[0]["note"] == "x1.000 of the table"
+    assert rows[0]["row"]["tiles"] == {"BLOCK_M": 128, "BLOCK_N": 256, "BLOCK_K": 64}
+    assert rows[1]["value"] == pytest.approx(0.5)
+    assert (rows[1]["unit"], rows[1]["note"]) == ("relative L2", "WRONG, not timed")
+    assert rows[2]["note"] == "out of resource: shared memory"
+
+
+def stage_b(out, *rows):
+    records.append(out, {"run": "B-1", "stage": "B", "item": "x", "status": "ok", "rows": rows})
+
+
+def test_the_second_round_starts_from_the_slowest_and_its_best(dry):
+    with pytest.raises(Skip, match="no operations of stage B"):
+        tuning.slowest(dry)
+
+    def ratio(name, value):
+        return {"name": name, "value": value, "unit": "ms", "ratio": value}
+
+    def tried(kernel, value):
+        tiles = {"kernel": kernel, "tiles": {"BLOCK": int(10 * value)}, "num_warps": 4}
+        return {"name": f"rows/swiglu/channel/forward/{value}", "value": value, "row": tiles}
+
+    stage_b(
+        dry.out,
+        ratio("op/swiglu/channel/both/triton", 3.0),
+        ratio("op/inject/sudoku/forward/triton", 1.2),
+        ratio("op/inject/sudoku/forward/cuda", 9.0),
+        {"name": "op/token_mix/mlp_t/both/triton", "value": None, "unit": "ms"},
+        {"name": "rows/swiglu/channel/forward/as in the table", "value": 2.0},
+        tried("swiglu", 1.5),
+        tried("swiglu", 1.0),
+        tried("other", 2.5),
+        {"name": "rows/swiglu/channel/forward/none", "value": None, "unit": "ms"},
+    )
+    assert tuning.slowest(dry) == ("swiglu", "channel", "both")
+    best = tuning.best_rows(dry, "swiglu", "channel")
+    assert {kernel: row["tiles"] for kernel, row in best.items()} == {"swiglu": {"BLOCK": 10}}
+
+
+# Counters and memory checks
+
+RAW_PAGE = (
+    '==PROF== Connected\n"ID","Kernel Name","gpu__time_duration.sum",'
+    '"sm__throughput.avg.pct_of_peak_sustained_elapsed","dram__bytes.sum",'
+    '"smsp__average_warps_issue_stalled_long_scoreboard_per_issue_active.ratio"\n'
+    '"","","us","%","Mbyte","inst"\n'
+    '"0","_linear_kernel","225.5","81.25","1,305.0","2.5"\n'
+    '"1","_gate_up_kernel","401.0","70","610","n/a"\n'
+)
+
+
+def test_counters_are_read_in_base_units():
+    first, second = why.raw_page(RAW_PAGE)
+    assert first == (
+        "_linear_kernel",
+        {"stalls": {"long_scoreboard": 2.5}, "ns": 225500, "SM %": 81.25, "DRAM bytes": 1.305e9},
+    )
+    assert second[1]["stalls"] == {}
+    with pytest.raises(RuntimeError, match="no table"):
+        why.raw_page("==ERROR== nothing")
+
+
+@pytest.mark.parametrize(("errors", "wrong"), [(0, False), (3, True)])
+def test_memory_errors_are_wrong(dry, monkeypatch, errors, wrong):
+    said = (
+        f"========= Invalid __global__ read of size 4\n========= ERROR SUMMARY: {errors} errors\n"
+    )
+    monkeypatch.setattr(why, "_tool", lambda session, name: name)
+    monkeypatch.setattr(why, "_run", lambda *_, **__: (1, said))
+    found = why.memory_check(dry, "swiglu/channel/both")
+    assert next(found)["value"] == errors
+    if wrong:
+        with pytest.raises(ParityError, match="3 memory errors. Invalid __global__ read"):
+            next(found)
+    else:
+        assert list(found) == []
+
+
+def test_one_call_of_a_kernel_for_a_profiler(capsys):
+    why.run_one("swiglu/channel/both", CPU, 1, tiny=True)
+    with pytest.raises(ValueError, match="swiglu has the cases channel"):
+        why.run_one("swiglu/chanel/both", CPU, 1, tiny=True)
+
+
+# The command
+
+
+def suite(*arguments):
+    return subprocess.Popen(
+        [sys.executable, str(SUITE), *arguments],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+@pytest.mark.parametrize("arguments", [[], ["--stage", "D"], ["--stage", "A", "--official", "no"]])
+def test_a_wrong_argument_exits_2(arguments):
+    process = suite(*arguments)
+    said, _ = process.communicate()
+    assert process.returncode == 2, said
+
+
+def test_the_stages_name_each_item_once():
+    for stage in STAGES.values():
+        assert len({item.name for item in stage}) == len(stage)
+    gates = [item.name for item in STAGES["A"] if item.gate]
+    assert gates[: len(OP_NAMES)] == [f"correct {op}" for op in OP_NAMES]
+
+
+SKIPPED = (
+    "needs a CUDA GPU",
+    "no official code given: --official PATH",
+    "left out of the dry run",
+    "the dry run has one dtype",
+    "no compiled backend serves ",
+    "no Triton kernels for ",
+)
+
+
+def test_the_dry_run_of_every_stage(tmp_path):
+    files = {stage: tmp_path / f"{stage}.jsonl" for stage in "AB"} | {"C": tmp_path / "B.jsonl"}
+    running = {s: suite("--stage", s, "--tiny", "--out", str(files[s])) for s in "AB"}
+    said = {stage: process.communicate()[0] for stage, process in running.items()}
+    running["C"] = suite("--stage", "C", "--tiny", "--out", str(files["C"]))
+    said["C"], _ = running["C"].communicate()
+    for stage, expected in STAGES.items():
+        found = records.latest(records.read(files[stage]), stage)
+        assert [r["item"] for r in found] == [item.name for item in expected]
+        for record in found:
+            assert record["status"] in ("ok", "skipped"), record
+            assert record["status"] == "ok" or record["reason"].startswith(SKIPPED), record
+        assert f"{stage} {expected[-1].name}" in said[stage]
+    assert {s: process.returncode for s, process in running.items()} == dict.fromkeys("ABC", 0)
+    rows = {
+        row["name"]: row
+        for path in set(files.values())
+        for record in records.read(path)
+        for row in record.get("rows", ())
+    }
+    errors = [row["value"] for name, row in rows.items() if name.startswith("correct/")]
+    assert errors
+    assert all(0 <= error <= 1 for error in errors)
+    assert rows["ours/mlp_t/step"]["predicted"] == 83
+    assert rows["ours/mlp_t/loss"]["value"] < 1e-5
+    assert rows["ceilings/copy"]["predicted"] == 3000
+    assert rows["op/swiglu/channel/both/triton"]["error_over_allowed"] <= 1
+    assert any(name.startswith("rows/token_mix/mlp_t/forward/") for name in rows)
+    assert not list(tmp_path.glob("*.now"))
+    json.dumps(rows, allow_nan=False)

@@ -320,7 +320,11 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--json", metavar="FILE", type=Path, help="write everything there too")
     add("--jobs", type=int, default=cores, metavar="N", help="processes that compile")
     add("--no-cache", action="store_true", help="neither read nor keep results")
+    add("--child", action="store_true", help=argparse.SUPPRESS)
     given = parser.parse_args(argv)
+    if given.child and triton.knobs.runtime.interpret:
+        # Something sets the variable anew: one child is enough, or there is no end of them.
+        parser.error("Triton's interpreter is on here although TRITON_INTERPRET was taken away")
     if given.jobs < 1:
         parser.error(f"argument --jobs: {given.jobs} is not a number of processes")
     return given
@@ -330,7 +334,7 @@ def _without_interpreter(argv: Sequence[str] | None) -> int:
     """The report in a process of its own: this one's kernels were made for the interpreter."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join(path or os.getcwd() for path in sys.path)
-    command = [sys.executable, "-m", "trm_fast.kernels.report"]
+    command = [sys.executable, "-m", "trm_fast.kernels.report", "--child"]
     command += sys.argv[1:] if argv is None else argv
     return subprocess.run(command, env=environment).returncode
 

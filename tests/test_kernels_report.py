@@ -263,10 +263,19 @@ def test_unknown_words_are_refused(capsys, words, message):
         assert all(op in last for op in report.OPS)
 
 
+def test_a_child_that_interprets_all_the_same_stops(monkeypatch, capsys):
+    monkeypatch.setattr(report.triton.knobs.runtime, "interpret", True)
+    monkeypatch.setattr(report, "_without_interpreter", lambda argv: 0)
+    with pytest.raises(SystemExit):
+        report.main(["--child"])
+    assert "interpreter is on here although" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(("check", "status"), [(True, 1), (False, 0)])
 def test_only_a_check_fails(monkeypatch, capsys, tmp_path, compiled, check, status):
-    module = SimpleNamespace(examples=examples)
-    monkeypatch.setattr(report, "import_ops", lambda names: ({"inject": module}, ["swiglu"], []))
+    found = {"inject": SimpleNamespace(examples=examples), "token_mix": SimpleNamespace()}
+    broken = ["rope_attention: cannot be imported"]
+    monkeypatch.setattr(report, "import_ops", lambda names: (found, ["swiglu"], [*broken]))
     monkeypatch.setattr(report, "ROWS", tuple(ROWS.values()))
     given = Namespace(
         op=None, arch=[80, 90], bits=[16, 32], check=check, jobs=1, no_cache=True,
@@ -276,6 +285,7 @@ def test_only_a_check_fails(monkeypatch, capsys, tmp_path, compiled, check, stat
     assert report._report(given) == status
     shown = capsys.readouterr().out.strip().split("\n")
     wrong = shown[shown.index("") + 1 : -2]
+    assert wrong[:2] == [*broken, "token_mix: the module has no function `examples`"]
     assert "sum, row sum, sm_80, bf16: multiplies matrices without HMMA" in wrong
     assert not any("sm_90, bf16" in text or "sm_90, fp16" in text for text in wrong)
     assert re.fullmatch(

@@ -79,6 +79,9 @@ def measure(given: argparse.Namespace) -> int:
     from trm_fast.suite.stages import STAGES
 
     cuda = torch.cuda.is_available() and not given.tiny
+    if not cuda and not given.tiny:
+        say("gpu_suite.py: needs a CUDA GPU; --tiny is the dry run on the CPU", err=True)
+        return 2
     device = torch.device("cuda" if cuda else "cpu")
     if given.one is not None:
         why.run_one(given.one, device, given.batch, given.tiny)

@@ -3,6 +3,7 @@
 No test looks at how long anything took.
 """
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -13,16 +14,19 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from trm_fast import bench
+from trm_fast import backends, bench
+from trm_fast.backends import Choice
 from trm_fast.contenders import (
     CASES,
     Case,
     Contender,
+    Fields,
     ParityError,
     check_parity,
     compare,
     contenders,
     effective_config,
+    fused,
     make_batch,
     make_carry,
     official_code,
@@ -296,3 +300,56 @@ def test_pytest_benchmark_runs_without_the_official_code(tmp_path):
         ("swiglu", "forward"),
         ("swiglu", "both"),
     ]
+
+
+def test_the_reference_stays_the_reference_where_auto_takes_kernels():
+    config = replace(RECIPE.model, backend="auto")
+    assert prepare(Contender("reference"), config, "train", None, CPU).config.backend == "reference"
+    kernels = Contender("triton", backend="auto")
+    assert prepare(kernels, config, "train", None, CPU).config.backend == "auto"
+
+
+def test_fused_operations_are_a_contender_named_after_their_backends(monkeypatch):
+    assert fused(RECIPE.model, CPU) == ""
+    choices = [Choice("inject", "triton", ""), Choice("swiglu", "reference", "")]
+    monkeypatch.setattr(backends, "report", lambda *_: choices)
+    assert fused(RECIPE.model, CPU) == "triton"
+    found = contenders(RECIPE, CPU, compiling="never")
+    assert found[:2] == [Contender("reference"), Contender("triton", backend="auto")]
+
+
+def test_a_stand_in_for_pydantic_has_fields_and_defaults():
+    class Base(Fields):
+        batch_size: int
+        eps: float = 1e-5
+
+    class Derived(Base):
+        name: str
+
+    made = Derived(batch_size=3, name="x", unknown=1)
+    assert (made.batch_size, made.eps, made.name) == (3, 1e-5, "x")
+    assert Derived(batch_size=3, name="x", eps=0.5).eps == 0.5
+    with pytest.raises(ValueError, match="Derived needs name"):
+        Derived(batch_size=3)
+
+
+def test_the_official_code_runs_without_pydantic(official_path, monkeypatch):
+    real = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "pydantic" else real(name)
+    )
+    monkeypatch.delitem(sys.modules, "pydantic", raising=False)
+    with official_code(official_path) as official:
+        entry = prepare(Contender("official", official=True), RECIPE.model, "train", official, CPU)
+        check_parity(entry, "train", official, CPU)
+        assert entry.head.model.config.__class__.__mro__[1] is Fields
+    assert "pydantic" not in sys.modules
+
+
+def test_the_official_token_mlp_is_the_same_with_padded_rows(official_path):
+    padded = Contender("padded", official=True, padded=16)
+    with official_code(official_path) as official:
+        entry = prepare(padded, RECIPE.model, "train", official, CPU)
+        assert type(entry.head.model.inner.L_level.layers[0].mlp_t).__name__ == "PaddedSwiGLU"
+        check_parity(entry, "train", official, CPU)
+    assert 0 < entry.errors["one_cycle"] < 1e-5

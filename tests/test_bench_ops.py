@@ -268,6 +268,13 @@ def test_turns_rates_and_ratios(contender):
     assert lines[3].endswith("4.00x")
 
 
+def test_a_slow_race_gets_fewer_turns(contender):
+    contender("swiglu", reference.swiglu)
+    race = op_bench.set_up(case("swiglu", "channel", "tiny", dtype="float32"), "forward", CPU)
+    race.run(5, seconds=0.0)
+    assert [len(e.seconds) for e in race.entries] == [1, 1]
+
+
 def test_poisoned_memory_ends_with_the_block():
     with op_bench.poisoned_memory():
         assert torch.empty(3).isnan().all()

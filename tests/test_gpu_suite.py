@@ -483,6 +483,14 @@ def test_a_wrong_argument_exits_2(arguments):
     assert process.returncode == 2, said
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine could run the stage")
+def test_real_sizes_need_a_gpu(tmp_path):
+    process = suite("--stage", "C", "--out", str(tmp_path / "out.jsonl"))
+    said, _ = process.communicate()
+    assert process.returncode == 2
+    assert "needs a CUDA GPU; --tiny is the dry run on the CPU" in said
+
+
 def test_the_stages_name_each_item_once():
     for stage in STAGES.values():
         assert len({item.name for item in stage}) == len(stage)

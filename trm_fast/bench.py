@@ -186,8 +186,11 @@ def set_up(
                 check_parity(entry, step, official, device)
             for _ in range(2):
                 lap(entry, device, keep=False)
-        except RuntimeError as error:  # no compiler, an unsupported graph, no memory
-            absent[contender.name] = f"failed: {str(error).strip().splitlines()[0]}"
+        except ValueError:  # ParityError is one
+            raise
+        except Exception as error:  # no compiler, an unsupported graph, no memory
+            lines = str(error).strip().splitlines() or [repr(error)]
+            absent[contender.name] = f"failed: {lines[0]}"
             continue
         if step == "train" and not contender.compiled:
             entry.saved_bytes = kept_for_backward(entry)

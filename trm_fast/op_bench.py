@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import statistics
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -274,8 +275,11 @@ class OpRace:
         run = RUN[self.direction]
         return lambda i: run(entry.function, self.inputs[i % len(self.inputs)])
 
-    def run(self, rounds: int) -> None:
-        """Warm up, then at least `rounds` timed calls of every contender, in turns."""
+    def run(self, rounds: int, seconds: float = float("inf")) -> None:
+        """Warm up, then at least `rounds` timed calls of every contender, in turns.
+
+        No new turn begins once all turns together have taken `seconds`.
+        """
         cuda = self.device.type == "cuda"
         block = BLOCK if cuda else 1
         with collector_off():
@@ -284,7 +288,10 @@ class OpRace:
                     self.step(entry)(i)
                 if cuda:
                     entry.launch = launch_seconds(self.step(entry), self.device)
+            begin = time.perf_counter()
             for turn in range(-(-rounds // block)):
+                if turn and time.perf_counter() - begin > seconds:
+                    break
                 for i in range(len(self.entries)):
                     entry = self.entries[(turn + i) % len(self.entries)]
                     entry.seconds += in_a_row(self.step(entry), self.device, turn * block, block)

@@ -215,7 +215,10 @@ def run_stage(session: Session, items: Sequence[Item], after: str | None = None)
     """
     if after is None:
         begin = {"run": session.run, "stage": session.stage, "size": session.size}
-        records.append(session.out, begin | environment(session.device))
+        facts = environment(session.device)
+        records.append(session.out, begin | facts)
+        say(f"{facts['device']}, torch {facts['torch']}, triton {facts['triton']}; the predictions")
+        say("are for one H100 80GB HBM3: hold no other device against them")
     names = [item.name for item in items]
     left = items[names.index(after) + 1 :] if after is not None else items
     done = records.read(session.out, session.run)

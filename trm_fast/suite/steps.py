@@ -79,7 +79,7 @@ def wall_seconds(run: Callable[[], Any], device: torch.device) -> float:
 def check_loss(session: Session, entry: Entry) -> float:
     """The relative error of the loss against the reference; ParityError beyond the limit."""
     reference = Contender("reference")
-    config = replace(entry.config, policy="save")
+    config = replace(entry.config, policy="light")
     plain = contenders.prepare(reference, config, "train", None, session.device)
     limit = contenders.LOSS_LIMITS[getattr(torch, config.forward_dtype)]
     got, want = ({"loss": contenders.outcome(e)["loss"]} for e in (entry, plain))
@@ -134,11 +134,11 @@ def our_steps(session: Session, mixer: str, policy: str = "save", fused: bool = 
 
 def breakdown(session: Session, name: str, run: Callable[[], Any]) -> Rows:
     """Where the time of one call went, by kernel (by operation where there is no GPU)."""
-    kinds = [torch.profiler.ProfilerActivity.CPU]
     cuda = session.device.type == "cuda"
+    activity, kind = torch.profiler.ProfilerActivity.CPU, torch.autograd.DeviceType.CPU
     if cuda:
-        kinds = [torch.profiler.ProfilerActivity.CUDA]
-    with torch.profiler.profile(activities=kinds) as profile:
+        activity, kind = torch.profiler.ProfilerActivity.CUDA, torch.autograd.DeviceType.CUDA
+    with torch.profiler.profile(activities=[activity]) as profile:
         run()
         synchronize(session.device)
     found = [
@@ -148,6 +148,7 @@ def breakdown(session: Session, name: str, run: Callable[[], Any]) -> Rows:
             "ms": (event.self_device_time_total if cuda else event.self_cpu_time_total) / 1e3,
         }
         for event in profile.key_averages()
+        if event.device_type == kind
     ]
     found.sort(key=lambda one: -one["ms"])
     total = sum(one["ms"] for one in found)

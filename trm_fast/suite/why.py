@@ -93,6 +93,7 @@ def counters(session: Session, what: str) -> Rows:
     with tempfile.TemporaryDirectory() as folder:
         report = str(Path(folder) / "report")
         options = ["--clock-control", "none", "--set", "full", "--export", report]
+        options += ["--target-processes", "all"]
         options += ["--kernel-name", OURS, "--launch-count", str(LAUNCHES)]
         status, said = _run(session, [ncu, *options], what)
         if status:

@@ -110,10 +110,10 @@ def aligned(t: Tensor, axes: Sequence[int] = (-1,)) -> Tensor:
 
 def weight_grad(d: Tensor, x: Tensor, into: Tensor | None = None) -> Tensor:
     """d.T @ x in float32, of d [N, O] and x [N, I]; added to `into` [O, I] float32 if given."""
-    if d.is_cuda and d.dtype != torch.float32:
-        product = torch.mm(d.t(), x, out_dtype=torch.float32)
-    else:
+    if d.device.type == "cpu":  # no product of 16 bits in float32 there
         product = torch.mm(d.t().float(), x.float())
+    else:
+        product = torch.mm(d.t(), x, out_dtype=torch.float32)
     return product if into is None else into.add_(product)
 
 

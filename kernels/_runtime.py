@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -30,7 +30,10 @@ class Settings(Protocol):
 
 @dataclass(frozen=True)
 class Launch:
-    """One launch that was recorded: the kernel, its settings and its arguments by name."""
+    """One launch that was recorded: the kernel, its settings and its arguments by name.
+
+    Of tensors only the type is kept, not what they hold.
+    """
 
     kernel: Any
     row: Any
@@ -82,11 +85,19 @@ def descriptor(t: Tensor, block: Sequence[int], row: Settings) -> Tensor | Tenso
     return TensorDescriptor(t, list(t.shape), list(t.stride()), list(block))
 
 
+def _outline(value: Any) -> Any:
+    """`value` without the memory of its tensor."""
+    if isinstance(value, TensorDescriptor):
+        return replace(value, base=value.base.new_empty(0))
+    return value.new_empty(0) if isinstance(value, Tensor) else value
+
+
 def run(kernel: Any, grid: tuple[int, ...], row: Settings, like: Tensor, **args: Any) -> None:
     """kernel[grid](**args) with the settings of `row`, on the device of `like`."""
     args |= row.tiles
     if _recorded is not None:
-        _recorded.append(Launch(kernel, row, args))
+        outlines = {name: _outline(value) for name, value in args.items()}
+        _recorded.append(Launch(kernel, row, outlines))
         return
     options = {"num_warps": row.num_warps, "num_stages": row.num_stages}
     if like.device.type == "cuda" and like.device.index != torch.cuda.current_device():

@@ -1,10 +1,10 @@
 """deep_recursion: all H x L passes of the network as one operation, with its backward by hand.
 
 Owns the op and the policies of its backward. The cycles before the last keep nothing. Of the last
-one `save` keeps what the backward reads and, when it runs, writes each product's gradient over it,
-so that one matrix product per weight covers all passes; `light` keeps the same without gate and up
-and adds up weight gradients pass by pass; `recompute` keeps the states between passes and runs each
-pass again. As the saved tensors are written over, a backward pass works once per forward pass.
+one `save` keeps what the backward reads, and one matrix product per weight covers all passes:
+their gradients are written over what was kept, so that such a backward works once per forward;
+`light` keeps the same without gate and up and adds up weight gradients pass by pass; `recompute`
+keeps the states between passes and runs each pass again.
 Imported by `trm_fast.backends` alone. Source: Jolicoeur-Martineau 2025 (arXiv 2510.04871),
 Algorithm 3.
 
@@ -39,9 +39,9 @@ from trm_fast.kernels.network import (
     backward,
     forward,
     new_tape,
-    new_work,
+    new_works,
+    store_unpacked,
     tape_fields,
-    unpacked,
 )
 from trm_fast.kernels.registration import TRITON, register
 from trm_fast.kernels.residual_rmsnorm import finish_norm
@@ -185,33 +185,65 @@ def deep_recursion_bwd(
     sin: Tensor | None,
     *settings: Any,
 ) -> tuple[Tensor, list[Tensor]]:
-    """Gradients to x [B,S,D], in its dtype, and to the weights, in theirs; writes over `saved`."""
-    s = _Settings(*settings)
+    """Gradients to x [B,S,D], in its dtype, and to the weights, in theirs, from that of y."""
+    d_weights = [torch.empty_like(w) for w in weights]
+    d_x = _run_backward(grad, saved, d_weights, weights, cos, sin, _Settings(*settings), False)
+    return d_x, d_weights
+
+
+def deep_recursion_bwd_(
+    grad: Tensor,
+    saved: Sequence[Tensor],
+    d_weights: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    cos: Tensor | None,
+    sin: Tensor | None,
+    *settings: Any,
+) -> Tensor:
+    """The same over `saved`, a third less memory; `d_weights` take the weights' gradients."""
+    return _run_backward(grad, saved, d_weights, weights, cos, sin, _Settings(*settings), True)
+
+
+def _run_backward(
+    grad: Tensor,
+    saved: Sequence[Tensor],
+    d_weights: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    cos: Tensor | None,
+    sin: Tensor | None,
+    s: _Settings,
+    in_place: bool,
+) -> Tensor:
     if not grad.numel():
-        return torch.zeros_like(grad), [torch.zeros_like(w) for w in weights]
+        for d_weight in d_weights:
+            d_weight.zero_()
+        return torch.zeros_like(grad)
     net = Network.pack(weights, grad, s.mlp_t, s.heads, s.eps, (cos, sin))
     grads: Grads = [None] * len(weights)
-    run = _backward_recomputed if s.policy == "recompute" else _backward_saved
-    d_y = _rows(grad)
-    d_x = torch.zeros_like(d_y, dtype=torch.float32)
-    for i, d in run(net, d_y, saved, weights, s, grads):
+    if s.policy == "recompute":
+        steps = _backward_recomputed(net, _rows(grad), saved, weights, s, grads)
+    else:
+        steps = _backward_saved(net, _rows(grad), saved, s, grads, in_place)
+    d_x = torch.zeros_like(_rows(grad), dtype=torch.float32)
+    for i, d in steps:
         if i < s.L_cycles:
             d_x += d
-    return d_x.to(grad.dtype).view(grad.shape), unpacked(net, grads, weights)
+    store_unpacked(net, grads, d_weights)
+    return d_x.to(grad.dtype).view(grad.shape)
 
 
 def _backward_saved(
     net: Network,
     d: Tensor,
     saved: Sequence[Tensor],
-    weights: Sequence[Tensor],
     s: _Settings,
     grads: Grads,
+    in_place: bool,
 ) -> Iterator[tuple[int, Tensor]]:
     """The gradient of each pass's input, the last pass first."""
     tapes = _as_tapes(saved, s)
     together = s.policy == "save"
-    works = [new_work(net, tape if together else tape.of_pass(0)) for tape in tapes]
+    works = new_works(net, tapes if together else _tapes_of_pass(tapes, 0), in_place)
     for i in range(s.L_cycles, -1, -1):
         tape = _tapes_of_pass(tapes, i)
         work = [w.of_pass(i) for w in works] if together else works
@@ -233,7 +265,7 @@ def _backward_recomputed(
 ) -> Iterator[tuple[int, Tensor]]:
     states, squares, injected, answer = saved
     tapes = _tapes_of_pass(_new_tapes(d.view(net.shape), weights, s, 1), 0)
-    works = [new_work(net, tape) for tape in tapes]
+    works = new_works(net, tapes, in_place=True)
     for i in range(s.L_cycles, -1, -1):
         deferred = i > 0 or s.H_cycles > 1  # the caller's own z is normed already
         state = State(states[i], squares[i] if deferred else None)
@@ -255,6 +287,10 @@ def _bwd_fake(
     return torch.empty_like(grad), [torch.empty_like(w) for w in weights]
 
 
+def _bwd_in_place_fake(grad: Tensor, *rest: Any) -> Tensor:
+    return torch.empty_like(grad)
+
+
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
     _, _, _, weights, cos, sin, *settings = inputs
     _, z, saved = output
@@ -266,17 +302,30 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
 def _backward(ctx: Any, grad: Tensor, *unused: Any) -> tuple[Any, ...]:
     cos, sin, *rest = ctx.saved_tensors
     weights, saved = rest[: ctx.count], rest[ctx.count :]
-    d_x, d_weights = _bwd(grad.contiguous(), saved, weights, cos, sin, *ctx.settings)
+    given = (weights, cos, sin, *ctx.settings)
+    # A compiler that traces this cannot let go of what was saved: it would copy it first.
+    if type(grad) is Tensor and ctx.settings[-1] == "save":
+        d_weights = [torch.empty_like(w) for w in weights]
+        d_x = _bwd_in_place(grad.contiguous(), saved, d_weights, *given)
+    else:
+        d_x, d_weights = _bwd(grad.contiguous(), saved, *given)
     return d_x, None, None, d_weights, None, None, *(None for _ in ctx.settings)
 
 
 _bwd = register(
     TRITON,
-    "deep_recursion_bwd(Tensor grad, Tensor(a!)[] saved, Tensor[] weights, Tensor? cos,"
-    f" Tensor? sin, {_SETTINGS_SCHEMA}) -> (Tensor, Tensor[])",
+    "deep_recursion_bwd(Tensor grad, Tensor[] saved, Tensor[] weights, Tensor? cos, Tensor? sin,"
+    f" {_SETTINGS_SCHEMA}) -> (Tensor, Tensor[])",
     _bwd_fake,
     deep_recursion_bwd,
-    mutates=(1,),
+)
+_bwd_in_place = register(
+    TRITON,
+    "deep_recursion_bwd_(Tensor grad, Tensor(a!)[] saved, Tensor(b!)[] d_weights,"
+    f" Tensor[] weights, Tensor? cos, Tensor? sin, {_SETTINGS_SCHEMA}) -> Tensor",
+    _bwd_in_place_fake,
+    deep_recursion_bwd_,
+    mutates=(1, 2),
 )
 _fwd = register(
     TRITON,

@@ -11,7 +11,7 @@ whole 16s), S' tokens rounded up likewise, H heads, P passes, T tiles of a row.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import NamedTuple
 
@@ -221,30 +221,50 @@ def _injected(state: State, add: Tensor, eps: float, out: Tensor | None) -> Stat
 
 @dataclass
 class Work:
-    """What the backward of one block writes: factors of the weight gradients.
+    """What the backward of one block writes: the factors of its weight gradients.
 
     Attributes:
-        d_total: gradient of the block's sum, [N, D].  d_mid: of attention's, [N, D].
-        a: silu(g) * u again, [N, F'].  d_gu: of gate and up, [N, 2, F'], over the tape's `gu`.
+        d_total: gradient of the block's sum, [N, D].  a: silu(g) * u again, [N, F'].
+        d_gu: of gate and up, [N, 2, F'].
+        d_mid: of attention's sum, [N, D].  d_qkv: [N, 3D].  mid: the norm of that sum, [N, D].
+        total: the norm of the block's sum, [N, D], where the next block's q, k, v read it.
     """
 
     d_total: Tensor
     a: Tensor
     d_gu: Tensor
-    d_mid: Tensor | None
+    d_mid: Tensor | None = None
+    d_qkv: Tensor | None = None
+    mid: Tensor | None = None
+    total: Tensor | None = None
 
     def of_pass(self, index: int) -> Work:
-        d_mid = None if self.d_mid is None else self.d_mid[index]
-        return Work(self.d_total[index], self.a[index], self.d_gu[index], d_mid)
+        pairs = ((field.name, getattr(self, field.name)) for field in fields(self))
+        return Work(**{name: t[index] for name, t in pairs if t is not None})
 
 
-def new_work(net: Network, tape: Tape) -> Work:
-    """Empty work for a tape that holds one pass or, with a leading axis, several."""
-    inner = net.blocks[0].down.shape[1]
-    lead = tape.total.shape[:-1]
-    gu = tape.total.new_empty(*lead, 2, inner) if tape.gu is None else tape.gu
-    d_mid = None if net.mlp_t else torch.empty_like(tape.mid)
-    return Work(torch.empty_like(tape.total), gu.new_empty(*lead, inner), gu, d_mid)
+def new_works(net: Network, tapes: Sequence[Tape], in_place: bool) -> list[Work]:
+    """Empty work for tapes that hold one pass or, with a leading axis, several.
+
+    `in_place`: over the tapes, what is as large as something there.
+    """
+    works = []
+    for i, tape in enumerate(tapes):
+        lead, inner = tape.total.shape[:-1], net.blocks[i].down.shape[1]
+        gu = tape.total.new_empty(*lead, 2, inner) if tape.gu is None else _place(tape.gu, in_place)
+        work = Work(torch.empty_like(tape.total), gu.new_empty(*lead, inner), gu)
+        if not net.mlp_t:
+            assert tape.qkv is not None
+            work.d_mid = torch.empty_like(tape.mid)
+            work.d_qkv, work.mid = _place(tape.qkv, in_place), _place(tape.mid, in_place)
+            if i + 1 < len(tapes):
+                work.total = _place(tape.total, in_place)
+        works.append(work)
+    return works
+
+
+def _place(t: Tensor, in_place: bool) -> Tensor:
+    return t if in_place else torch.empty_like(t)
 
 
 Grads = list[Tensor | None]  # float32, four a block in the order of the weights, as packed
@@ -255,18 +275,17 @@ def backward(
 ) -> Tensor:
     """The gradient of the pass's input from that of its normed output, both [N, D].
 
-    Writes `works`, and over the tapes: `qkv` becomes its gradient, `mid` and `total` of attention
-    become their norms, which the weights multiplied. Adds the token mixers' weight gradients.
+    Writes `works`, and adds the token mixers' weight gradients to `into`.
     """
-    last = len(net.blocks) - 1
     mix = _token_mix_bwd if net.mlp_t else _attention_bwd
-    for i in range(last, -1, -1):
+    for i in range(len(net.blocks) - 1, -1, -1):
         block, tape, work = net.blocks[i], tapes[i], works[i]
-        read = tape.total if i < last and not net.mlp_t else None
-        d = norm_bwd(grad, tape.total, tape.ssq, net.eps, out=work.d_total, normed=read)
-        if tape.gu is None:
-            gate_up(tape.mid, block.gate_up, gu=work.d_gu, ssq=tape.mid_ssq, eps=net.eps)
-        swiglu_bwd(d, block.down, work.d_gu, d_gu=work.d_gu, a=work.a)
+        d = norm_bwd(grad, tape.total, tape.ssq, net.eps, out=work.d_total, normed=work.total)
+        gu = tape.gu
+        if gu is None:
+            gu = work.d_gu
+            gate_up(tape.mid, block.gate_up, gu=gu, ssq=tape.mid_ssq, eps=net.eps)
+        swiglu_bwd(d, block.down, gu, d_gu=work.d_gu, a=work.a)
         weight = block.gate_up.flatten(0, 1)
         grad, _ = linear(work.d_gu.flatten(1), weight, d, w_is_kn=True)
         grad = mix(net, i, grad, tapes, work, into)
@@ -277,8 +296,9 @@ def _token_mix_bwd(
     net: Network, i: int, grad: Tensor, tapes: Sequence[Tape], work: Work, into: Grads
 ) -> Tensor:
     tape, shape, first = tapes[i], net.shape, WEIGHTS * i
-    assert tape.s is not None
-    so_far = None if into[first] is None else (into[first], into[first + 1])
+    d_gate_up, d_down = into[first : first + 2]
+    so_far = None if d_gate_up is None or d_down is None else (d_gate_up, d_down)
+    assert tape.s is not None and tape.rstd is not None
     grad, into[first], into[first + 1] = token_mix_bwd(
         grad.view(shape), tape.s.view(shape), tape.mid.view(shape), tape.rstd,
         *net.blocks[i].mixer, into=so_far,
@@ -290,29 +310,31 @@ def _attention_bwd(
     net: Network, i: int, grad: Tensor, tapes: Sequence[Tape], work: Work, into: Grads
 ) -> Tensor:
     tape, (w_qkv, w_out) = tapes[i], net.blocks[i].mixer
-    assert tape.mid_ssq is not None and tape.qkv is not None and tape.out is not None
-    d_mid = norm_bwd(grad, tape.mid, tape.mid_ssq, net.eps, out=work.d_mid, normed=tape.mid)
-    batch, tokens, width = net.shape
-    qkv = tape.qkv.view(batch, tokens, 3 * width)
+    assert tape.mid_ssq is not None and tape.qkv is not None and work.d_qkv is not None
+    assert tape.out is not None and tape.lse is not None
+    d_mid = norm_bwd(grad, tape.mid, tape.mid_ssq, net.eps, out=work.d_mid, normed=work.mid)
+    packed = (*net.shape[:2], 3 * net.shape[2])
     d_qkv = rope_attention_bwd(
-        torch.mm(d_mid, w_out).view(net.shape), qkv, tape.out.view(net.shape), tape.lse, net.cos,
-        net.sin, net.heads, ssq=tapes[i - 1].ssq if i else None, eps=net.eps, out=qkv,
+        torch.mm(d_mid, w_out).view(net.shape), tape.qkv.view(packed), tape.out.view(net.shape),
+        tape.lse, net.cos, net.sin, net.heads, ssq=tapes[i - 1].ssq if i else None, eps=net.eps,
+        out=work.d_qkv.view(packed),
     )  # fmt: skip
-    return linear(d_qkv.view(-1, 3 * width), w_qkv, d_mid, w_is_kn=True)[0]
+    return linear(d_qkv.view(-1, packed[2]), w_qkv, d_mid, w_is_kn=True)[0]
 
 
 def add_weight_grads(
     net: Network, tapes: Sequence[Tape], works: Sequence[Work], into: Grads
 ) -> None:
-    """What `backward` left in tapes and works, one product per weight over all passes they hold."""
+    """What `backward` left in works, one product per weight over all passes they hold."""
     for i, (tape, work) in enumerate(zip(tapes, works, strict=True)):
-        factors: Iterable[tuple[int, Tensor | None, Tensor | None]] = (
-            (2, work.d_gu.flatten(-2), tape.mid),
+        mid = tape.mid if work.mid is None else work.mid
+        factors: list[tuple[int, Tensor | None, Tensor | None]] = [
+            (2, work.d_gu.flatten(-2), mid),
             (3, work.d_total, work.a),
-        )
+        ]
         if not net.mlp_t:
-            read = tapes[i - 1].total if i else tape.s
-            factors = ((0, tape.qkv, read), (1, work.d_mid, tape.out), *factors)
+            factors += [(0, work.d_qkv, works[i - 1].total if i else tape.s)]
+            factors += [(1, work.d_mid, tape.out)]
         for offset, d, x in factors:
             assert d is not None and x is not None
             at = WEIGHTS * i + offset
@@ -323,15 +345,14 @@ def _rows(t: Tensor) -> Tensor:
     return t.reshape(-1, t.shape[-1])
 
 
-def unpacked(net: Network, grads: Grads, weights: Sequence[Tensor]) -> list[Tensor]:
-    """Gradients in the shapes and dtypes of the master weights."""
-    found = []
-    for at, (grad, weight) in enumerate(zip(grads, weights, strict=True)):
+def store_unpacked(net: Network, grads: Grads, out: Sequence[Tensor]) -> None:
+    """Write gradients of the packed weights to `out`, shaped and typed as the master weights."""
+    for at, (grad, weight) in enumerate(zip(grads, out, strict=True)):
         assert grad is not None
         if at % WEIGHTS == 2 or (net.mlp_t and at % WEIGHTS == 0):
-            grad = grad.view(2, -1, grad.shape[-1])
-            grad = grad[:, : weight.shape[0] // 2, : weight.shape[1]]
+            halves = grad.view(2, -1, grad.shape[-1])
+            weight.view(2, -1, weight.shape[1]).copy_(
+                halves[:, : weight.shape[0] // 2, : weight.shape[1]]
+            )
         else:
-            grad = grad[: weight.shape[0], : weight.shape[1]]
-        found.append(grad.reshape(weight.shape).to(weight.dtype))
-    return found
+            weight.copy_(grad[: weight.shape[0], : weight.shape[1]])

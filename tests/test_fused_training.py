@@ -9,12 +9,12 @@ import copy
 import pytest
 import torch
 from parity import L2_FLOORS, relative_l2
-from tiny import MIXERS, Peak, tiny_batch, tiny_model
+from tiny import MIXERS, Peak, compilable, tiny_batch, tiny_model
 
 from trm_fast import backends, memory
 from trm_fast.config import ModelConfig
 from trm_fast.kernels._runtime import recording
-from trm_fast.kernels.deep_recursion import deep_recursion_bwd, deep_recursion_fwd
+from trm_fast.kernels.deep_recursion import deep_recursion_bwd_, deep_recursion_fwd
 from trm_fast.layers import Network
 from trm_fast.losses import ACTLossHead
 from trm_fast.model import Model
@@ -115,27 +115,23 @@ GB = 1e9
 
 def kept_for_backward(config):
     """Bytes that autograd keeps of one step on the fused operations, weights not counted."""
-    with torch.device("meta"):
-        model = Model(config)
-        model.inner.ops = FUSED
-        head = ACTLossHead(model, "stablemax_cross_entropy").train()
-        batch = {
-            "inputs": torch.empty(768, 81, dtype=torch.int32),
-            "labels": torch.empty(768, 81, dtype=torch.int32),
-            "puzzle_identifiers": torch.empty(768, dtype=torch.int32),
-        }
-        weights = {p.untyped_storage()._cdata for p in head.parameters()}
-        kept = {}
+    model = Model(config).to("meta")
+    model.inner.ops = FUSED
+    head = ACTLossHead(model, "stablemax_cross_entropy").train()
+    cells = torch.empty(768, 81, dtype=torch.int32, device="meta")
+    batch = {"inputs": cells, "labels": cells, "puzzle_identifiers": cells[:, 0]}
+    weights = {p.untyped_storage()._cdata for p in head.parameters()}
+    kept = {}
 
-        def pack(t):
-            storage = t.untyped_storage()
-            if storage._cdata not in weights:
-                kept[storage._cdata] = storage.nbytes()
-            return t
+    def pack(t):
+        storage = t.untyped_storage()
+        if storage._cdata not in weights:
+            kept[storage._cdata] = storage.nbytes()
+        return t
 
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-            loss = head(return_keys=[], carry=head.initial_carry(batch), batch=batch)[1]
-        assert loss.requires_grad
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        loss = head(return_keys=[], carry=head.initial_carry(batch), batch=batch)[1]
+    assert loss.requires_grad
     return sum(kept.values())
 
 
@@ -170,9 +166,29 @@ def test_the_memory_estimate_of_the_kernels(variant, policy):
     with recording(90), Peak([x, *weights]) as storages:
         y, z, saved = deep_recursion_fwd(x, x, x, weights, *tables, *settings)
         kept = sum(t.nbytes for t in saved)
-        deep_recursion_bwd(y, saved, weights, *tables, *settings)
+        deep_recursion_bwd_(y, saved, weights, weights, *tables, *settings)
     elements = 768 * memory.fused_saved_elements(config, policy)
     assert kept == pytest.approx(2 * elements, rel=0.02)
     weights_and_optimizer = 2 * 4 * 5 * memory.parameter_count(config)
     estimate = memory.step_bytes(config, 768, policy, fused=True) - weights_and_optimizer
     assert 0.85 * estimate < storages.peak < 1.05 * estimate
+
+
+def test_a_compiled_model_runs_on_the_kernels(monkeypatch):
+    """As one graph, with the same outputs and gradients as without."""
+    compilable(monkeypatch)
+    model = fused(tiny_model(**{**SIZES, **SHORT, **MIXERS["mlp_t"]}).train())
+    batch = {name: t.to(DEVICE) for name, t in tiny_batch().items()}
+    carry = model.initial_carry(batch)
+
+    def outcome(forward):
+        model.zero_grad()
+        torch.manual_seed(0)
+        _, outputs = forward(carry, batch)
+        (outputs["logits"].float().square().sum() + outputs["q_halt_logits"].sum()).backward()
+        return [*outputs.values(), *(p.grad for p in model.parameters())]
+
+    want = outcome(model)
+    got = outcome(torch.compile(model, fullgraph=True, backend="aot_eager"))
+    for g, w in zip(got, want, strict=True):
+        assert relative_l2(g, w) < 1e-5

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch._inductor.config
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -117,8 +118,12 @@ def assert_equal(got: dict[str, Tensor], want: dict[str, Tensor]) -> None:
 
 
 def compilable(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Forget earlier compilations and the poisoned allocators, which Dynamo cannot trace."""
+    """Forget earlier compilations and the poisoned allocators, which Dynamo cannot trace.
+
+    Those on disk too: they do not know of a changed operation of ours.
+    """
     monkeypatch.undo()
+    monkeypatch.setattr(torch._inductor.config, "force_disable_caches", True)
     torch._dynamo.reset()
 
 

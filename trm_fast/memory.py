@@ -85,9 +85,9 @@ def _fused_elements(config: ModelConfig, policy: str) -> int:
     """Elements per item that the kernels' recursion holds at its worst moment, in its backward."""
     s, d, f = config.total_len, config.hidden_size, config.channel_width
     gradients = (1 if config.mlp_t else 2) * s * d + f * s  # of the sums, and silu(gate) * up
+    if policy == "light":  # the others write the rest over what they kept
+        gradients += 2 * f * s + (0 if config.mlp_t else 5 * s * d)
     work = config.L_layers * gradients * (config.L_cycles + 1 if policy == "save" else 1)
-    if policy == "light":
-        work += config.L_layers * 2 * f * s
     if policy == "recompute":
         work += _fused_tape(config, with_gate_up=True)
     mixer = 3 * config.token_width * d + 2 * s * d if config.mlp_t else 2 * s * d

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from kernel_checks import DEVICE, check_fullgraph, check_registered
+from kernel_checks import DEVICE, OPCHECKS, check_fullgraph, check_registered
 from op_checks import DTYPES, EPS, case_ids, counted_ops, rms_norm, silu, token_major
 from parity import L2_FLOORS, assert_l2, make_inputs, relative_l2
 from tiny import HeldStorages
@@ -355,7 +355,15 @@ def test_kernel_policies_agree(mixer):
     flat = on_device(leaves_for(mixer, 12, 32), torch.float32)
     inputs = on_device(states(2, 12, 32), torch.bfloat16)
     saved, light, again = (
-        step(mixer, inputs, flat, L_cycles=1, function=kernel.deep_recursion, policy=policy)
+        step(
+            mixer,
+            inputs,
+            flat,
+            H_cycles=1,
+            L_cycles=1,
+            function=kernel.deep_recursion,
+            policy=policy,
+        )
         for policy in POLICIES
     )
     for a, b, c in zip(saved[:3], light[:3], again[:3], strict=True):
@@ -387,11 +395,15 @@ def test_kernel_is_registered(policy):
     flat = on_device(leaves_for("mlp_t", 5, 16, layers=1), torch.float32)
     x, y, z = on_device(states(1, 5, 16), torch.float32)
     given = [x.requires_grad_(), y, z, flat, None, None, True, 1, 1, 1, EPS, policy]
-    check_registered(kernel._fwd, given)
+    # The last check compares outputs after the backward, which with "save" writes over them;
+    # test_kernel_compiles_as_one_graph stands in for it.
+    check_registered(kernel._fwd, given, OPCHECKS[: 3 if policy == "save" else 4])
     out, _, saved = kernel._fwd(*given)
     masters = [t.detach() for t in flat]
     saved = [t.detach() for t in saved]
     check_registered(kernel._bwd, [out.detach(), saved, masters, *given[4:]])
+    d_weights = [torch.zeros_like(t) for t in masters]
+    check_registered(kernel._bwd_in_place, [out.detach(), saved, d_weights, masters, *given[4:]])
 
 
 @pytest.mark.parametrize("mixer", MIXERS)
@@ -408,15 +420,19 @@ def test_kernel_compiles_as_one_graph(mixer):
     check_fullgraph(answer, [*states(1, 5, 16), *leaves_for(mixer, 5, 16, layers=1)])
 
 
-def test_kernel_backward_works_once():
+@pytest.mark.parametrize("policy", POLICIES)
+def test_kernel_backward_over_what_was_kept_works_once(policy):
     flat = on_device(leaves_for("mlp_t", 5, 16, layers=1), torch.float32)
     inputs = on_device(states(1, 5, 16), torch.float32)
     inputs[0].requires_grad_()
-    settings = Recursion(1, 1, 1, EPS, "save")
+    settings = Recursion(1, 1, 1, EPS, policy)
     y, _ = kernel.deep_recursion(OPS, *inputs, blocks_of("mlp_t", flat), None, settings)
-    y.sum().backward(retain_graph=True)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        y.sum().backward()
+    (first,) = torch.autograd.grad(y.sum(), inputs[0], retain_graph=True)
+    if policy == "save":
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            y.sum().backward()
+    else:
+        assert torch.equal(torch.autograd.grad(y.sum(), inputs[0])[0], first)
     y, _ = kernel.deep_recursion(OPS, *inputs, blocks_of("mlp_t", flat), None, settings)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         torch.autograd.grad(y.square().sum(), inputs[0], create_graph=True)

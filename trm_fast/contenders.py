@@ -1,7 +1,8 @@
 """What the benchmarks run: workloads, ways to run them, and proof that all compute the same.
 
 Owns the cases, the contenders (reference, compiled, official), their construction with equal
-weights, batch and carry, and the parity check that comes before any timing. Imported by `bench.py`.
+weights, batch and carry, and the parity check that comes before any timing. Imported by `bench.py`,
+`op_bench.py` and `suite`.
 
 Dims legend: B batch, L puzzle tokens, S tokens incl. prefix, D width.
 """

@@ -35,6 +35,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--budget", type=float, default=BUDGET, help="seconds; default %(default)g")
     parser.add_argument("--official", type=Path, metavar="PATH", help="official checkout")
     parser.add_argument("--out", type=Path, metavar="FILE", help="results, one JSON object a line")
+    parser.add_argument("--only", metavar="REGEX", help="items whose names match, and no others")
     parser.add_argument("--tiny", action="store_true", help="dry run: tiny sizes, on the CPU")
     parser.add_argument("--one", metavar="OP/CASE/DIRECTION", help="one call, for a profiler")
     parser.add_argument("--batch", type=int, help="boards of --one")
@@ -99,7 +100,8 @@ def measure(given: argparse.Namespace) -> int:
         program=Path(__file__).resolve(),
     )
     with supervisor.stop_signals():
-        return run_stage(session, STAGES[given.stage], given.after)
+        items = [i for i in STAGES[given.stage] if re.search(given.only or "", i.name)]
+        return run_stage(session, items, given.after)
 
 
 def watch(given: argparse.Namespace) -> int:
@@ -111,6 +113,7 @@ def watch(given: argparse.Namespace) -> int:
     command += ["--out", str(out), "--run", run, "--until", str(time.time() + given.budget)]
     command += ["--tiny"] if given.tiny else []
     command += ["--official", str(given.official)] if given.official else []
+    command += ["--only", given.only] if given.only else []
     status = 1
     try:
         with supervisor.stop_signals():

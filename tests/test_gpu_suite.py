@@ -4,8 +4,10 @@ No test looks at how long anything took.
 """
 
 import contextlib
+import importlib.util
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -481,6 +483,59 @@ def test_a_wrong_argument_exits_2(arguments):
     process = suite(*arguments)
     said, _ = process.communicate()
     assert process.returncode == 2, said
+
+
+@pytest.fixture
+def command_module():
+    spec = importlib.util.spec_from_file_location("gpu_suite", SUITE)
+    module = importlib.util.module_from_spec(spec)
+    path = list(sys.path)
+    spec.loader.exec_module(module)
+    yield module
+    sys.path[:] = path
+
+
+def test_the_measuring_process_is_told_everything(command_module, monkeypatch, tmp_path, capsys):
+    told = {}
+
+    def supervise(command, out, stage, run):
+        told.update(command=command, out=out, stage=stage)
+        record = {"run": run, "stage": stage, "item": "x", "status": "wrong", "reason": "y"}
+        records.append(out, record | {"seconds": 0.0, "rows": []})
+        return 0
+
+    monkeypatch.setattr(command_module.supervisor, "supervise", supervise)
+    monkeypatch.setattr(command_module, "RESULTS", tmp_path)
+    monkeypatch.setattr(command_module, "device_tag", lambda: "nvidia-h100")
+    begin = time.time()
+    arguments = ["--stage", "C", "--only", "rows", "--budget", "50", "--official", str(tmp_path)]
+    assert command_module.main(arguments) == 1  # an item was wrong
+    given = dict(zip(told["command"][2::2], told["command"][3::2], strict=True))
+    assert begin + 50 <= float(given.pop("--until")) <= time.time() + 50
+    assert given.pop("--run").startswith("C-")
+    assert given == {
+        "--stage": "C",
+        "--out": str(told["out"]),
+        "--official": str(tmp_path),
+        "--only": "rows",
+    }
+    assert told["out"].parent == tmp_path
+    assert re.fullmatch(r"nvidia-h100-\d{4}-\d\d-\d\d-suite.jsonl", told["out"].name)
+    assert "C x: wrong: y\n1 wrong\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("only", "left"), [(None, 2), ("rows|curve", 1), ("none", 0)])
+def test_some_items_of_a_stage(command_module, monkeypatch, tmp_path, only, left):
+    ran = []
+    monkeypatch.setattr(session, "run_stage", lambda s, items, after: ran.extend(items) or 0)
+    monkeypatch.setitem(STAGES, "B", [Item("rows x", None, 1), Item("step y", None, 1)])
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    arguments = ["--stage", "B", "--tiny", "--run", "r", "--until", "0"]
+    arguments += ["--out", str(tmp_path / "out")] + (["--only", only] if only else [])
+    threads = torch.get_num_threads()
+    assert command_module.main(arguments) == 0
+    torch.set_num_threads(threads)
+    assert len(ran) == left
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine could run the stage")

@@ -158,9 +158,7 @@ def test_a_wrong_kernel_stops_stage_a(dry, monkeypatch):
     assert run_stage(dry, [i for i in STAGES["A"] if i.name in wanted]) == 1
     gate, timing = items(dry)
     assert gate["status"] == "wrong"
-    assert gate["reason"].startswith(
-        "triton, swiglu (channel), forward, seed 0: result 0 is off by"
-    )
+    assert gate["reason"].startswith("triton, swiglu (channel), both, seed 0: result 0 is off by")
     assert timing["reason"] == "stopped: correct swiglu went wrong"
 
 

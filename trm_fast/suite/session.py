@@ -104,6 +104,10 @@ class Session:
         found = cases(op, self.size, dtype=self.dtype)
         return found[:1] if self.tiny else found
 
+    def directions(self, case: OpCase) -> tuple[str, ...]:
+        """Forward and both; in the dry run the one that contains the other."""
+        return case.directions[-1:] if self.tiny else case.directions
+
     def peaks(self) -> dict[str, float]:
         """What rates are fractions of, measured once per process."""
         if not self._peaks:

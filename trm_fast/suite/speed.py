@@ -23,7 +23,7 @@ def predicted(case: OpCase, direction: str) -> Prediction:
 def operation(session: Session, op: str) -> Rows:
     """Every case of an operation, forward and both, then its kernels."""
     for case in session.cases(op):
-        for direction in case.directions:
+        for direction in session.directions(case):
             race = set_up(case, direction, session.device, interpreted=session.interpreted)
             race.run(session.count(ROUNDS), SECONDS)
             yield from race_rows(session, race)

@@ -63,7 +63,10 @@ A = (
 B = (
     Item("step mlp_t", partial(steps.our_steps, mixer="mlp_t"), 90),
     Item("step attention", partial(steps.our_steps, mixer="attention"), 60, dry=False),
-    *(Item(f"op {op}", partial(speed.operation, op=op), 60) for op in OP_NAMES),
+    *(
+        Item(f"op {op}", partial(speed.operation, op=op), 60, dry=op != "deep_recursion")
+        for op in OP_NAMES
+    ),
     *(
         Item(
             f"step {mixer} {policy}",

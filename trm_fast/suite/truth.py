@@ -36,7 +36,7 @@ def check_case(session: Session, case: OpCase, seeds: Sequence[int]) -> Rows:
     found, _ = functions(case, session.device, session.interpreted)
     del found["reference"]
     judged = case.judged or case
-    for direction in case.directions:
+    for direction in session.directions(case):
         worst = dict.fromkeys(found, 0.0)
         for seed in seeds:
             expectation = expect(judged, direction, seed, session.device, oracle_dtype(judged))

@@ -173,6 +173,25 @@ ROWS: tuple[Row, ...] = (
         (90, 32, _tiles(64, 32, 32), 8, 2),
         *((arch, 32, _tiles(64, 64, 32), 8, 2) for arch in (80, 100)),
     ),
+    # rope_attention: a head's whole sequence is the tile. Wgmma wants 64 rows, mma.sync fewer.
+    *_rows(
+        "rope_attention_fwd",
+        *((80, 16, {"BLOCK_S": size}, 4, 1, {"S": size}) for size in (16, 32, 64)),
+        *((arch, 16, {"BLOCK_S": 64}, 4, 1, {"S": 64}) for arch in (90, 100)),
+        *((arch, 16, {"BLOCK_S": 128}, 8, 1, {"S": 128}) for arch in (80, 90, 100)),
+    ),
+    *_rows(
+        "rope_attention_bwd",
+        *((80, 16, {"BLOCK_S": size}, 4, 1, {"S": size}) for size in (16, 32, 64)),
+        (90, 16, {"BLOCK_S": 64}, 4, 1, {"S": 64}),
+        (100, 16, {"BLOCK_S": 64}, 8, 1, {"S": 64}),
+        *((arch, 16, {"BLOCK_S": 128}, 8, 1, {"S": 128}) for arch in (80, 90, 100)),
+    ),
+    # The rotation on its own, in front of PyTorch's attention: every head of some rows.
+    *_rows(
+        "rope",
+        *((arch, bits, {"BLOCK_M": 16}, 8, 1) for arch in (80, 90, 100) for bits in (16, 32)),
+    ),
 )
 
 

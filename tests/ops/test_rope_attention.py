@@ -1,13 +1,35 @@
 """rope_attention(qkv, rotary, heads): rotate queries and keys, then plain softmax attention."""
 
+import re
+from types import SimpleNamespace
+
 import pytest
 import torch
-from op_checks import cases, check_op, token_major
-from parity import make_inputs
+from kernel_checks import DEVICE, check_fullgraph, check_refusals, check_registered
+from op_checks import EPS, case_ids, cases, check_op, token_major
+from parity import assert_parity, make_inputs
 
+from trm_fast.kernels import rope_attention as kernel
+from trm_fast.kernels._runtime import recording
 from trm_fast.reference import _rotate, rope_attention
 
 SHAPES = [(4, 64, 2, 16), (2, 97, 8, 64), (1, 97, 3, 10), (0, 97, 2, 8)]
+
+# For the kernel: every tile of tokens, full and not; heads that are no powers of two.
+TILE_SHAPES = [
+    *((1, 5, 1, 48), (3, 16, 1, 32), (1, 64, 3, 16), (2, 97, 2, 64), (1, 128, 1, 16)),
+    (0, 97, 2, 16),
+]
+HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+# More tokens and larger heads than a tile has; float32, which has none.
+BEYOND_A_TILE = {
+    "S130-K48-bf16": (1, 130, 2, 48, torch.bfloat16),
+    "S130-K48-fp32": (1, 130, 1, 48, torch.float32),
+    "S97-K128-fp16": (1, 97, 1, 128, torch.float16),
+    "S97-K64-fp32": (2, 97, 3, 64, torch.float32),
+    "S5-K16-fp32": (1, 5, 1, 16, torch.float32),
+    "B0-fp32": (0, 97, 2, 16, torch.float32),
+}
 
 
 def angles(tokens, head_dim, base=10000.0):
@@ -86,3 +108,150 @@ def test_either_memory_layout():
     torch.testing.assert_close(
         rope_attention(token_major(qkv), rotary, 2), rope_attention(qkv, rotary, 2)
     )
+
+
+def on_device(rotary):
+    return tuple(t.to(DEVICE) for t in rotary)
+
+
+def check_kernel(qkv, heads, rotary, wanted, dtype):
+    rotary = rotary and on_device(rotary)
+    check_op(lambda t: kernel.rope_attention(t, rotary, heads), wanted, [qkv], dtype, DEVICE)
+
+
+def check_rotated(batch, tokens, heads, head_dim, dtype):
+    (qkv,) = make_inputs((batch, tokens, 3 * heads * head_dim), dtype=dtype)
+    rotary = tables(tokens, head_dim)
+    check_kernel(qkv, heads, rotary, lambda t: formula(t, heads, True), dtype)
+
+
+@pytest.mark.parametrize("dtype", HALVES.values(), ids=HALVES)
+@pytest.mark.parametrize("shape", TILE_SHAPES, ids=case_ids("B S H K", TILE_SHAPES))
+def test_kernel(shape, dtype, architecture):
+    check_rotated(*shape, dtype)
+
+
+@pytest.mark.parametrize("case", BEYOND_A_TILE.values(), ids=BEYOND_A_TILE)
+def test_kernel_beyond_a_tile(case):
+    check_rotated(*case)
+
+
+@pytest.mark.parametrize(
+    "tokens, dtype",
+    [(9, torch.bfloat16), (130, torch.float16), (9, torch.float32)],
+    ids=["S9-bf16", "S130-fp16", "S9-fp32"],
+)
+def test_kernel_without_rotation(tokens, dtype):
+    (qkv,) = make_inputs((2, tokens, 3 * 2 * 32), dtype=dtype)
+    check_kernel(qkv, 2, None, lambda t: formula(t, 2, False), dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
+def test_kernel_takes_the_tables_as_they_are(dtype):
+    """Published tables have two equal halves; nothing relies on it."""
+    qkv, cos, sin = make_inputs((1, 20, 48), (20, 16), (20, 16), scale=(1.0, 0.7, 0.7))
+    check_kernel(qkv, 1, (cos, sin), lambda t: rope_attention(t, (cos, sin), 1), dtype)
+
+
+@pytest.mark.parametrize("dtype", HALVES.values(), ids=HALVES)
+def test_kernel_with_scores_far_below_zero(dtype):
+    """The keys that fill up a tile score 0; each score of the others is -160 and less."""
+    (qkv,) = make_inputs((1, 70, 48), scale=0.1)
+    qkv[..., 0], qkv[..., 16] = 10.0, -64.0
+    check_kernel(qkv, 1, None, lambda t: formula(t, 1, False), dtype)
+
+
+def check_deferred_and_in_place(tokens, dtype):
+    """What the recursion does: rows still to be scaled, results where it says, d over qkv."""
+    heads, head_dim = 3, 32
+    width = heads * head_dim
+    (rows,) = make_inputs((2, tokens, 3 * width), dtype=dtype, scale=4.0)
+    (ssq,) = make_inputs((2, 2 * tokens))
+    ssq = 4 * width * (1 + ssq.square())
+    scale = (ssq.double().sum(0) / width + EPS).rsqrt().view(2, tokens, 1)
+    (grad,) = make_inputs((2, tokens, width), dtype=dtype, seed=1)
+    exact, plain = ((scale * rows).to(t).requires_grad_() for t in (torch.float64, dtype))
+    want, base = formula(exact, heads, True), formula(plain, heads, True)
+    (d_want,) = torch.autograd.grad(want, exact, grad.double())
+    (d_base,) = torch.autograd.grad(base, plain, grad)
+    qkv, cos, sin = on_device((rows, *tables(tokens, head_dim)))
+    deferred = {"ssq": ssq.to(DEVICE), "eps": EPS}
+    out = torch.empty_like(grad, device=DEVICE)
+    lse = out.new_empty(kernel.new_lse(out, heads), dtype=torch.float32)
+    found = kernel.rope_attention_fwd(qkv, cos, sin, heads, **deferred, out=(out, lse))
+    assert found[0] is out and found[1] is lse
+    assert_parity(out, want, base)
+    qkv = qkv.clone()
+    given = grad.to(DEVICE), qkv, out, lse, cos, sin, heads
+    assert kernel.rope_attention_bwd(*given, **deferred, out=qkv) is qkv
+    assert_parity(qkv, d_want, d_base)
+
+
+@pytest.mark.parametrize("tokens, dtype", [(40, torch.bfloat16), (97, torch.float16)])
+def test_rows_of_a_deferred_norm_and_in_place(tokens, dtype, architecture):
+    check_deferred_and_in_place(tokens, dtype)
+
+
+@pytest.mark.parametrize("tokens, dtype", [(130, torch.bfloat16), (20, torch.float32)])
+def test_the_same_beyond_a_tile(tokens, dtype):
+    check_deferred_and_in_place(tokens, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("tokens", [97, 130])
+def test_shapes_on_a_gpu_are_those_promised(tokens, dtype):
+    """PyTorch's attention there saves other shapes than on the CPU, and pads them for float32."""
+    qkv = torch.empty(2, tokens, 3 * 48, dtype=dtype, device="meta")
+    table = torch.empty(tokens, 16, device="meta")
+    promised = kernel._fwd_fake(qkv, table, table, 3)
+    with recording(90):
+        found = kernel.rope_attention_fwd(qkv, table, table, 3)
+        d = kernel.rope_attention_bwd(found[0], qkv, *found, table, table, 3)
+    for got, want in zip((*found, d), (*promised, qkv), strict=True):
+        assert (got.shape, got.stride(), got.dtype) == (want.shape, want.stride(), want.dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_kernel_is_registered(dtype):
+    (qkv,) = make_inputs((2, 5, 48), dtype=dtype, device=DEVICE)
+    cos, sin = on_device(tables(5, 16)) if dtype == torch.bfloat16 else (None, None)
+    check_registered(kernel._fwd, [qkv.clone().requires_grad_(), cos, sin, 1])
+    out, lse = kernel._fwd(qkv, cos, sin, 1)
+    check_registered(kernel._bwd, [out, qkv, out, lse, cos, sin, 1])
+
+
+def test_kernel_compiles_whole():
+    (qkv,) = make_inputs((2, 5, 48), dtype=torch.bfloat16)
+    rotary = on_device(tables(5, 16))
+    check_fullgraph(lambda t: kernel.rope_attention(t, rotary, 1), [qkv])
+
+
+def test_kernel_refuses():
+    (qkv,) = make_inputs((1, 4, 96))
+    check_refusals(lambda t: kernel.rope_attention(t, on_device(tables(4, 16)), 2), [qkv])
+    for heads, rotary, text in (
+        (4, None, "needs a head size that is a multiple of 16 up to 128, not 8"),
+        (5, None, "takes q, k and v of 5 heads, not 96 features"),
+        (2, tables(5, 16), r"needs cos and sin of \[4, 16\] float32, not \[5, 16\] float32"),
+        (2, [t.double() for t in tables(4, 16)], r"not \[4, 16\] float64"),
+    ):
+        with pytest.raises(ValueError, match=f"rope_attention of the triton backend .*{text}"):
+            kernel.rope_attention(qkv, rotary, heads)
+
+
+@pytest.mark.parametrize(
+    "size, heads, mlp_t, reason",
+    [
+        (512, 8, False, None),
+        (144, 3, False, None),
+        (40, 8, True, None),
+        (40, 8, False, "hidden size"),
+        (512, 3, False, "3 heads of one size"),
+        (512, 2, False, "head size .* not 256"),
+    ],
+)
+def test_kernel_says_what_it_does_not_serve(size, heads, mlp_t, reason):
+    config = SimpleNamespace(hidden_size=size, num_heads=heads, mlp_t=mlp_t, dropout=0.0)
+    found = kernel.unsupported(torch.bfloat16, config)
+    assert found is None if reason is None else found is not None and re.search(reason, found)
+    assert "not float64" in kernel.unsupported(torch.float64, config)

@@ -110,6 +110,10 @@ def record(module: Any, arch: int, dtype: str) -> tuple[list[Launch], str | None
     return launches, None
 
 
+def _absent(launch: Launch) -> int:
+    return sum(value is None for value in launch.args.values())
+
+
 def _traits(launch: Launch, of: Variant) -> dict[str, str]:
     """How each argument shows in the table, empty where it is what one expects."""
     traits = {}
@@ -138,11 +142,13 @@ def collect(
 ) -> tuple[list[tuple[Line, Variant]], list[str]]:
     """Every different launch of the modules' examples, not compiled yet, and what went wrong.
 
-    bfloat16 stands for 16 bits. On sm_90 each kernel and row is compiled for float16 once too.
+    bfloat16, which models run in, stands for 16 bits. In float32, and on sm_90 in float16, each
+    kernel and row is compiled once, with the most arguments that an example gives it.
     A launch that took a row of 32 bits counts as float32 whatever the examples' dtype was.
     """
     found: dict[tuple[int, str, str], tuple[Launch, Variant, list[str]]] = {}
-    wrong, once = [], set()
+    wrong: list[str] = []
+    once: dict[tuple[int, str, str], tuple[int, str, str]] = {}
     passes = [(arch, BITS[b]) for arch in archs for b in bits]
     if 90 in archs and 16 in bits:
         passes.append((90, "fp16"))
@@ -154,14 +160,14 @@ def collect(
             launches, failure = record(module, arch, dtype)
             if failure:
                 wrong.append(f"{op}, sm_{arch}, {dtype}: the examples failed: {failure}")
+            if dtype != "bf16":
+                launches.sort(key=_absent)
             for launch in launches:
                 of = _compile.variant(launch, arch)
-                if dtype == "fp16":
-                    if (id(launch.row), of.function) in once:
-                        continue
-                    once.add((id(launch.row), of.function))
                 shown = dtype if launch.row.bits == 16 else "fp32"
                 key = (id(launch.row), of.key, shown)
+                if dtype != "bf16":
+                    key = once.setdefault((id(launch.row), of.function, dtype), key)
                 ops = found.setdefault(key, (launch, of, []))[2]
                 ops.extend({op}.difference(ops))
     return _lines(found), wrong

@@ -1,8 +1,8 @@
-"""One name in six places: the Ops field, the reference function, the backends row, the test file.
-
-The kernel's file and the bench follow the same rule as they come.
+"""One name in six places: the Ops field, the reference function, the backends row, the kernel, the
+test file, the bench file.
 """
 
+import importlib
 import inspect
 import re
 from pathlib import Path
@@ -25,6 +25,19 @@ def test_every_op_is_in_its_places(op):
     assert sum(row.backend == "reference" for row in rows) == 1
     assert len({row.backend for row in rows}) == len(rows)
     assert (TESTS / "ops" / f"test_{op}.py").is_file()
+    assert (TESTS.parent / "bench" / f"bench_{op}.py").is_file()
+
+
+@pytest.mark.parametrize("op", OP_NAMES)
+def test_every_op_has_its_kernel(op):
+    module = importlib.import_module(f"trm_fast.kernels.{op}")
+    function = getattr(module, op)
+    assert function is getattr(backends.table("triton"), op)
+    assert (function.__name__, function.__module__) == (op, module.__name__)
+    assert callable(module.unsupported)
+    assert callable(module.examples)
+    wanted = inspect.signature(getattr(reference, op)).parameters
+    assert list(inspect.signature(function).parameters) == list(wanted)
 
 
 def test_nothing_else_is_in_those_places():

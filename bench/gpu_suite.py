@@ -35,6 +35,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--budget", type=float, default=BUDGET, help="seconds; default %(default)g")
     parser.add_argument("--official", type=Path, metavar="PATH", help="official checkout")
     parser.add_argument("--out", type=Path, metavar="FILE", help="results, one JSON object a line")
+    parser.add_argument("--commit", help="recorded where the checkout has lost its .git")
     parser.add_argument("--only", metavar="REGEX", help="items whose names match, and no others")
     parser.add_argument("--tiny", action="store_true", help="dry run: tiny sizes, on the CPU")
     parser.add_argument("--one", metavar="OP/CASE/DIRECTION", help="one call, for a profiler")
@@ -98,6 +99,7 @@ def measure(given: argparse.Namespace) -> int:
         tiny=given.tiny,
         official=given.official,
         program=Path(__file__).resolve(),
+        commit=given.commit,
     )
     with supervisor.stop_signals():
         items = [i for i in STAGES[given.stage] if re.search(given.only or "", i.name)]
@@ -114,6 +116,7 @@ def watch(given: argparse.Namespace) -> int:
     command += ["--tiny"] if given.tiny else []
     command += ["--official", str(given.official)] if given.official else []
     command += ["--only", given.only] if given.only else []
+    command += ["--commit", given.commit] if given.commit else []
     status = 1
     try:
         with supervisor.stop_signals():

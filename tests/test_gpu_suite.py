@@ -283,6 +283,7 @@ def test_the_measuring_process_is_told_everything(command_module, monkeypatch, t
     monkeypatch.setattr(command_module, "device_tag", lambda: "nvidia-h100")
     begin = time.time()
     arguments = ["--stage", "C", "--only", "rows", "--budget", "50", "--official", str(tmp_path)]
+    arguments += ["--commit", "abc"]
     assert command_module.main(arguments) == 1  # an item was wrong
     given = dict(zip(told["command"][2::2], told["command"][3::2], strict=True))
     assert begin + 50 <= float(given.pop("--until")) <= time.time() + 50
@@ -292,6 +293,7 @@ def test_the_measuring_process_is_told_everything(command_module, monkeypatch, t
         "--out": str(told["out"]),
         "--official": str(tmp_path),
         "--only": "rows",
+        "--commit": "abc",
     }
     assert told["out"].parent == tmp_path
     assert re.fullmatch(r"nvidia-h100-\d{4}-\d\d-\d\d-suite.jsonl", told["out"].name)

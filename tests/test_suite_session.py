@@ -24,6 +24,7 @@ from trm_fast.suite.stages import STAGES
 from trm_fast.suite.supervisor import CONTEXT_LOST, Stopped, get_now, set_now, supervise
 
 ROOT = Path(__file__).resolve().parent.parent
+FACTS = {"device": "x", "torch": "2", "triton": "3"}
 
 
 @pytest.fixture
@@ -98,6 +99,14 @@ def test_rows_before_a_failure_are_kept_and_the_next_item_runs(dry):
     assert begin["size"] == "tiny"
     assert {"device", "torch", "commit", "date"} <= set(begin)
     assert get_now(dry.out) is None
+
+
+@pytest.mark.parametrize(("found", "recorded"), [(None, "abc"), ("def", "def")])
+def test_the_commit_is_git_s_or_the_one_given(dry, monkeypatch, found, recorded):
+    monkeypatch.setattr(session, "environment", lambda _: {**FACTS, "commit": found})
+    dry.commit = "abc"
+    run_stage(dry, [])
+    assert records.read(dry.out)[0]["commit"] == recorded
 
 
 def test_what_would_start_after_the_budget_is_skipped(dry):

@@ -52,6 +52,7 @@ class Session:
         tiny: sizes for a dry run; kernels then run in Triton's interpreter on the CPU.
         official: a checkout of the official code.
         program: bench/gpu_suite.py, for items that start it under another program.
+        commit: recorded where there is no .git to ask.
     """
 
     stage: str
@@ -62,6 +63,7 @@ class Session:
     tiny: bool = False
     official: Path | None = None
     program: Path = Path("bench/gpu_suite.py")
+    commit: str | None = None
     _peaks: dict[str, float] = field(default_factory=dict)
 
     @property
@@ -220,6 +222,7 @@ def run_stage(session: Session, items: Sequence[Item], after: str | None = None)
     if after is None:
         begin = {"run": session.run, "stage": session.stage, "size": session.size}
         facts = environment(session.device)
+        facts["commit"] = facts["commit"] or session.commit
         records.append(session.out, begin | facts)
         say(f"{facts['device']}, torch {facts['torch']}, triton {facts['triton']}; the predictions")
         say("are for one H100 80GB HBM3: hold no other device against them")

@@ -26,6 +26,7 @@ from trm_fast.kernels._common import (
     check,
     dot,
     down,
+    inlined,
     row_scale,
     tiles,
     unsupported,
@@ -77,7 +78,7 @@ def _start(tokens: int, split: int, p: int) -> int:
     return sum(piece_sizes(tokens, split)[:p])
 
 
-@triton.jit
+@inlined
 def _program(D: tl.constexpr, BLOCK_D: tl.constexpr):
     """The board of a program, its first feature, and its features."""
     num_d: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
@@ -85,7 +86,7 @@ def _program(D: tl.constexpr, BLOCK_D: tl.constexpr):
     return tl.program_id(0) // num_d, d, d + tl.arange(0, BLOCK_D)
 
 
-@triton.jit
+@inlined
 def _piece(
     board, offs_d, p: tl.constexpr, S: tl.constexpr, D: tl.constexpr, SPLIT: tl.constexpr
 ):  # fmt: skip
@@ -95,7 +96,7 @@ def _piece(
     return offs, (offs_s < S)[:, None] & (offs_d < D)[None, :], offs_s
 
 
-@triton.jit
+@inlined
 def _piece_tiles(
     gate_up, w_down, PADDED: tl.constexpr, SIZE: tl.constexpr, F: tl.constexpr,
     BLOCK_F: tl.constexpr, TMA: tl.constexpr,
@@ -106,7 +107,7 @@ def _piece_tiles(
     )
 
 
-@triton.jit
+@inlined
 def _weight_tiles(
     gate_up, w_down, S: tl.constexpr, F: tl.constexpr, SPLIT: tl.constexpr,
     BLOCK_F: tl.constexpr, TMA: tl.constexpr,
@@ -125,14 +126,14 @@ def _weight_tiles(
     return first, second
 
 
-@triton.jit
+@inlined
 def _gate_up_chunk(gate_up, f, p: tl.constexpr, S: tl.constexpr, SPLIT: tl.constexpr):
     """Rows f and on of gate, then of up, of one piece of the tokens."""
     tile = gate_up[p].load([0, f, _start(S, SPLIT, p)])
     return tile.reshape(2 * tile.shape[1], tile.shape[2])
 
 
-@triton.jit
+@inlined
 def _down_chunk(w_down, f, p: tl.constexpr, S: tl.constexpr, SPLIT: tl.constexpr):
     return w_down[p].load([_start(S, SPLIT, p), f])
 

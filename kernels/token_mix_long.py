@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from trm_fast.kernels._common import dot, down, tiles, up
+from trm_fast.kernels._common import dot, down, inlined, tiles, up
 from trm_fast.kernels._runtime import descriptor, run
 from trm_fast.kernels.launch import pick
 from trm_fast.kernels.residual_rmsnorm import finish_norm
@@ -106,7 +106,7 @@ def _tokens_kernel(
     out_tiles.store([board, s, d], down(acc, out_tiles.dtype).reshape(1, BLOCK_M, BLOCK_N))
 
 
-@triton.jit
+@inlined
 def _columns(D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCKS: tl.constexpr):
     """Of a program that has one of BLOCKS parts of the tokens: board, features, part."""
     num_d: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D

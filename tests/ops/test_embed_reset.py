@@ -2,15 +2,13 @@
 
 import pytest
 import torch
-from kernel_checks import DEVICE, architecture, check_fullgraph, check_refusals, check_registered
+from kernel_checks import DEVICE, check_fullgraph, check_refusals, check_registered
 from op_checks import cases, check_op, counted_ops
 from parity import assert_parity, make_inputs
 
 from trm_fast.kernels import embed_reset as kernel
 from trm_fast.kernels.embed_reset import embed_reset as triton_embed_reset
 from trm_fast.reference import embed_reset
-
-__all__ = ["architecture"]  # a fixture, used by name
 
 V = 11
 SHAPES = [(4, 2, 62, 32), (2, 16, 81, 512), (1, 16, 81, 64), (0, 16, 81, 64)]

@@ -2,15 +2,13 @@
 
 import pytest
 import torch
-from kernel_checks import DEVICE, architecture, check_fullgraph, check_refusals, check_registered
+from kernel_checks import DEVICE, check_fullgraph, check_refusals, check_registered
 from op_checks import BSD, cases, check_op, token_major
 from parity import make_inputs
 
 from trm_fast.kernels import inject as kernel
 from trm_fast.kernels.inject import inject as triton_inject
 from trm_fast.reference import inject
-
-__all__ = ["architecture"]  # a fixture, used by name
 
 
 @pytest.mark.parametrize("shape, dtype", cases("B S D", BSD))

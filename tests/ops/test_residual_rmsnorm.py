@@ -2,15 +2,13 @@
 
 import pytest
 import torch
-from kernel_checks import DEVICE, architecture, check_fullgraph, check_refusals, check_registered
+from kernel_checks import DEVICE, check_fullgraph, check_refusals, check_registered
 from op_checks import BSD, EPS, cases, check_op, rms_norm, token_major
 from parity import assert_parity, make_inputs
 
 from trm_fast.kernels import residual_rmsnorm as kernel
 from trm_fast.kernels.residual_rmsnorm import residual_rmsnorm as triton_residual_rmsnorm
 from trm_fast.reference import FEATURES, TOKENS, residual_rmsnorm
-
-__all__ = ["architecture"]  # a fixture, used by name
 
 AXES = pytest.mark.parametrize("axis", [FEATURES, TOKENS], ids=["features", "tokens"])
 

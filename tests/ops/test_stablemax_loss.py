@@ -2,15 +2,13 @@
 
 import pytest
 import torch
-from kernel_checks import DEVICE, architecture, check_fullgraph, check_refusals, check_registered
+from kernel_checks import DEVICE, check_fullgraph, check_refusals, check_registered
 from op_checks import DTYPES, cases, token_major
 from parity import assert_parity, make_inputs
 
 from trm_fast.kernels import stablemax_loss as kernel
 from trm_fast.kernels.stablemax_loss import stablemax_loss as triton_stablemax_loss
 from trm_fast.reference import stablemax_loss
-
-__all__ = ["architecture"]  # a fixture, used by name
 
 IGNORED = -100
 SHAPES = [(4, 64, 8), (2, 81, 11), (1, 97, 3), (0, 81, 11)]

@@ -2,15 +2,13 @@
 
 import pytest
 import torch
-from kernel_checks import DEVICE, architecture, check_fullgraph, check_refusals, check_registered
+from kernel_checks import DEVICE, check_fullgraph, check_refusals, check_registered
 from op_checks import DTYPES, cases, check_op, silu, token_major
 from parity import TOLERANCES, make_inputs
 
 from trm_fast.kernels import swiglu as kernel
 from trm_fast.kernels.swiglu import swiglu as triton_swiglu
 from trm_fast.reference import _SwiGLU, swiglu
-
-__all__ = ["architecture"]  # a fixture, used by name
 
 # Feed-forward widths: a power of two, the real 1536, odd; one board, no board.
 SHAPES = [(4, 64, 32), (2, 97, 1536), (1, 97, 33), (0, 97, 64)]

@@ -4,7 +4,6 @@ import pytest
 import torch
 from kernel_checks import (
     DEVICE,
-    architecture,
     check_fullgraph,
     check_refusals,
     check_registered,
@@ -15,8 +14,6 @@ from parity import make_inputs
 from trm_fast.kernels import token_mix as kernel
 from trm_fast.kernels.token_mix import token_mix as triton_token_mix
 from trm_fast.reference import token_mix
-
-__all__ = ["architecture"]  # a fixture, used by name
 
 # F is the width along the tokens; 97 = 81 cells + 16 prefix tokens goes with 512.
 SHAPES = [(4, 64, 32, 64), (2, 97, 128, 512), (1, 97, 64, 33), (0, 97, 64, 128)]

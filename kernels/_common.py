@@ -105,7 +105,9 @@ def aligned(t: Tensor, axes: Sequence[int] = (-1,)) -> Tensor:
         if missing:
             behind = 2 * (t.dim() - 1 - axis % t.dim())
             t = F.pad(t, (0,) * behind + (0, missing))
-    return t.contiguous()
+    t = t.contiguous()
+    # A view into a flat buffer may begin anywhere; tensor maps begin at whole 16 bytes.
+    return t.clone() if t.storage_offset() * t.element_size() % 16 else t
 
 
 def weight_grad(d: Tensor, x: Tensor, into: Tensor | None = None) -> Tensor:

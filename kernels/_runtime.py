@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any, Protocol
 
 import torch
@@ -50,8 +51,12 @@ def architecture(device: torch.device) -> int:
         return _forced
     if device.type != "cuda":
         return 90
-    major = torch.cuda.get_device_capability(device)[0]
-    return {9: 90, 10: 100}.get(major, 80)
+    return _family(torch.cuda.current_device() if device.index is None else device.index)
+
+
+@cache
+def _family(index: int) -> int:
+    return {9: 90, 10: 100}.get(torch.cuda.get_device_capability(index)[0], 80)
 
 
 @contextmanager
@@ -82,7 +87,10 @@ def descriptor(t: Tensor, block: Sequence[int], row: Settings) -> Tensor | Tenso
     assert t.is_contiguous(), "tiles are of contiguous tensors"
     if row.arch < 90:
         return t
-    return TensorDescriptor(t, list(t.shape), list(t.stride()), list(block))
+    strides = [1]  # not the tensor's: those of axes of one element are arbitrary
+    for size in reversed(t.shape[1:]):
+        strides.insert(0, strides[0] * size)
+    return TensorDescriptor(t, list(t.shape), strides, list(block))
 
 
 def _outline(value: Any) -> Any:

@@ -40,6 +40,7 @@ from trm_fast.kernels.network import (
     forward,
     new_tape,
     new_works,
+    rows_of,
     store_unpacked,
     tape_fields,
 )
@@ -68,10 +69,6 @@ class _Settings:
 
 
 _SETTINGS_SCHEMA = "bool mlp_t, int H_cycles, int L_cycles, int heads, float eps, str policy"
-
-
-def _rows(t: Tensor) -> Tensor:
-    return t.reshape(-1, t.shape[-1])
 
 
 def _cycle(
@@ -146,8 +143,8 @@ def deep_recursion_fwd(
     if not x.numel():
         return torch.empty_like(y), torch.empty_like(z), saved
     net = Network.pack(weights, x, s.mlp_t, s.heads, s.eps, (cos, sin))
-    question = _rows(x)
-    answer, latent = State(_rows(y), None), State(_rows(z), None)
+    question = rows_of(x)
+    answer, latent = State(rows_of(y), None), State(rows_of(z), None)
     a = question.new_empty(len(question), net.blocks[0].down.shape[1])
     for _ in range(s.H_cycles - (s.policy != "none")):
         answer, latent, _, _ = _cycle(net, question, answer, latent, s, lambda i, state: None, a)
@@ -221,10 +218,10 @@ def _run_backward(
     net = Network.pack(weights, grad, s.mlp_t, s.heads, s.eps, (cos, sin))
     grads: Grads = [None] * len(weights)
     if s.policy == "recompute":
-        steps = _backward_recomputed(net, _rows(grad), saved, weights, s, grads)
+        steps = _backward_recomputed(net, rows_of(grad), saved, weights, s, grads)
     else:
-        steps = _backward_saved(net, _rows(grad), saved, s, grads, in_place)
-    d_x = torch.zeros_like(_rows(grad), dtype=torch.float32)
+        steps = _backward_saved(net, rows_of(grad), saved, s, grads, in_place)
+    d_x = torch.zeros_like(rows_of(grad), dtype=torch.float32)
     for i, d in steps:
         if i < s.L_cycles:
             d_x += d
@@ -243,7 +240,8 @@ def _backward_saved(
     """The gradient of each pass's input, the last pass first."""
     tapes = _as_tapes(saved, s)
     together = s.policy == "save"
-    works = new_works(net, tapes if together else _tapes_of_pass(tapes, 0), in_place)
+    # Shared by all passes, the work of one cannot lie over the first one's tape.
+    works = new_works(net, tapes if together else _tapes_of_pass(tapes, 0), in_place and together)
     for i in range(s.L_cycles, -1, -1):
         tape = _tapes_of_pass(tapes, i)
         work = [w.of_pass(i) for w in works] if together else works
@@ -355,16 +353,26 @@ def deep_recursion(
         ValueError: a dtype or width that the kernels do not serve, or dropout.
     """
     mlp_t = hasattr(blocks[0].mixer, "gate_up")
+    tokens, width = x.shape[1:]
+    head_dim, rest = divmod(width, r.heads)
     check(
         "deep_recursion",
         unsupported_dtype(x.dtype),
-        unsupported_width(x.shape[-1]),
-        None if mlp_t else rope_attention.unsupported_head(x.shape[-1] // r.heads),
+        unsupported_width(width),
         "serves no dropout" if r.dropout else None,
     )
-    weights = [t for block in blocks for t in (*block.mixer, block.gate_up, block.down)]
+    if not mlp_t:
+        check(
+            "deep_recursion",
+            f"needs {r.heads} heads of one size" if rest else None,
+            rope_attention.unsupported_head(head_dim),
+            *(rope_attention.unsupported_table(t, tokens, head_dim) for t in rotary or ()),
+        )
+    weights = [
+        t.contiguous() for block in blocks for t in (*block.mixer, block.gate_up, block.down)
+    ]
+    cos, sin = (t.contiguous() for t in rotary) if rotary and not mlp_t else (None, None)
     tracked = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *weights))
-    cos, sin = rotary or (None, None)
     new_y, new_z, _ = _fwd(
         x.contiguous(), y.detach().contiguous(), z.detach().contiguous(), weights, cos, sin, mlp_t,
         r.H_cycles, r.L_cycles, r.heads, r.eps, r.policy if tracked else "none",

@@ -195,12 +195,24 @@ ROWS: tuple[Row, ...] = (
 )
 
 
+_indexed: tuple[tuple[Row, ...], dict[tuple[str, int, int], list[Row]]] = ((), {})
+
+
+def _index() -> dict[tuple[str, int, int], list[Row]]:
+    """ROWS by kernel, arch and bits, made anew when they were replaced."""
+    global _indexed
+    if _indexed[0] is not ROWS:
+        found: dict[tuple[str, int, int], list[Row]] = {}
+        for row in ROWS:
+            found.setdefault((row.kernel, row.arch, row.bits), []).append(row)
+        _indexed = (ROWS, found)
+    return _indexed[1]
+
+
 def pick(kernel: str, like: Tensor, **sizes: int) -> Row:
     """The first row for this kernel, the device and dtype of `like`, and the sizes."""
     arch, bits = architecture(like.device), like.element_size() * 8
-    for row in ROWS:
-        if (row.kernel, row.arch, row.bits) == (kernel, arch, bits) and all(
-            sizes[name] <= limit for name, limit in row.at_most.items()
-        ):
+    for row in _index().get((kernel, arch, bits), ()):
+        if all(sizes[name] <= limit for name, limit in row.at_most.items()):
             return row
     raise AssertionError(f"no launch row for {kernel} on sm_{arch}, {bits} bits, {sizes}")

@@ -3,7 +3,7 @@
 Owns the op and `linear`, the matrix product with residual that other ops use too. The norm is
 deferred: the product's epilogue writes the sum and, per row and tile, the sum of its squares; what
 reads the rows next scales them. So no tile has to hold a whole row.
-Imported by the op modules after it.
+Imported by the op modules after it and by `trm_fast.backends`.
 
 Dims legend: B batch, S tokens incl. prefix, D width, E input width, N = B*S rows, T tiles of a row.
 """
@@ -109,6 +109,7 @@ def linear(
     if squares is True:
         squares = new_squares(a, count, width)
     ssq = squares if isinstance(squares, Tensor) else None
+    assert ssq is None or ssq.shape == (columns, count)
     if out.numel():
         w_block = [block_k, block_n] if w_is_kn else [block_n, block_k]
         run(

@@ -196,6 +196,9 @@ def _attention(
     shape, width = net.shape, net.shape[2]
     if add is not None:
         state = _injected(state, add, net.eps, tape.s if tape else None)
+    elif not _defers_qkv(state.total):
+        assert state.ssq is not None
+        state = State(finish_norm(state.total, state.ssq, net.eps), None)
     qkv = torch.mm(state.total, w_qkv.t(), out=tape.qkv if tape else None)
     out = None
     if tape:
@@ -210,6 +213,12 @@ def _attention(
         squares=True if tape is None or tape.mid_ssq is None else tape.mid_ssq,
         out=tape.mid if tape else None,
     )  # fmt: skip
+
+
+def _defers_qkv(like: Tensor) -> bool:
+    """Whether q, k and v may be those of a sum whose norm is still to be taken: float16 ends at
+    65,504, and a sum is larger than its norm."""
+    return like.dtype != torch.float16
 
 
 def _injected(state: State, add: Tensor, eps: float, out: Tensor | None) -> State:
@@ -316,8 +325,8 @@ def _attention_bwd(
     packed = (*net.shape[:2], 3 * net.shape[2])
     d_qkv = rope_attention_bwd(
         torch.mm(d_mid, w_out).view(net.shape), tape.qkv.view(packed), tape.out.view(net.shape),
-        tape.lse, net.cos, net.sin, net.heads, ssq=tapes[i - 1].ssq if i else None, eps=net.eps,
-        out=work.d_qkv.view(packed),
+        tape.lse, net.cos, net.sin, net.heads, out=work.d_qkv.view(packed), eps=net.eps,
+        ssq=tapes[i - 1].ssq if i and _defers_qkv(grad) else None,
     )  # fmt: skip
     return linear(d_qkv.view(-1, packed[2]), w_qkv, d_mid, w_is_kn=True)[0]
 
@@ -338,10 +347,11 @@ def add_weight_grads(
         for offset, d, x in factors:
             assert d is not None and x is not None
             at = WEIGHTS * i + offset
-            into[at] = weight_grad(_rows(d), _rows(x), into[at])
+            into[at] = weight_grad(rows_of(d), rows_of(x), into[at])
 
 
-def _rows(t: Tensor) -> Tensor:
+def rows_of(t: Tensor) -> Tensor:
+    """[..., W] -> [N, W]."""
     return t.reshape(-1, t.shape[-1])
 
 

@@ -45,7 +45,9 @@ def register(
         torch.library.impl(qualified, "default", _counted(forward, mutates))
     torch.library.register_fake(qualified, fake)
     if backward is not None:
-        torch.library.register_autograd(qualified, _once(qualified, backward), setup_context=save)
+        torch.library.register_autograd(
+            qualified, _once(qualified, backward), setup_context=_sparing(save)
+        )
     return getattr(getattr(torch.ops, namespace), name).default
 
 
@@ -63,6 +65,18 @@ def _counted(forward: Callable[..., Any], mutates: Sequence[int]) -> Callable[..
         return result
 
     return counted
+
+
+def _sparing(save: Callable[..., None] | None) -> Callable[..., None]:
+    """`save`, after which results without a gradient get None in the backward, not zeros: what a
+    forward keeps is returned too, and zeros of its size would be as large."""
+
+    def spare(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.set_materialize_grads(False)
+        if save is not None:
+            save(ctx, inputs, output)
+
+    return spare
 
 
 def _once(name: str, backward: Callable[..., Any]) -> Callable[..., Any]:

@@ -367,7 +367,7 @@ def rope_attention(qkv: Tensor, rotary: tuple[Tensor, Tensor] | None, heads: int
         unsupported_dtype(qkv.dtype),
         f"takes q, k and v of {heads} heads, not {qkv.shape[-1]} features" if rest else None,
         unsupported_head(head_dim),
-        *(_unsupported_table(t, qkv.shape[1], head_dim) for t in rotary or ()),
+        *(unsupported_table(t, qkv.shape[1], head_dim) for t in rotary or ()),
     )
     cos, sin = (t.contiguous() for t in rotary) if rotary else (None, None)
     return _fwd(qkv.contiguous(), cos, sin, heads)[0]
@@ -379,7 +379,7 @@ def unsupported_head(head_dim: int) -> str | None:
     return f"needs a head size that is a multiple of 16 up to {HEAD_DIMS[-1]}, not {head_dim}"
 
 
-def _unsupported_table(table: Tensor, tokens: int, head_dim: int) -> str | None:
+def unsupported_table(table: Tensor, tokens: int, head_dim: int) -> str | None:
     if table.shape == (tokens, head_dim) and table.dtype == torch.float32:
         return None
     given = f"{list(table.shape)} {str(table.dtype).removeprefix('torch.')}"

@@ -203,7 +203,8 @@ def _turned(
         _turn_fwd_kernel, grid, row, qkv, qkv_ptr=qkv, out_ptr=turned, cos_ptr=cos, sin_ptr=sin,
         ssq_ptr=ssq, eps=eps, PARTS=parts, SSQ_TILES=0 if ssq is None else len(ssq), **sizes,
     )  # fmt: skip
-    return [*turned.transpose(1, 3).unbind(2), v][:3]
+    views = list(turned.transpose(1, 3).unbind(2))
+    return views if parts == 3 else [*views, v]
 
 
 def _launch(qkv: Tensor, heads: int) -> tuple[tuple[int], Row, dict[str, int]]:

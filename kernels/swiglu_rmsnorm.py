@@ -4,7 +4,7 @@ Owns the op and its halves, which the recursion strings together itself: `gate_u
 and SwiGLU in one kernel; the down product with its residual is `linear`), `swiglu_bwd` (the down
 product's gradient, carried through SwiGLU in the epilogue) and, by `linear`, the input's gradient.
 Two kernels forward and not one: a tile of 128 whole output rows would fill the register file.
-Imported by `deep_recursion`.
+Imported by `network` and `trm_fast.backends`.
 
 Dims legend: B batch, S tokens incl. prefix, D width, F inner width, N = B*S rows, T tiles of a row.
 """

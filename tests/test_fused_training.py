@@ -89,6 +89,23 @@ def test_three_steps_of_training(mixer, policy):
             )
 
 
+def test_the_backward_is_given_no_zeros_for_what_was_kept():
+    """As large as all that was kept they would be."""
+    x = torch.zeros(768, 97, 512, dtype=torch.bfloat16, device="meta")
+    weights = [
+        torch.zeros(n, m, device="meta")
+        for n, m in ((1024, 97), (97, 512), (3072, 512), (512, 1536))
+    ]
+    with Peak([x, *weights]) as storages:
+        leaf = x.clone().requires_grad_()
+        y, _, saved = torch.ops.trm_fast_triton.deep_recursion(
+            leaf, x, x, weights, None, None, True, 1, 2, 8, 1e-5, "light"
+        )
+        kept = sum(t.nbytes for t in saved)
+        y.backward(x)
+    assert storages.peak < 1.5 * kept
+
+
 OFFICIAL = {
     "batch_size": 768,
     "seq_len": 81,

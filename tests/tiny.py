@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch._inductor.config
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -118,12 +117,8 @@ def assert_equal(got: dict[str, Tensor], want: dict[str, Tensor]) -> None:
 
 
 def compilable(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Forget earlier compilations and the poisoned allocators, which Dynamo cannot trace.
-
-    Those on disk too: they do not know of a changed operation of ours.
-    """
+    """Forget earlier compilations and the poisoned allocators, which Dynamo cannot trace."""
     monkeypatch.undo()
-    monkeypatch.setattr(torch._inductor.config, "force_disable_caches", True)
     torch._dynamo.reset()
 
 

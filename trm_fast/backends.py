@@ -64,9 +64,13 @@ def _kernel_unsupported(
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed"
     major, minor = torch.cuda.get_device_capability(device)
-    if major < 8:
-        return f"needs compute capability 8.0 or newer, this GPU has {major}.{minor}"
-    return importlib.import_module(f"trm_fast.kernels.{op}").unsupported(dtype, config)
+    if major not in (8, 9, 10):
+        return f"serves compute capabilities 8.0 to 10.3, this GPU has {major}.{minor}"
+    try:
+        kernel = importlib.import_module(f"trm_fast.kernels.{op}")
+    except (ImportError, AttributeError) as error:  # too old, or broken
+        return f"this Triton cannot be used: {str(error).splitlines()[0]}"
+    return kernel.unsupported(dtype, config)
 
 
 ROWS: tuple[Row, ...] = (

@@ -339,7 +339,7 @@ def test_kernel(mixer, shape, layers, cycles, policy):
 @pytest.mark.parametrize("mixer", MIXERS)
 def test_kernel_in_16_bits(mixer, dtype, architecture):
     """One update of each state from there: a longer recursion is chaos in so few bits."""
-    flat = leaves_for(mixer, 12, 32, layers=1)
+    flat = leaves_for(mixer, 12, 32, layers=2 if mixer == "attention" else 1)
     inputs = states(2, 12, 32, dtype)
     options = {"H_cycles": 1, "L_cycles": 1}
     given, weights = on_device(inputs, dtype), on_device(flat, torch.float32)
@@ -418,6 +418,31 @@ def test_kernel_compiles_as_one_graph(mixer):
         )
 
     check_fullgraph(answer, [*states(1, 5, 16), *leaves_for(mixer, 5, 16, layers=1)])
+
+
+def test_kernel_in_float16_takes_the_norm_before_q_k_and_v():
+    """The first block's sums are thousands; of those q, k and v would be beyond 65,504."""
+    flat = leaves_for("attention", 12, 32)
+    for i, factor in ((3, 5e3), (4, 20.0)):  # the first block's down, the second one's qkv
+        flat[i] = (flat[i].detach() * factor).requires_grad_()
+    inputs = on_device(states(2, 12, 32), torch.float16)
+    weights = on_device(flat, torch.float32)
+    options = {"H_cycles": 1, "L_cycles": 1, "function": kernel.deep_recursion}
+    for t in step("attention", inputs, weights, **options):
+        assert torch.isfinite(t).all()
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_kernel_backward_in_place_is_the_same(policy):
+    flat = [t.detach() for t in on_device(leaves_for("attention", 5, 16), torch.float32)]
+    x, y, z = on_device(states(1, 5, 16), torch.float32)
+    given = [flat, None, None, False, 1, 1, 1, EPS, policy]
+    _, _, saved = kernel.deep_recursion_fwd(x, y, z, *given)
+    want, want_weights = kernel.deep_recursion_bwd(y, saved, *given)
+    got_weights = [torch.empty_like(w) for w in flat]
+    got = kernel.deep_recursion_bwd_(y, saved, got_weights, *given)
+    for a, b in zip([got, *got_weights], [want, *want_weights], strict=True):
+        assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("policy", POLICIES)

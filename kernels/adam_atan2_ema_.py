@@ -3,6 +3,7 @@
 Owns the op: per tensor one pass that reads parameter, gradient and averages once and writes each
 once. Formula, bc_i = 1 - beta_i^step: m, v <- their moving averages, p <- p (1 - lr wd) -
 lr / bc1 atan2(m, sqrt(v / bc2)). Source: https://arxiv.org/abs/2407.05872, section 5.
+Learning rate and step are numbers: a captured CUDA graph would replay them.
 Imported by `trm_fast.backends` only.
 """
 

@@ -139,7 +139,8 @@ ROWS: tuple[Row, ...] = (
     *_rows(
         "token_mix_fwd",
         (80, 16, {"BLOCK_D": 64, "BLOCK_F": 32, "SPLIT": 0}, 8, 2),
-        (90, 16, {"BLOCK_D": 128, "BLOCK_F": 32, "SPLIT": 1}, 8, 3),
+        (90, 16, {"BLOCK_D": 128, "BLOCK_F": 32, "SPLIT": 1}, 8, 3, {"S": 112}),
+        (90, 16, {"BLOCK_D": 128, "BLOCK_F": 32, "SPLIT": 0}, 8, 3),
         (100, 16, {"BLOCK_D": 128, "BLOCK_F": 32, "SPLIT": 0}, 8, 3),
         *((a, 32, {"BLOCK_D": 32, "BLOCK_F": 16, "SPLIT": 1}, 8, 2) for a in (80, 90, 100)),
     ),
@@ -178,7 +179,8 @@ ROWS: tuple[Row, ...] = (
         "rope_attention_fwd",
         *((80, 16, {"BLOCK_S": size}, 4, 1, {"S": size}) for size in (16, 32, 64)),
         *((arch, 16, {"BLOCK_S": 64}, 4, 1, {"S": 64}) for arch in (90, 100)),
-        *((arch, 16, {"BLOCK_S": 128}, 8, 1, {"S": 128}) for arch in (80, 90, 100)),
+        (80, 16, {"BLOCK_S": 128}, 8, 1, {"S": 128}),
+        *((arch, 16, {"BLOCK_S": 128}, 8, 1, {"S": 128}) for arch in (90, 100)),
     ),
     *_rows(
         "rope_attention_bwd",

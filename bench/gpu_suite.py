@@ -43,6 +43,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     for name in ("--run", "--until", "--after"):  # for the process that measures
         parser.add_argument(name, help=argparse.SUPPRESS)
     given = parser.parse_args(argv)
+    try:
+        re.compile(given.only or "")
+    except re.error as error:
+        parser.error(f"--only {given.only!r} is no regular expression: {error}")
     if given.stage is None and given.one is None:
         parser.error("one of --stage and --one is needed")
     if given.official is not None:
@@ -103,6 +107,11 @@ def measure(given: argparse.Namespace) -> int:
     )
     with supervisor.stop_signals():
         items = [i for i in STAGES[given.stage] if re.search(given.only or "", i.name)]
+        if not items:
+            there = ", ".join(i.name for i in STAGES[given.stage])
+            say(f"gpu_suite.py: no item of stage {given.stage} matches {given.only!r}", err=True)
+            say(f"there are: {there}", err=True)
+            return 2
         return run_stage(session, items, given.after)
 
 

@@ -131,6 +131,14 @@ def unsupported_width(width: int) -> str | None:
     return f"needs a hidden size that is a multiple of {ALIGNMENT} up to {MAX_WIDTH}, not {width}"
 
 
+def mismatch(name: str, t: Tensor, shape: Sequence[int], like: Tensor) -> str | None:
+    """Why argument `name` is not of `shape` and the dtype of `like`, or None."""
+    if t.shape == tuple(shape) and t.dtype == like.dtype:
+        return None
+    wanted, given = (str(d).removeprefix("torch.") for d in (like.dtype, t.dtype))
+    return f"needs {name} of {list(shape)} {wanted}, not {list(t.shape)} {given}"
+
+
 def unsupported(dtype: torch.dtype, config: Shape | None) -> str | None:
     """Why an op without further conditions cannot serve, or None."""
     return unsupported_dtype(dtype) or (unsupported_width(config.hidden_size) if config else None)

@@ -14,6 +14,7 @@ from functools import cache
 from typing import Any, Protocol
 
 import torch
+import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -107,6 +108,11 @@ def run(kernel: Any, grid: tuple[int, ...], row: Settings, like: Tensor, **args:
         outlines = {name: _outline(value) for name, value in args.items()}
         _recorded.append(Launch(kernel, row, outlines))
         return
+    if like.device.type == "cpu" and not triton.knobs.runtime.interpret:
+        raise RuntimeError(
+            "Triton kernels take CPU tensors only in the interpreter: TRITON_INTERPRET=1 in the "
+            "environment before Python starts"
+        )
     options = {"num_warps": row.num_warps, "num_stages": row.num_stages}
     if like.device.type == "cuda" and like.device.index != torch.cuda.current_device():
         with torch.cuda.device(like.device):

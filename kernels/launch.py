@@ -22,7 +22,7 @@ class Row:
 
     Attributes:
         kernel: "<op>_fwd", "<op>_bwd" or what else an op module picks it by.
-        arch: 80 (sm_8x, and sm_12x, which has the same instructions and shared memory), 90 or 100.
+        arch: 80 (sm_8x), 90 or 100 (sm_10x).
         bits: width of the numbers: 16 (bfloat16, float16) or 32 (float32).
         tiles: the kernel's block sizes.
         num_warps, num_stages: of the launch.
@@ -179,8 +179,7 @@ ROWS: tuple[Row, ...] = (
         "rope_attention_fwd",
         *((80, 16, {"BLOCK_S": size}, 4, 1, {"S": size}) for size in (16, 32, 64)),
         *((arch, 16, {"BLOCK_S": 64}, 4, 1, {"S": 64}) for arch in (90, 100)),
-        (80, 16, {"BLOCK_S": 128}, 8, 1, {"S": 128}),
-        *((arch, 16, {"BLOCK_S": 128}, 8, 1, {"S": 128}) for arch in (90, 100)),
+        *((arch, 16, {"BLOCK_S": 128}, 8, 1, {"S": 128}) for arch in (80, 90, 100)),
     ),
     *_rows(
         "rope_attention_bwd",

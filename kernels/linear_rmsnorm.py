@@ -23,6 +23,7 @@ from trm_fast.kernels._common import (
     check,
     dot,
     down,
+    mismatch,
     row_scale,
     tiles,
     unsupported,
@@ -184,9 +185,17 @@ def linear_rmsnorm(a: Tensor, w: Tensor, h: Tensor, eps: float) -> Tensor:
     """a [B,S,E], w [D,E], h [B,S,D] -> rms_norm(h + a @ w.T) [B,S,D]; see `trm_fast.ops`.
 
     Raises:
-        ValueError: a dtype or width that the kernel does not serve.
+        ValueError: a dtype, width or shapes that the kernel does not serve.
     """
-    check("linear_rmsnorm", unsupported_dtype(h.dtype), unsupported_width(h.shape[-1]))
+    batch, tokens, width = h.shape
+    inner = a.shape[-1]
+    check(
+        "linear_rmsnorm",
+        unsupported_dtype(h.dtype),
+        unsupported_width(width),
+        mismatch("a", a, (batch, tokens, inner), h),
+        mismatch("w", w, (width, inner), h),
+    )
     out, _, _ = _fwd(
         a.flatten(0, 1).contiguous(), w.contiguous(), h.flatten(0, 1).contiguous(), eps
     )

@@ -24,6 +24,7 @@ from trm_fast.kernels._common import (
     check,
     dot,
     down,
+    mismatch,
     round_up,
     row_scale,
     tiles,
@@ -250,9 +251,16 @@ def swiglu_rmsnorm(h: Tensor, w_gate_up: Tensor, w_down: Tensor, eps: float) -> 
     """h [B,S,D], w_gate_up [2F,D], w_down [D,F] -> [B,S,D]; see `trm_fast.ops`.
 
     Raises:
-        ValueError: a dtype or width that the kernel does not serve.
+        ValueError: a dtype, width or shapes that the kernel does not serve.
     """
-    check("swiglu_rmsnorm", unsupported_dtype(h.dtype), unsupported_width(h.shape[-1]))
+    width, inner = h.shape[-1], w_down.shape[-1]
+    check(
+        "swiglu_rmsnorm",
+        unsupported_dtype(h.dtype),
+        unsupported_width(width),
+        mismatch("w_gate_up", w_gate_up, (2 * inner, width), h),
+        mismatch("w_down", w_down, (width, inner), h),
+    )
     rows = h.flatten(0, 1).contiguous()
     out, _, _, _ = _fwd(rows, w_gate_up.contiguous(), w_down.contiguous(), eps)
     return out.view(h.shape)

@@ -27,6 +27,7 @@ from trm_fast.kernels._common import (
     dot,
     down,
     inlined,
+    mismatch,
     row_scale,
     tiles,
     unsupported,
@@ -429,7 +430,14 @@ def token_mix(h: Tensor, w_gate_up: Tensor, w_down: Tensor, eps: float) -> Tenso
     Raises:
         ValueError: a dtype or width that the kernel does not serve.
     """
-    check("token_mix", unsupported_dtype(h.dtype), unsupported_width(h.shape[-1]))
+    tokens, inner = h.shape[1], w_down.shape[-1]
+    check(
+        "token_mix",
+        unsupported_dtype(h.dtype),
+        unsupported_width(h.shape[-1]),
+        mismatch("w_gate_up", w_gate_up, (2 * inner, tokens), h),
+        mismatch("w_down", w_down, (tokens, inner), h),
+    )
     return _fwd(h.contiguous(), w_gate_up.contiguous(), w_down.contiguous(), eps)[0]
 
 

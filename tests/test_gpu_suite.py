@@ -252,7 +252,16 @@ def suite(*arguments):
     )
 
 
-@pytest.mark.parametrize("arguments", [[], ["--stage", "D"], ["--stage", "A", "--official", "no"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["--stage", "D"],
+        ["--stage", "A", "--official", "no"],
+        ["--stage", "A", "--only", "("],
+        ["--stage", "A", "--tiny", "--only", "no such item"],
+    ],
+)
 def test_a_wrong_argument_exits_2(arguments):
     process = suite(*arguments)
     said, _ = process.communicate()

@@ -123,3 +123,11 @@ def test_kernel_refuses():
     check_refusals(lambda *t: kernel.linear_rmsnorm(*t, EPS), inputs((1, 2, 32, 16)))
     with pytest.raises(ValueError, match="linear_rmsnorm of the triton backend .* not 40"):
         kernel.linear_rmsnorm(*inputs((1, 2, 40, 16)), EPS)
+    a, w, h = inputs((1, 2, 32, 16))
+    for given, text in (
+        ((a, w[:, :8], h), r"needs w of \[32, 16\] float32, not \[32, 8\]"),
+        ((a[:, :1], w, h), "needs a of"),
+        ((a.half(), w, h), "not .* float16"),
+    ):
+        with pytest.raises(ValueError, match=text):
+            kernel.linear_rmsnorm(*given, EPS)

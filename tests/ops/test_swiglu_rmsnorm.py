@@ -100,3 +100,11 @@ def test_kernel_refuses():
     check_refusals(lambda *t: kernel.swiglu_rmsnorm(*t, EPS), inputs((1, 2, 32, 16)))
     with pytest.raises(ValueError, match="swiglu_rmsnorm of the triton backend .* not 40"):
         kernel.swiglu_rmsnorm(*inputs((1, 2, 40, 16)), EPS)
+    h, w_gate_up, w_down = inputs((1, 2, 32, 16))
+    for given in (
+        (h, w_gate_up[:, :16], w_down),
+        (h, w_gate_up, w_down[:16]),
+        (h.half(), w_gate_up, w_down),
+    ):
+        with pytest.raises(ValueError, match="needs w_"):
+            kernel.swiglu_rmsnorm(*given, EPS)

@@ -310,7 +310,7 @@ def test_the_measuring_process_is_told_everything(command_module, monkeypatch, t
 
 
 @pytest.mark.parametrize(("only", "left"), [(None, 2), ("rows|curve", 1), ("none", 0)])
-def test_some_items_of_a_stage(command_module, monkeypatch, tmp_path, only, left):
+def test_some_items_of_a_stage(command_module, monkeypatch, tmp_path, capsys, only, left):
     ran = []
     monkeypatch.setattr(session, "run_stage", lambda s, items, after: ran.extend(items) or 0)
     monkeypatch.setitem(STAGES, "B", [Item("rows x", None, 1), Item("step y", None, 1)])
@@ -318,9 +318,13 @@ def test_some_items_of_a_stage(command_module, monkeypatch, tmp_path, only, left
     arguments = ["--stage", "B", "--tiny", "--run", "r", "--until", "0"]
     arguments += ["--out", str(tmp_path / "out")] + (["--only", only] if only else [])
     threads = torch.get_num_threads()
-    assert command_module.main(arguments) == 0
+    assert command_module.main(arguments) == (0 if left else 2)
     torch.set_num_threads(threads)
     assert len(ran) == left
+    if not left:
+        said = capsys.readouterr().err
+        assert "no item of stage B matches 'none'" in said
+        assert "there are: rows x, step y" in said
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine could run the stage")

@@ -197,7 +197,7 @@ def deep_recursion_bwd_(
     sin: Tensor | None,
     *settings: Any,
 ) -> Tensor:
-    """The same over `saved`, a third less memory; `d_weights` take the weights' gradients."""
+    """The same over `saved`, where gate and up need no room again; `d_weights` take gradients."""
     return _run_backward(grad, saved, d_weights, weights, cos, sin, _Settings(*settings), True)
 
 

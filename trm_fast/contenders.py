@@ -52,7 +52,7 @@ class Case:
         return ModelConfig.from_dict(dict(self.config))
 
 
-_OFFICIAL: dict[str, Any] = {
+OFFICIAL: dict[str, Any] = {
     "batch_size": 8,
     "seq_len": 81,
     "vocab_size": 11,
@@ -69,7 +69,7 @@ _OFFICIAL: dict[str, Any] = {
     "halt_exploration_prob": 0.1,
     "forward_dtype": "bfloat16",
 }
-_RECIPE = _OFFICIAL | {
+_RECIPE = OFFICIAL | {
     "batch_size": 64,
     "puzzle_emb_ndim": 0,
     "puzzle_emb_len": 0,
@@ -90,14 +90,14 @@ CASES = {
         Case(
             "official",
             "the official Sudoku mlp_t configuration",
-            _OFFICIAL | {"mlp_t": True, "pos_encodings": "none"},
+            OFFICIAL | {"mlp_t": True, "pos_encodings": "none"},
             7,
         ),
         Case("recipe", "the default job's network: 81 tokens of 48, no prefix", _RECIPE, 40),
         Case(
             "attention",
             "the official attention configuration",
-            _OFFICIAL | {"mlp_t": False, "pos_encodings": "rope"},
+            OFFICIAL | {"mlp_t": False, "pos_encodings": "rope"},
             7,
         ),
     )

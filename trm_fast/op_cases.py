@@ -23,29 +23,14 @@ import torch
 from torch import Tensor
 
 from trm_fast.config import ModelConfig
+from trm_fast.contenders import OFFICIAL
 from trm_fast.ops import AttentionWeights, BlockWeights, Recursion, TokenMixWeights
 from trm_fast.reference import FEATURES, TOKENS
 
 DIRECTIONS = ("forward", "both")  # "both": forward and backward
 SIZES = ("real", "small", "tiny")
 
-_SUDOKU: dict[str, Any] = {
-    "batch_size": 768,
-    "seq_len": 81,
-    "vocab_size": 11,
-    "num_puzzle_identifiers": 1,
-    "puzzle_emb_ndim": 512,
-    "puzzle_emb_len": 16,
-    "hidden_size": 512,
-    "expansion": 4,
-    "num_heads": 8,
-    "H_cycles": 3,
-    "L_cycles": 6,
-    "L_layers": 2,
-    "halt_max_steps": 16,
-    "halt_exploration_prob": 0.1,
-    "forward_dtype": "bfloat16",
-}
+_SUDOKU = OFFICIAL | {"batch_size": 768}
 _MIXERS: dict[str, dict[str, Any]] = {
     "mlp_t": {"mlp_t": True, "pos_encodings": "none"},
     "attention": {"mlp_t": False, "pos_encodings": "rope"},

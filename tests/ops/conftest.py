@@ -1,5 +1,6 @@
-"""The fixture of every kernel's test."""
+"""The fixtures of the kernels' tests."""
 
+from extension_checks import extension, threads
 from kernel_checks import architecture
 
-__all__ = ["architecture"]
+__all__ = ["architecture", "extension", "threads"]

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from extension_checks import check_extension_refusals, check_same_bits
 from kernel_checks import (
     DEVICE,
     check_fullgraph,
@@ -11,6 +12,7 @@ from kernel_checks import (
 from op_checks import EPS, cases, check_op, rms_norm, token_major
 from parity import assert_parity, make_inputs
 
+from trm_fast.extension import linear_rmsnorm as compiled
 from trm_fast.kernels import linear_rmsnorm as kernel
 from trm_fast.kernels.residual_rmsnorm import finish_norm, norm_bwd
 from trm_fast.reference import linear_rmsnorm
@@ -20,6 +22,15 @@ SHAPES = [(4, 64, 32, 32), (2, 97, 256, 512), (1, 97, 64, 33), (0, 97, 64, 128)]
 
 # For the kernel: more rows than a tile, features that are no power of two, E no multiple of 16.
 KERNEL_SHAPES = [(2, 97, 48, 33), (1, 5, 16, 96), (0, 97, 64, 64)]
+
+# For the extension: a width that no vector divides evenly, fewer rows than a block, inner tails.
+EXTENSION_CASES = [
+    case
+    for case in cases(
+        "B S D E", [(2, 97, 48, 96), (1, 3, 16, 16), (2, 64, 272, 80), (0, 97, 64, 64)]
+    )
+    if case.values[1] != torch.float16
+]
 
 
 def formula(a, w, h):
@@ -131,3 +142,44 @@ def test_kernel_refuses():
     ):
         with pytest.raises(ValueError, match=text):
             kernel.linear_rmsnorm(*given, EPS)
+
+
+@pytest.mark.parametrize("shape, dtype", EXTENSION_CASES)
+def test_extension(shape, dtype, extension):
+    given = inputs(shape, dtype)
+    check_op(lambda *t: compiled.linear_rmsnorm(*t, EPS), formula, given, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_extension_gives_the_same_bits_on_any_threads(dtype, extension):
+    def step():
+        given = inputs((3, 97, 80, 96), dtype, requires_grad=True)
+        out = compiled.linear_rmsnorm(*given, EPS)
+        return [out, *torch.autograd.grad(out.square().sum(), given)]
+
+    check_same_bits(step)
+
+
+def test_extension_is_registered(extension):
+    a, w, h = inputs((1, 6, 32, 48), requires_grad=True)
+    rows = [a.flatten(0, 1), w, h.flatten(0, 1), EPS]
+    check_registered(compiled._fwd, rows)
+    out, rstd = (t.detach() for t in compiled._fwd(*rows))
+    check_registered(compiled._bwd, [out, rows[0].detach(), w.detach(), out, rstd])
+    check_fullgraph(lambda *t: compiled.linear_rmsnorm(*t, EPS), inputs((1, 6, 32, 48)))
+
+
+def test_extension_refuses(extension):
+    check_extension_refusals(lambda *t: compiled.linear_rmsnorm(*t, EPS), inputs((1, 2, 32, 16)))
+    with pytest.raises(ValueError, match="linear_rmsnorm of the compiled extension .* not 40"):
+        compiled.linear_rmsnorm(*inputs((1, 2, 40, 16)), EPS)
+    a, w, h = (t.flatten(0, -2) for t in inputs((1, 2, 32, 16)))
+    for given, text in (
+        ((a[:1], w, h), r"linear_rmsnorm: a is \[1, 16\], expected \[2, 16\]"),
+        ((a, w.t(), h), r"w is \[16, 32\], expected \[32, 16\]"),
+        ((a, w.bfloat16(), h), "w has dtype"),
+        ((a.repeat(1, 2)[:, ::2], w, h), "a is not contiguous"),
+        ((a[0], w, h), r"a and h are \[N, E\]"),
+    ):
+        with pytest.raises(RuntimeError, match=text):
+            compiled._fwd(*given, EPS)

@@ -1,0 +1,43 @@
+// Argument checks shared by the bindings, over the libtorch stable ABI.
+//
+// Kept to what the headers of torch 2.11 have: later ones add names that TORCH_TARGET_VERSION does
+// not hide (ArrayRef ==, STABLE_TORCH_ERROR_CODE_CHECK). Schemas, fake tensors and gradients are
+// Python's (trm_fast/extension).
+#pragma once
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <initializer_list>
+#include <string>
+
+namespace trm_fast {
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+inline std::string shape_text(const Tensor& t) {
+  std::string text = "[";
+  for (int64_t i = 0; i < t.dim(); ++i) text += (i ? ", " : "") + std::to_string(t.size(i));
+  return text + "]";
+}
+
+// `t` is contiguous, of this shape and dtype, on the device kind that the library serves.
+inline void check_tensor(const char* op, const char* name, const Tensor& t,
+                         std::initializer_list<int64_t> shape, ScalarType dtype) {
+  bool same = t.dim() == (int64_t)shape.size();
+  std::string wanted = "[";
+  int64_t i = 0;
+  for (int64_t size : shape) {
+    wanted += (i ? ", " : "") + std::to_string(size);
+    same = same && t.size(i) == size;
+    ++i;
+  }
+  STD_TORCH_CHECK(same, op, ": ", name, " is ", shape_text(t), ", expected ", wanted, "]");
+  STD_TORCH_CHECK(t.scalar_type() == dtype, op, ": ", name, " has dtype ", (int)t.scalar_type(),
+                  ", expected ", (int)dtype);
+  STD_TORCH_CHECK(t.is_contiguous(), op, ": ", name, " is not contiguous");
+}
+
+}  // namespace trm_fast

@@ -1,0 +1,94 @@
+// Threads and memory for the kernels; and the name of the instruction set in use.
+#include <stdlib.h>
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
+#include <algorithm>
+#include <map>
+#include <mutex>
+#include <new>
+
+#include "bind.h"
+
+namespace trm_fast {
+
+// Blocks that no operation uses at the moment.
+class Pool {
+ public:
+  TorchHost::Block take(size_t bytes) {
+    bytes = (bytes + 63) / 64 * 64;
+    {
+      std::lock_guard<std::mutex> guard(lock_);
+      const auto found = free_.lower_bound(bytes);
+      if (found != free_.end() && found->first <= bytes + bytes / 4 + 4096) {
+        const TorchHost::Block block{found->second, found->first};
+        free_.erase(found);
+        kept_ -= block.bytes;
+        return block;
+      }
+    }
+    void* start = nullptr;
+    const bool large = bytes >= HUGE;
+    if (posix_memalign(&start, large ? HUGE : 64, bytes) != 0) throw std::bad_alloc();
+#ifdef MADV_HUGEPAGE
+    if (large) madvise(start, bytes, MADV_HUGEPAGE);
+#endif
+    return {start, bytes};
+  }
+
+  void give(const std::vector<TorchHost::Block>& blocks) {
+    std::lock_guard<std::mutex> guard(lock_);
+    for (const auto& block : blocks) {
+      free_.emplace(block.bytes, block.start);
+      kept_ += block.bytes;
+    }
+    while (kept_ > MOST_KEPT) {
+      const auto largest = std::prev(free_.end());
+      kept_ -= largest->first;
+      free(largest->second);
+      free_.erase(largest);
+    }
+  }
+
+ private:
+  static constexpr size_t HUGE = 2u << 20, MOST_KEPT = 512u << 20;
+  std::mutex lock_;
+  std::multimap<size_t, void*> free_;
+  size_t kept_ = 0;
+};
+
+static Pool& pool() {
+  static Pool* one = new Pool;  // never destroyed: threads may outlive static objects
+  return *one;
+}
+
+static void run(int64_t count, void (*body)(void*, int64_t), void* context) {
+  torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) body(context, i);
+  });
+}
+
+TorchHost::TorchHost() {
+  threads = (int)std::max<uint32_t>(1, torch::stable::get_num_threads());
+  Host::run = &trm_fast::run;
+  allocate = &TorchHost::take;
+  owner = this;
+}
+
+TorchHost::~TorchHost() { pool().give(taken_); }
+
+void* TorchHost::take(const Host* host, size_t bytes) {
+  auto& taken = static_cast<TorchHost*>(host->owner)->taken_;
+  taken.reserve(taken.size() + 1);
+  taken.push_back(pool().take(bytes));
+  return taken.back().start;
+}
+
+static std::string instruction_set() { return kernels_or_null() ? kernels_or_null()->name : ""; }
+
+}  // namespace trm_fast
+
+STABLE_TORCH_LIBRARY_IMPL(trm_fast_ext, CompositeExplicitAutograd, m) {
+  m.impl("instruction_set", TORCH_BOX(&trm_fast::instruction_set));
+}

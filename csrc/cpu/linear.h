@@ -1,0 +1,61 @@
+// Rows times a weight: what linear_rmsnorm.cpp gives to the kernels that are built of it.
+#pragma once
+#include "gemm.h"
+#include "host.h"
+
+namespace trm_fast {
+namespace TRM_ISA {
+
+constexpr int64_t ROWS = 112;  // at a time: what was computed stays in L2
+
+// Of one thread: the sums of ROWS rows of the output, and operands where they must be converted.
+template <class Mode>
+struct LinearScratch {
+  float* y;
+  typename Mode::E* a;
+
+  // One per thread, for outputs of width D and inputs of width E.
+  static LinearScratch* make(const Host& host, int64_t D, int64_t E) {
+    auto* all = allocate<LinearScratch>(host, host.threads);
+    for (int i = 0; i < host.threads; ++i) {
+      all[i].y = allocate<float>(host, ROWS * D);
+      all[i].a = sizeof(typename Mode::T) == sizeof(typename Mode::E)
+                     ? nullptr
+                     : allocate<typename Mode::E>(host, ROWS * E);
+    }
+    return all;
+  }
+};
+
+// Packed operand of h w^T from w [D, E]: words(E) * D words.
+template <class Mode, class W>
+INL void pack_linear(const Host& host, const W* w, int64_t D, int64_t E, word* out) {
+  const int64_t parts = smaller<int64_t>(host.threads, ceil_div(D / VL, MAX_NV));
+  parallel(host, parts, [&](int64_t part) {
+    pack_transposed<Mode>([&](int64_t n) { return w + n * E; }, D, E, out,
+                          panel_border(D / VL, part, parts), panel_border(D / VL, part + 1, parts));
+  });
+}
+// Packed operand of d w from w [D, E]: words(D) * E words.
+template <class Mode, class W>
+INL void pack_linear_transposed(const Host& host, const W* w, int64_t D, int64_t E, word* out) {
+  const int64_t parts = smaller<int64_t>(host.threads, ceil_div(E / VL, MAX_NV));
+  parallel(host, parts, [&](int64_t part) {
+    pack_straight<Mode>([&](int64_t k) { return w + k * E; }, E, E, D, out,
+                        panel_border(E / VL, part, parts), panel_border(E / VL, part + 1, parts));
+  });
+}
+
+// out [rows, D] = rms_norm(h + a w^T) and 1/rms of each row; w packed by pack_linear.
+template <class Mode>
+void linear_rmsnorm_rows(const typename Mode::T* a, const word* w, const typename Mode::T* h,
+                         typename Mode::T* out, float* rstd, int64_t rows, int64_t D, int64_t E,
+                         float eps, LinearScratch<Mode> scratch);
+
+// out [rows, D] = a w^T.
+template <class Mode>
+void linear_rows(const typename Mode::T* a, const word* w, typename Mode::T* out, int64_t rows,
+                 int64_t D, int64_t E, typename Mode::E* scratch);
+
+}  // namespace TRM_ISA
+}  // namespace trm_fast

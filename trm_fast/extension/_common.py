@@ -1,0 +1,54 @@
+"""What every op of the extension checks, and where it registers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+EXTENSION = "trm_fast_ext"
+DTYPES = (torch.float32, torch.bfloat16)
+ALIGNMENT = 16  # widths are whole vectors
+
+
+class Shape(Protocol):
+    """What `unsupported` reads of a model's configuration."""
+
+    hidden_size: int
+    num_heads: int
+    mlp_t: bool
+    dropout: float
+
+
+def unsupported_dtype(dtype: torch.dtype) -> str | None:
+    if dtype in DTYPES:
+        return None
+    return f"serves float32 and bfloat16, not {str(dtype).removeprefix('torch.')}"
+
+
+def unsupported_width(width: int, name: str = "hidden size") -> str | None:
+    if width % ALIGNMENT == 0 and width > 0:
+        return None
+    return f"needs a {name} that is a multiple of {ALIGNMENT}, not {width}"
+
+
+def mismatch(name: str, t: Tensor, shape: Sequence[int], like: Tensor) -> str | None:
+    """Why argument `name` is not of `shape` and the dtype of `like`, or None."""
+    if t.shape == tuple(shape) and t.dtype == like.dtype:
+        return None
+    wanted, given = (str(d).removeprefix("torch.") for d in (like.dtype, t.dtype))
+    return f"needs {name} of {list(shape)} {wanted}, not {list(t.shape)} {given}"
+
+
+def unsupported(dtype: torch.dtype, config: Shape | None) -> str | None:
+    """Why an op without further conditions cannot serve, or None."""
+    return unsupported_dtype(dtype) or (unsupported_width(config.hidden_size) if config else None)
+
+
+def check(op: str, *reasons: str | None) -> None:
+    """ValueError with the first reason that is not None."""
+    for reason in reasons:
+        if reason is not None:
+            raise ValueError(f"{op} of the compiled extension {reason}")

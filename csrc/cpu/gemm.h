@@ -89,11 +89,12 @@ INL void each_panel(int64_t vectors, F f) {
 }
 
 // Panels of B from its transpose: word (k, n) from row(n), a pointer to K elements along k, or null
-// for zeros; `columns` is a multiple of VL. Column panels lie one after another, Kw words deep; the
-// vectors [begin, end) of columns are made, panel borders.
+// for zeros; `columns` is a multiple of VL. Column panels lie one after another, as deep as `depth`
+// elements, zeros from K on; the vectors [begin, end) of columns are made, panel borders.
 template <class Mode, class Row>
-INL void pack_transposed(Row row, int64_t columns, int64_t K, word* out, int64_t begin, int64_t end) {
-  const int64_t Kw = words<Mode>(K);
+INL void pack_transposed(Row row, int64_t columns, int64_t K, word* out, int64_t begin, int64_t end,
+                         int64_t depth = 0) {
+  const int64_t Kw = words<Mode>(depth ? depth : K);
   each_panel(columns / VL, [&](int64_t first, int nv) {
     if (first < begin || first >= end) return;
     for (int64_t j = first; j < first + nv; ++j)

@@ -31,5 +31,14 @@ INL A* allocate(const Host& host, int64_t count) {
   return (A*)host.allocate(&host, (size_t)larger<int64_t>(count, 1) * sizeof(A));
 }
 
+template <class T>
+INL void copy_floats(const Host& host, const float* from, T* to, int64_t count) {
+  parallel_ranges(host, count, 1 << 14, [&](int64_t, int64_t begin, int64_t end) {
+    int64_t i = begin;
+    for (; i + VL <= end; i += VL) store(to + i, load(from + i));
+    for (; i < end; ++i) set(to + i, from[i]);
+  });
+}
+
 }  // namespace TRM_ISA
 }  // namespace trm_fast

@@ -46,7 +46,15 @@ struct BlockWeights {
   /* da, dw, dh from dy and what the forward gave */                                               \
   X(linear_rmsnorm_bwd, (const Host& host, DType dtype, const void* dy, const void* a,             \
                          const void* w, const void* out, const float* rstd, void* da, void* dw,    \
-                         void* dh, int64_t N, int64_t D, int64_t E))
+                         void* dh, int64_t N, int64_t D, int64_t E))                               \
+  /* out [N,D] = rms_norm(x + down(silu(g) * u)), rstd [N]; gu [N, 2 round_up(F, 16)] or null */   \
+  X(swiglu_rmsnorm_fwd, (const Host& host, DType dtype, const void* x, const void* gate_up,        \
+                         const void* down, void* out, void* gu, float* rstd, int64_t N, int64_t D, \
+                         int64_t F, float eps))                                                    \
+  X(swiglu_rmsnorm_bwd, (const Host& host, DType dtype, const void* dy, const void* x,             \
+                         const void* gate_up, const void* down, const void* out, const void* gu,   \
+                         const float* rstd, void* dx, void* d_gate_up, void* d_down, int64_t N,    \
+                         int64_t D, int64_t F))
 
 #define TRM_TOKEN_KERNELS(X)
 

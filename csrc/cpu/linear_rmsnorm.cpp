@@ -74,10 +74,9 @@ static void backward(const Host& host, const void* dy_, const void* a_, const vo
     linear_rows<Mode>(dh + begin * D, packed, da + begin * E, end - begin, E, D, scratch[slot].a);
   });
   float* sum = allocate<float>(host, D * E);
-  weight_grad<Mode>(host, dh, D, D, a, E, E, N, sum, E, false);
-  parallel_ranges(host, D * E, 1 << 14, [&](int64_t, int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; i += VL) store(dw + i, load(sum + i));
-  });
+  word* memory = allocate<word>(host, weight_grad_words<Mode>(N, E, host.threads));
+  weight_grad<Mode>(host, dh, D, D, a, E, E, N, sum, E, false, memory);
+  copy_floats(host, sum, dw, D * E);
 }
 
 #define TRM_INSTANTIATE(Mode)                                                                      \

@@ -150,7 +150,7 @@ INL float largest(vf v) {
 
 INL vf sqrt(vf v) {
 #if defined(__AVX512F__)
-  return (vf)_mm512_sqrt_ps((__m512)v);
+  return (vf)_mm512_maskz_sqrt_ps(0xffff, (__m512)v);
 #elif defined(__AVX2__)
   return (vf)_mm256_sqrt_ps((__m256)v);
 #else
@@ -181,7 +181,7 @@ INL vf exp(vf x) {
 // 1 / x for x in the normal range, to one ulp or two.
 INL vf reciprocal(vf x) {
 #if defined(__AVX512F__)
-  const vf y = (vf)_mm512_rcp14_ps((__m512)x);
+  const vf y = (vf)_mm512_maskz_rcp14_ps(0xffff, (__m512)x);
   return y + y * (1.f - x * y);
 #else
   return 1.f / x;

@@ -26,19 +26,27 @@ INL void pack_strip(const G* g, int64_t ldg, int64_t width, int64_t K, word* out
     }
 }
 
+// Words of memory that one call needs.
+template <class Mode>
+INL int64_t weight_grad_words(int64_t M, int64_t N2, int threads) {
+  return round_up(words<Mode>(M) * round_up(N2, VL), VL) + threads * CHUNK_WORDS * STRIP;
+}
+
 // C [N1, N2] float (+)= sum over m of G[m, N1]^T X[m, N2]; rows of G and X are ldg and ldx elements
-// apart, those of C ldc. Sums are made in chunks of M, in order, whatever the threads.
+// apart, those of C ldc. Sums are made in chunks of M, in order, whatever the threads. `memory`:
+// weight_grad_words.
 template <class Mode, class G, class X>
 void weight_grad(const Host& host, const G* g, int64_t ldg, int64_t N1, const X* x, int64_t ldx,
-                 int64_t N2, int64_t M, float* C, int64_t ldc, bool accumulate) {
+                 int64_t N2, int64_t M, float* C, int64_t ldc, bool accumulate, word* memory) {
   if (M == 0) {
     if (!accumulate)
       for (int64_t i = 0; i < N1; ++i) memset(C + i * ldc, 0, (size_t)N2 * sizeof(float));
     return;
   }
   const int64_t columns = round_up(N2, VL), chunk = CHUNK_WORDS * Mode::per_word;
-  const int64_t Mw = words<Mode>(M), chunks = ceil_div(M, chunk);
-  word* packed = allocate<word>(host, Mw * columns);
+  const int64_t chunks = ceil_div(M, chunk);
+  word* packed = memory;
+  word* strips_of = memory + round_up(words<Mode>(M) * columns, VL);
   const int64_t parts = smaller<int64_t>(host.threads, ceil_div(columns / VL, MAX_NV));
   parallel(host, parts * chunks, [&](int64_t i) {
     const int64_t first = i / parts * chunk, part = i % parts, vectors = columns / VL;
@@ -47,9 +55,8 @@ void weight_grad(const Host& host, const G* g, int64_t ldg, int64_t N1, const X*
                         panel_border(vectors, part, parts), panel_border(vectors, part + 1, parts));
   });
   const int64_t strips = ceil_div(N1, STRIP);
-  word* strip_of = allocate<word>(host, (int64_t)host.threads * CHUNK_WORDS * STRIP);
   parallel_ranges(host, strips, 1, [&](int64_t slot, int64_t begin, int64_t end) {
-    word* strip = strip_of + slot * CHUNK_WORDS * STRIP;
+    word* strip = strips_of + slot * CHUNK_WORDS * STRIP;
     for (int64_t s = begin; s < end; ++s) {
       const int64_t n1 = s * STRIP, rows = smaller(STRIP, N1 - n1);
       for (int64_t first = 0; first < M; first += chunk) {

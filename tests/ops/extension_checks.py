@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 import torch
+from op_checks import cases
 
 from trm_fast.extension import library
 
@@ -27,6 +28,11 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
     torch.set_num_threads(request.param)
     yield request.param
     torch.set_num_threads(before)
+
+
+def extension_cases(names: str, shapes: Sequence[Sequence[int]]) -> list:
+    """`op_checks.cases` in the dtypes that the extension serves."""
+    return [case for case in cases(names, shapes) if case.values[1] != torch.float16]
 
 
 def check_same_bits(function: Callable[[], Sequence[torch.Tensor]]) -> None:

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from extension_checks import check_extension_refusals, check_same_bits, extension_cases
 from kernel_checks import (
     DEVICE,
     check_fullgraph,
@@ -11,6 +12,7 @@ from kernel_checks import (
 from op_checks import EPS, cases, check_op, counted_ops, rms_norm, silu, token_major
 from parity import assert_parity, make_inputs
 
+from trm_fast.extension import swiglu_rmsnorm as compiled
 from trm_fast.kernels import swiglu_rmsnorm as kernel
 from trm_fast.reference import swiglu_rmsnorm
 
@@ -18,6 +20,9 @@ SHAPES = [(4, 64, 32, 64), (2, 97, 512, 1536), (1, 97, 64, 33), (0, 97, 64, 128)
 
 # For the kernel: more rows than a tile, widths that are no powers of two, F no multiple of 16.
 KERNEL_SHAPES = [(2, 97, 48, 100), (1, 5, 16, 16), (0, 97, 64, 64)]
+
+# For the extension: widths of one panel and a half, inner widths that need padding, few rows.
+EXTENSION_SHAPES = [(2, 97, 48, 100), (1, 3, 16, 7), (2, 64, 80, 144), (0, 97, 64, 64)]
 
 
 def inputs(shape, dtype=torch.float32, **options):
@@ -108,3 +113,55 @@ def test_kernel_refuses():
     ):
         with pytest.raises(ValueError, match="needs w_"):
             kernel.swiglu_rmsnorm(*given, EPS)
+
+
+@pytest.mark.parametrize("shape, dtype", extension_cases("B S D F", EXTENSION_SHAPES))
+def test_extension(shape, dtype, extension):
+    given = inputs(shape, dtype)
+    check_op(lambda *t: compiled.swiglu_rmsnorm(*t, EPS), formula, given, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_extension_gives_the_same_bits_on_any_threads(dtype, extension):
+    def step():
+        given = inputs((3, 97, 80, 100), dtype, requires_grad=True)
+        out = compiled.swiglu_rmsnorm(*given, EPS)
+        return [out, *torch.autograd.grad(out.square().sum(), given)]
+
+    check_same_bits(step)
+
+
+def test_extension_keeps_nothing_without_gradient(extension):
+    given = [t.flatten(0, -2) for t in inputs((1, 6, 32, 24))]
+    out, _, gu = compiled._fwd(*given, EPS, False)
+    kept_out, _, kept = compiled._fwd(*given, EPS, True)
+    assert gu.shape == (0, 64) and kept.shape == (6, 64)
+    assert torch.equal(out, kept_out)
+
+
+def test_extension_is_registered(extension):
+    h, w_gate_up, w_down = inputs((1, 6, 32, 24), requires_grad=True)
+    rows = [h.flatten(0, 1), w_gate_up, w_down, EPS, True]
+    check_registered(compiled._fwd, rows)
+    out, rstd, gu = (t.detach() for t in compiled._fwd(*rows))
+    plain = [t.detach() for t in rows[:3]]
+    check_registered(compiled._bwd, [out, *plain, out, rstd, gu])
+    check_fullgraph(lambda *t: compiled.swiglu_rmsnorm(*t, EPS), inputs((1, 6, 32, 24)))
+
+
+def test_extension_refuses(extension):
+    check_extension_refusals(lambda *t: compiled.swiglu_rmsnorm(*t, EPS), inputs((1, 2, 32, 16)))
+    with pytest.raises(ValueError, match="swiglu_rmsnorm of the compiled extension .* not 40"):
+        compiled.swiglu_rmsnorm(*inputs((1, 2, 40, 16)), EPS)
+    h, w_gate_up, w_down = inputs((1, 2, 32, 16))
+    with pytest.raises(ValueError, match="needs w_gate_up of"):
+        compiled.swiglu_rmsnorm(h, w_gate_up[:, :16], w_down, EPS)
+    x = h[0]
+    for given, text in (
+        ((x, w_gate_up[:16], w_down), r"gate_up is \[16, 32\], expected \[32, 32\]"),
+        ((x, w_gate_up, w_down.bfloat16()), "down has dtype"),
+        ((x.t().contiguous().t(), w_gate_up, w_down), "x is not contiguous"),
+        ((x[0], w_gate_up, w_down), r"x and down are \[N, D\]"),
+    ):
+        with pytest.raises(RuntimeError, match=text):
+            compiled._fwd(*given, EPS, True)

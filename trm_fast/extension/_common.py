@@ -22,6 +22,10 @@ class Shape(Protocol):
     dropout: float
 
 
+def round_up(size: int, multiple: int = ALIGNMENT) -> int:
+    return -(-size // multiple) * multiple
+
+
 def unsupported_dtype(dtype: torch.dtype) -> str | None:
     if dtype in DTYPES:
         return None

@@ -20,10 +20,10 @@ struct Channel {
   int64_t D, F, P;
   word *gate_up, *down, *down_back, *gate_up_back;
 
-  // W is float or T: masters or weights of the states' type. `backward`: whether that is needed.
+  // W is float or T: masters or weights of the states' type. forwards, backwards: what is needed.
   template <class W>
   static Channel make(const Host& host, const W* gate_up, const W* down, int64_t D, int64_t F,
-                      bool backward);
+                      bool forwards, bool backwards);
 };
 
 // Of one thread, for ROWS rows: h [P], y [D] and, where g and u are made again, gu [2 P].

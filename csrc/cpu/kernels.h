@@ -32,6 +32,17 @@ struct BlockWeights {
   const float* down;     // [D, F]
 };
 
+// What the backward of deep_recursion is given; as trm_fast.ops says.
+enum class Policy : int { none = 0, save = 1, light = 2, recompute = 3 };
+
+// Everything about deep_recursion that is no tensor. F_t: inner width of the token MLP (mlp_t).
+struct RecursionShape {
+  int64_t B, S, D, F, F_t, heads, blocks, H_cycles, L_cycles;
+  float eps;
+  bool mlp_t;
+  Policy policy;
+};
+
 // Each line: name, arguments. A function of the namespace and a pointer in the table.
 
 #define TRM_ELEMENTWISE_KERNELS(X)

@@ -27,35 +27,25 @@ struct LinearScratch {
   }
 };
 
-// Packed operand of h w^T from w [D, E]: words(E) * D words.
+// Packed operand of h w^T from w [D, E], float or T, on all threads: words(E) * D words.
 template <class Mode, class W>
-INL void pack_linear(const Host& host, const W* w, int64_t D, int64_t E, word* out) {
-  const int64_t parts = smaller<int64_t>(host.threads, ceil_div(D / VL, MAX_NV));
-  parallel(host, parts, [&](int64_t part) {
-    pack_transposed<Mode>([&](int64_t n) { return w + n * E; }, D, E, out,
-                          panel_border(D / VL, part, parts), panel_border(D / VL, part + 1, parts));
-  });
-}
+void pack_linear(const Host& host, const W* w, int64_t D, int64_t E, word* out);
 // Packed operand of d w from w [D, E]: words(D) * E words.
 template <class Mode, class W>
-INL void pack_linear_transposed(const Host& host, const W* w, int64_t D, int64_t E, word* out) {
-  const int64_t parts = smaller<int64_t>(host.threads, ceil_div(E / VL, MAX_NV));
-  parallel(host, parts, [&](int64_t part) {
-    pack_straight<Mode>([&](int64_t k) { return w + k * E; }, E, E, D, out,
-                        panel_border(E / VL, part, parts), panel_border(E / VL, part + 1, parts));
-  });
-}
+void pack_linear_transposed(const Host& host, const W* w, int64_t D, int64_t E, word* out);
 
 // out [rows, D] = rms_norm(h + a w^T) and 1/rms of each row; w packed by pack_linear.
 template <class Mode>
 void linear_rmsnorm_rows(const typename Mode::T* a, const word* w, const typename Mode::T* h,
                          typename Mode::T* out, float* rstd, int64_t rows, int64_t D, int64_t E,
-                         float eps, LinearScratch<Mode> scratch);
+                         float eps, const LinearScratch<Mode>& scratch);
 
-// out [rows, D] = a w^T.
+// out [rows, D] = a w^T + residual, where that is not null. `scratch`: ROWS * E elements where T is
+// not E.
 template <class Mode>
-void linear_rows(const typename Mode::T* a, const word* w, typename Mode::T* out, int64_t rows,
-                 int64_t D, int64_t E, typename Mode::E* scratch);
+void linear_rows(const typename Mode::T* a, const word* w, const typename Mode::T* residual,
+                 typename Mode::T* out, int64_t rows, int64_t D, int64_t E,
+                 typename Mode::E* scratch);
 
 }  // namespace TRM_ISA
 }  // namespace trm_fast

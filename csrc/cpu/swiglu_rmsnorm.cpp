@@ -17,33 +17,40 @@ INL int64_t interleaved_row(int64_t n, int64_t F, int64_t P) {
 template <class Mode>
 template <class W>
 Channel<Mode> Channel<Mode>::make(const Host& host, const W* gate_up, const W* down, int64_t D,
-                                  int64_t F, bool backward) {
+                                  int64_t F, bool forwards, bool backwards) {
   const int64_t P = round_up(F, INNER), per = Mode::per_word;
-  Channel c{D, F, P, allocate<word>(host, D / per * 2 * P), allocate<word>(host, P / per * D),
-            nullptr, nullptr};
-  if (backward) {
+  Channel c{D, F, P, nullptr, nullptr, nullptr, nullptr};
+  if (forwards) {
+    c.gate_up = allocate<word>(host, D / per * 2 * P);
+    c.down = allocate<word>(host, P / per * D);
+  }
+  if (backwards) {
     c.down_back = allocate<word>(host, D / per * P);
     c.gate_up_back = allocate<word>(host, 2 * P / per * D);
   }
   const int64_t parts = host.threads, wide = 2 * P / VL, inner = P / VL, out = D / VL;
   const auto row_or_null = [](const W* w, bool there) { return there ? w : (const W*)nullptr; };
   parallel(host, parts, [&](int64_t i) {
-    pack_transposed<Mode>(
-        [&](int64_t n) {
-          const int64_t row = interleaved_row(n, F, P);
-          return row_or_null(gate_up + row * D, row >= 0);
-        },
-        2 * P, D, c.gate_up, panel_border(wide, i, parts), panel_border(wide, i + 1, parts));
-    pack_transposed<Mode>([&](int64_t n) { return down + n * F; }, D, F, c.down,
-                          panel_border(out, i, parts), panel_border(out, i + 1, parts), P);
-    if (!backward) return;
-    pack_straight<Mode>([&](int64_t k) { return down + k * F; }, F, P, D, c.down_back,
-                        panel_border(inner, i, parts), panel_border(inner, i + 1, parts));
-    pack_straight<Mode>(
-        [&](int64_t k) {
-          return row_or_null(gate_up + (k < P ? k : k - P + F) * D, (k < P ? k : k - P) < F);
-        },
-        D, D, 2 * P, c.gate_up_back, panel_border(out, i, parts), panel_border(out, i + 1, parts));
+    if (forwards) {
+      pack_transposed<Mode>(
+          [&](int64_t n) {
+            const int64_t row = interleaved_row(n, F, P);
+            return row_or_null(gate_up + row * D, row >= 0);
+          },
+          2 * P, D, c.gate_up, panel_border(wide, i, parts), panel_border(wide, i + 1, parts));
+      pack_transposed<Mode>([&](int64_t n) { return down + n * F; }, D, F, c.down,
+                            panel_border(out, i, parts), panel_border(out, i + 1, parts), P);
+    }
+    if (backwards) {
+      pack_straight<Mode>([&](int64_t k) { return down + k * F; }, F, P, D, c.down_back,
+                          panel_border(inner, i, parts), panel_border(inner, i + 1, parts));
+      pack_straight<Mode>(
+          [&](int64_t k) {
+            return row_or_null(gate_up + (k < P ? k : k - P + F) * D, (k < P ? k : k - P) < F);
+          },
+          D, D, 2 * P, c.gate_up_back, panel_border(out, i, parts),
+          panel_border(out, i + 1, parts));
+    }
   });
   return c;
 }
@@ -165,7 +172,7 @@ template <class Mode>
 static void forward(const Host& host, const void* x_, const void* gate_up, const void* down,
                     void* out_, void* gu_, float* rstd, int64_t N, int64_t D, int64_t F, float eps) {
   using T = typename Mode::T;
-  const auto w = Channel<Mode>::make(host, (const T*)gate_up, (const T*)down, D, F, false);
+  const auto w = Channel<Mode>::make(host, (const T*)gate_up, (const T*)down, D, F, true, false);
   const auto* scratch = ChannelScratch<Mode>::make(host, D, w.P);
   const T* x = (const T*)x_;
   T *out = (T*)out_, *gu = (T*)gu_;
@@ -181,7 +188,7 @@ static void backward(const Host& host, const void* dy_, const void* x_, const vo
                      void* dx_, void* d_gate_up_, void* d_down_, int64_t N, int64_t D, int64_t F) {
   using T = typename Mode::T;
   using E = typename Mode::E;
-  const auto w = Channel<Mode>::make(host, (const T*)gate_up, (const T*)down, D, F, true);
+  const auto w = Channel<Mode>::make(host, (const T*)gate_up, (const T*)down, D, F, false, true);
   const auto* scratch = ChannelScratch<Mode>::make(host, D, w.P);
   const T *dy = (const T*)dy_, *x = (const T*)x_, *out = (const T*)out_, *gu = (const T*)gu_;
   T *dx = (T*)dx_, *ds = allocate<T>(host, N * D);
@@ -201,7 +208,7 @@ static void backward(const Host& host, const void* dy_, const void* x_, const vo
 
 #define TRM_INSTANTIATE(Mode)                                                                       \
   template Channel<Mode> Channel<Mode>::make<float>(const Host&, const float*, const float*,       \
-                                                    int64_t, int64_t, bool);                        \
+                                                    int64_t, int64_t, bool, bool);                  \
   template ChannelScratch<Mode>* ChannelScratch<Mode>::make(const Host&, int64_t, int64_t);         \
   template void channel_rows<Mode>(const Channel<Mode>&, const Mode::T*, Mode::T*, Mode::T*,        \
                                    float*, int64_t, float, const ChannelScratch<Mode>&);            \

@@ -5,6 +5,7 @@ reader never needs a later file to understand an earlier one. Imports inside fun
 """
 
 import ast
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 
 import trm_fast
+from trm_fast.ops import OP_NAMES
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -28,6 +30,11 @@ ORDER = [
     ["data.sudoku"],
     ["data"],
     ["ops"],
+    ["extension.build"],
+    ["extension.cache"],
+    ["extension.library", "extension._common"],
+    [f"extension.{op}" for op in OP_NAMES],
+    ["extension"],
     ["reference"],
     ["memory"],
     ["backends"],
@@ -72,6 +79,10 @@ REPORT_MAY_IMPORT = KERNELS_MAY_IMPORT | {
     *("multiprocessing", "os", "pathlib", "re", "struct", "subprocess", "sys", "tempfile", "time"),
 }
 REPORT = {"_compile.py", "report.py"}
+# What registers an op is shared with the Triton kernels.
+REGISTRATION = "kernels.registration"
+# setup.py loads the first by its path, before anything is installed.
+STANDARD_LIBRARY_ONLY = {"extension/build.py": set[str](), "extension/cache.py": {"trm_fast"}}
 
 
 def module_name(path: Path) -> str:
@@ -102,6 +113,7 @@ def imported(source: str, package: str, known: set[str]) -> set[str]:
         known: module names, to tell `from trm_fast import model` from a name of the package.
     """
     found = set()
+    known = {*known, REGISTRATION}
     for node in ast.walk(ast.parse(source)):
         targets: list[str] = []
         if isinstance(node, ast.Import):
@@ -126,7 +138,8 @@ def violations(name: str, source: str, package: str) -> list[str]:
     return sorted(
         other
         for other in imported(source, package, set(RANK))
-        if other not in RANK or RANK[other] >= RANK[name]
+        if not (other == REGISTRATION and name.startswith("extension."))
+        and (other not in RANK or RANK[other] >= RANK[name])
     )
 
 
@@ -177,6 +190,19 @@ def test_kernels_import_torch_triton_and_each_other(path):
     assert roots <= (REPORT_MAY_IMPORT if path.name in REPORT else KERNELS_MAY_IMPORT)
 
 
+@pytest.mark.parametrize("name", STANDARD_LIBRARY_ONLY)
+def test_the_builder_imports_the_standard_library_only(name):
+    source = (ROOT / "trm_fast" / name).read_text(encoding="utf-8")
+    roots = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            roots.update(alias.name.split(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0
+            roots.add((node.module or "").split(".")[0])
+    assert roots - sys.stdlib_module_names <= STANDARD_LIBRARY_ONLY[name]
+
+
 def loaded_after(statement: str) -> set[str]:
     code = f"{statement}; import sys; print('\\n'.join(sys.modules))"
     done = subprocess.run(
@@ -189,6 +215,25 @@ def test_import_trm_fast_loads_nothing_heavy():
     loaded = loaded_after("import trm_fast, trm_fast.__main__")
     assert "trm_fast" in loaded
     assert loaded.isdisjoint({"torch", "triton", "numpy", "matplotlib", "trm_fast.model"})
+
+
+def test_importing_the_extension_builds_and_loads_nothing(tmp_path):
+    code = (
+        "import importlib, pkgutil, trm_fast.extension as e; "
+        "[importlib.import_module(m.name) for m in "
+        "pkgutil.walk_packages(e.__path__, 'trm_fast.extension.')]; "
+        "print(e.library._states, e.library._paths)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env={**os.environ, "TRM_FAST_CACHE": str(tmp_path), "CXX": "/nowhere/c++"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert (done.stdout, done.stderr) == ("{} {}\n", "")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_every_public_name_loads_and_none_needs_triton_or_matplotlib():

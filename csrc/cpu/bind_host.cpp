@@ -1,4 +1,4 @@
-// Threads and memory for the kernels; and the name of the instruction set in use.
+// Threads and memory for the kernels.
 #include <stdlib.h>
 #ifdef __linux__
 #include <sys/mman.h>
@@ -85,10 +85,4 @@ void* TorchHost::take(const Host* host, size_t bytes) {
   return taken.back().start;
 }
 
-static std::string instruction_set() { return kernels_or_null() ? kernels_or_null()->name : ""; }
-
 }  // namespace trm_fast
-
-STABLE_TORCH_LIBRARY_IMPL(trm_fast_ext, CompositeExplicitAutograd, m) {
-  m.impl("instruction_set", TORCH_BOX(&trm_fast::instruction_set));
-}

@@ -53,3 +53,10 @@ const Kernels* kernels_or_null() {
 }
 
 }  // namespace trm_fast
+
+// What the kernels in use were compiled for; empty where this CPU can run none of them. Asked right
+// after loading, before any operation.
+extern "C" __attribute__((visibility("default"))) const char* trm_fast_instruction_set() {
+  const trm_fast::Kernels* found = trm_fast::kernels_or_null();
+  return found ? found->name : "";
+}

@@ -1,0 +1,150 @@
+"""The folder of built libraries: each is built once, checked before it is used, and swept.
+
+A library is trusted with its checksum beside it: a file that was cut short would not fail to load,
+it would kill the process. Several processes build once (flock; the system drops it with the process
+that held it, however that ends), and a file appears by being renamed into place. Object files are
+kept the same way, so that an edited source, or another instruction set, compiles what it must only.
+Imported by `library`; imports the standard library only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
+
+from trm_fast.extension import build
+
+log = logging.getLogger("trm_fast")
+
+MOST_LIBRARIES = 12  # of a kind; the ones that were used last stay
+MOST_OBJECTS = 400
+
+
+def folder() -> Path:
+    """$TRM_FAST_CACHE, else trm_fast in $XDG_CACHE_HOME or ~/.cache."""
+    given = os.environ.get("TRM_FAST_CACHE")
+    if given:
+        return Path(given).expanduser().absolute()
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path("~/.cache").expanduser()).absolute() / "trm_fast"
+
+
+def provide(
+    kind: str, targets: Sequence[str], flags: Sequence[str] = (), *, anew: bool = False
+) -> Path:
+    """The library's path, built first where it is not there or not intact.
+
+    Args:
+        targets, flags: see `build.build`.
+        anew: build it in any case, from nothing.
+
+    Raises:
+        BuildError: it cannot be built.
+    """
+    place = folder()
+    library = place / (build.key(kind, targets, flags) + build.SUFFIX)
+    if not anew and build.intact(library):
+        _used(library)
+        return library
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+        with _locked(place / f"{kind}.lock") as locked:
+            if anew or not build.intact(library):  # another process may have built it
+                if locked:
+                    _sweep(place, kind)
+                _build(kind, library, targets, flags, anew)
+    except OSError as error:
+        raise build.BuildError(f"the cache {place} cannot be written to: {error}") from error
+    return library
+
+
+def _build(
+    kind: str, library: Path, targets: Sequence[str], flags: Sequence[str], anew: bool
+) -> None:
+    name, seconds = kind.upper(), build.estimate(kind, targets)
+    log.info("building the %s extension for %s, once: about %d s", name, " ".join(targets), seconds)
+    objects = library.parent / "objects"
+    objects.mkdir(exist_ok=True)
+    start = time.monotonic()
+    build.checksum_of(library).unlink(missing_ok=True)
+    job = partial(_object, objects, anew)
+    build.build(kind, library, targets, flags=flags, compile_job=job)
+    build.seal(library)
+    log.info("built the %s extension in %.0f s: %s", name, time.monotonic() - start, library)
+
+
+def _object(objects: Path, anew: bool, job: build.Job, out: Path) -> str:
+    """A job's object file at `out`: the kept one, or compiled and kept."""
+    kept = objects / f"{job.key}.o"
+    if not anew and build.intact(kept):
+        with contextlib.suppress(OSError):
+            shutil.copyfile(kept, out)
+            _used(kept)
+            return ""
+    output = build.compile_object(job, out)
+    part = objects / f"{job.key}.{os.getpid()}.part"
+    shutil.copyfile(out, part)
+    os.replace(part, kept)
+    build.seal(kept)
+    return output
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[bool]:
+    """Inside, no other process builds; False where the system cannot promise it."""
+    try:
+        import fcntl
+    except ImportError:
+        yield False
+        return
+    with open(path, "w") as file:
+        try:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                log.info("waiting for another process that builds the extension")
+                fcntl.flock(file, fcntl.LOCK_EX)
+            held = True
+        except OSError:  # some network file systems; builds are renamed into place all the same
+            held = False
+        yield held
+
+
+def _used(path: Path) -> None:
+    """Note that `path` is in use: what was used last is swept last."""
+    with contextlib.suppress(OSError):
+        os.utime(path)
+
+
+def _sweep(place: Path, kind: str) -> None:
+    """Remove what killed builds left, and the libraries and objects that were longest unused.
+
+    The lock is held: no build of this kind is under way. A library that a process has loaded stays
+    in its memory when its file is gone.
+    """
+    for left in place.glob(f"build-{kind}-*"):
+        shutil.rmtree(left, ignore_errors=True)
+    _keep(place.glob(f"trm_fast_{kind}-*{build.SUFFIX}"), MOST_LIBRARIES)
+    _keep((place / "objects").glob("*.o"), MOST_OBJECTS)
+    hour_ago = time.time() - 3600
+    for part in [*place.glob("*.part"), *(place / "objects").glob("*.part")]:
+        with contextlib.suppress(OSError):
+            if part.stat().st_mtime < hour_ago:
+                part.unlink()
+
+
+def _keep(files: Iterator[Path], count: int) -> None:
+    dated = []
+    for path in files:
+        with contextlib.suppress(OSError):
+            dated.append((path.stat().st_mtime, path))
+    for _, path in sorted(dated)[: max(0, len(dated) - count)]:
+        with contextlib.suppress(OSError):
+            path.unlink()
+            build.checksum_of(path).unlink(missing_ok=True)

@@ -43,9 +43,60 @@ struct RecursionShape {
   Policy policy;
 };
 
+// Identifiers of tokens, int32 or int64.
+struct Tokens {
+  const void* data;
+  bool wide;
+};
+// A contiguous tensor of either dtype; data is null where there is none.
+struct Source {
+  const void* data;
+  DType dtype;
+};
+// A state whose rows are contiguous: elements from one item and one token to the next.
+struct StateView {
+  const void* data;
+  int64_t item, token;
+};
+// Of P puzzle rows and then S - P tokens. tokens [B, S - P] below V, rows [B, P, D], embedding
+// [V, D], positions [S, D] or none, halted [B], y and z [B, S, D], y_init and z_init [D].
+struct EmbedReset {
+  Tokens tokens;
+  Source rows, embedding, positions;
+  const bool* halted;
+  StateView y, z;
+  Source y_init, z_init;
+  float scale;
+  int64_t B, S, P, D;
+};
+
 // Each line: name, arguments. A function of the namespace and a pointer in the table.
 
-#define TRM_ELEMENTWISE_KERNELS(X)
+#define TRM_ELEMENTWISE_KERNELS(X)                                                                 \
+  /* z + (y + x), of `count` elements */                                                           \
+  X(inject_fwd, (const Host& host, DType dtype, const void* z, const void* y, const void* x,       \
+                 void* out, int64_t count))                                                        \
+  /* out [N,F] = silu(gate) up of gate_up [N,2F]; d, its gradient, from that of out */             \
+  X(swiglu_fwd, (const Host& host, DType dtype, const void* gate_up, void* out, int64_t N,         \
+                 int64_t F))                                                                       \
+  X(swiglu_bwd, (const Host& host, DType dtype, const void* grad, const void* gate_up, void* d,    \
+                 int64_t N, int64_t F))                                                            \
+  /* out [B,S,D] = rms_norm(h + u) along D, or S if `tokens`; rstd [B,S], or [B,D] */              \
+  X(residual_rmsnorm_fwd, (const Host& host, DType dtype, const void* h, const void* u, void* out, \
+                           float* rstd, int64_t B, int64_t S, int64_t D, bool tokens, float eps))  \
+  /* d, the gradient of h and of u */                                                              \
+  X(residual_rmsnorm_bwd, (const Host& host, DType dtype, const void* grad, const void* out,       \
+                           const float* rstd, void* d, int64_t B, int64_t S, int64_t D,            \
+                           bool tokens))                                                           \
+  /* x, y, z [B,S,D] */                                                                            \
+  X(embed_reset_fwd, (const Host& host, DType dtype, const EmbedReset& in, void* x, void* y,       \
+                      void* z))                                                                    \
+  /* out [V,D] = factor * the sums of grad [B,S,D] over the places of each token, [B,S-P] */       \
+  X(embed_reset_bwd, (const Host& host, DType dtype, const void* grad, Tokens tokens, float* out,  \
+                      int64_t B, int64_t S, int64_t P, int64_t D, int64_t V, float factor))        \
+  /* out [S,D] = factor * the sum of grad [B,S,D] over the items */                                \
+  X(embed_reset_positions_bwd, (const Host& host, DType dtype, const void* grad, float* out,       \
+                                int64_t B, int64_t S, int64_t D, float factor))
 
 #define TRM_TRAINING_KERNELS(X)
 

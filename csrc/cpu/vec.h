@@ -61,8 +61,25 @@ INL To as(From v) {
   return t;
 }
 INL vf select(vi mask, vf a, vf b) { return as<vf>((mask & as<vi>(a)) | (~mask & as<vi>(b))); }
-INL vf min(vf a, vf b) { return select(a < b, a, b); }
-INL vf max(vf a, vf b) { return select(a > b, a, b); }
+// b where either is NaN. (The intrinsics without a mask draw false warnings from GCC 12.)
+INL vf min(vf a, vf b) {
+#if defined(__AVX512F__)
+  return (vf)_mm512_maskz_min_ps(0xffff, (__m512)a, (__m512)b);
+#elif defined(__AVX2__)
+  return (vf)_mm256_min_ps((__m256)a, (__m256)b);
+#else
+  return select(a < b, a, b);
+#endif
+}
+INL vf max(vf a, vf b) {
+#if defined(__AVX512F__)
+  return (vf)_mm512_maskz_max_ps(0xffff, (__m512)a, (__m512)b);
+#elif defined(__AVX2__)
+  return (vf)_mm256_max_ps((__m256)a, (__m256)b);
+#else
+  return select(a > b, a, b);
+#endif
+}
 
 // ---- memory
 
@@ -73,7 +90,15 @@ INL vf load(const float* p) {
 }
 INL void store(float* p, vf v) { memcpy(p, &v, sizeof v); }
 
-INL vf widen(vh h) { return as<vf>(__builtin_convertvector(h, vu) << 16); }
+INL vf widen(vh h) {
+#if defined(__AVX512F__)  // GCC 12 converts halves and joins them
+  return as<vf>((vu)_mm512_maskz_cvtepu16_epi32(0xffff, (__m256i)h) << 16);
+#elif defined(__AVX2__)
+  return as<vf>((vu)_mm256_cvtepu16_epi32((__m128i)h) << 16);
+#else
+  return as<vf>(__builtin_convertvector(h, vu) << 16);
+#endif
+}
 
 // Nearest, ties to even; a NaN stays one.
 INL vh narrow(vf v) {
@@ -130,13 +155,22 @@ INL vf rounded(const bf16*, vf v) { return widen(narrow(v)); }
 
 // ---- across the lanes, always in the same order
 
+// Halves are added to halves. (Written as a loop over lanes it goes through memory.)
 INL float sum(vf v) {
-  float t[VL], s = 0.f;
-  store(t, v);
-  for (int n = VL / 2; n > 0; n /= 2)
-    for (int i = 0; i < n; ++i) t[i] += t[i + n];
-  s += t[0];
-  return s;
+#if defined(__AVX2__)
+#if defined(__AVX512F__)
+  const __m256 low = _mm512_extractf32x8_ps((__m512)v, 0);
+  const __m256 eight = low + _mm512_extractf32x8_ps((__m512)v, 1);
+#else
+  const __m256 eight = (__m256)v;
+#endif
+  const __m128 four = _mm256_castps256_ps128(eight) + _mm256_extractf128_ps(eight, 1);
+  const __m128 two = four + _mm_movehl_ps(four, four);
+  return two[0] + two[1];
+#else
+  static_assert(VL == 4, "sum: four lanes");
+  return (v[0] + v[2]) + (v[1] + v[3]);
+#endif
 }
 INL float largest(vf v) {
   float t[VL];

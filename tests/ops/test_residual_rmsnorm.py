@@ -2,10 +2,12 @@
 
 import pytest
 import torch
+from extension_checks import check_extension_refusals, check_same_bits, extension_cases
 from kernel_checks import DEVICE, check_fullgraph, check_refusals, check_registered
 from op_checks import BSD, EPS, cases, check_op, rms_norm, token_major
 from parity import assert_parity, make_inputs
 
+from trm_fast.extension import residual_rmsnorm as compiled
 from trm_fast.kernels import residual_rmsnorm as kernel
 from trm_fast.kernels.residual_rmsnorm import residual_rmsnorm as triton_residual_rmsnorm
 from trm_fast.reference import FEATURES, TOKENS, residual_rmsnorm
@@ -185,3 +187,100 @@ def test_deferred_norm(shape, dtype, architecture):
     assert torch.equal(normed, got)
     assert kernel.norm_bwd(grad, total, parts, EPS, out=grad) is grad
     assert torch.equal(grad, d)
+
+
+# Columns in blocks of every size and a tail, less than a vector, one item, none.
+EXTENSION_BSD = [(2, 97, 243), (3, 5, 48), (1, 150, 133), (1, 1, 3), (0, 97, 64)]
+
+
+@AXES
+@pytest.mark.parametrize("shape, dtype", extension_cases("B S D", EXTENSION_BSD))
+def test_extension_value_and_gradients(shape, dtype, axis, extension):
+    check_op(
+        lambda h, u: compiled.residual_rmsnorm(h, u, axis, EPS),
+        lambda h, u: rms_norm(h + u, axis),
+        make_inputs(shape, shape, dtype=dtype),
+        dtype,
+    )
+
+
+@AXES
+def test_extension_rounds_the_sum_before_the_norm(axis, extension):
+    h, u = make_inputs((2, 97, 51), (2, 97, 51), dtype=torch.bfloat16)
+    want = rms_norm((h.double() + u.double()).bfloat16().float(), axis).bfloat16()
+    assert (compiled.residual_rmsnorm(h, u, axis, EPS) != want).float().mean() < 0.01
+
+
+@AXES
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_extension_in_token_major_memory(axis, dtype, extension):
+    h, u = make_inputs((3, 5, 43), (3, 5, 43), dtype=dtype, requires_grad=True)
+    (grad,) = make_inputs((3, 5, 43), dtype=dtype, seed=1)
+    out = compiled.residual_rmsnorm(h, u, axis, 0.5)
+    wanted = torch.autograd.grad(out, (h, u), grad)
+    other_h, other_u = token_major(h), token_major(u)
+    other = compiled.residual_rmsnorm(other_h, other_u, axis, 0.5)
+    assert other.stride() == other_h.stride()
+    assert torch.equal(other, out)
+    for got, want in zip(torch.autograd.grad(other, (other_h, other_u), grad), wanted, strict=True):
+        assert torch.equal(got, want)
+    assert torch.equal(compiled.residual_rmsnorm(h, other_u, axis, 0.5), out)
+    other_end = axis - 3 if axis > 0 else axis + 3
+    assert torch.equal(compiled.residual_rmsnorm(h, u, other_end, 0.5), out)
+
+
+def test_extension_keeps_the_result_and_one_scale_per_row(extension):
+    h, u = make_inputs((2, 5, 8), (2, 5, 8), requires_grad=True)
+    kept: list[torch.Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        out = compiled.residual_rmsnorm(h, u, FEATURES, EPS)
+    assert [t.shape for t in kept] == [(2, 5, 8), (2, 5)]
+    assert kept[0].data_ptr() == out.data_ptr()
+
+
+@AXES
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_extension_gives_the_same_bits_on_any_threads(dtype, axis, extension):
+    def step():
+        h, u = make_inputs((5, 97, 301), (5, 97, 301), dtype=dtype, requires_grad=True)
+        out = compiled.residual_rmsnorm(h, u, axis, EPS)
+        return [out, *torch.autograd.grad(out.square().sum(), (h, u))]
+
+    check_same_bits(step)
+
+
+@pytest.mark.parametrize("axis", [compiled.FEATURES, compiled.TOKENS], ids=["features", "tokens"])
+def test_extension_is_registered(axis, extension):
+    h, u = make_inputs((2, 3, 5), (2, 3, 5), requires_grad=True)
+    check_registered(compiled._fwd, (h, u, axis, EPS))
+    out, rstd = compiled._fwd(h.detach(), u.detach(), axis, EPS)
+    check_registered(compiled._bwd, (h.detach(), out, rstd, axis))
+
+
+def test_extension_compiles_and_refuses(extension):
+    inputs = make_inputs((2, 3, 6), (2, 3, 6))
+    check_fullgraph(lambda h, u: compiled.residual_rmsnorm(h, u, TOKENS, EPS), inputs)
+    check_extension_refusals(lambda h, u: compiled.residual_rmsnorm(h, u, FEATURES, EPS), inputs)
+    h, u = inputs
+    for given, text in (
+        ((h, u[:1], FEATURES), r"needs u of \[2, 3, 6\] float32, not \[1, 3, 6\]"),
+        ((h, u.bfloat16(), FEATURES), "needs u of .* not .* bfloat16"),
+        ((h, u, 0), "axis 1 .tokens. or 2 .features., not 0"),
+        ((h[0], u[0], 1), r"normalises \[B, S, D\]"),
+    ):
+        with pytest.raises(ValueError, match=text):
+            compiled.residual_rmsnorm(*given, EPS)
+    out, rstd = compiled._fwd(h, u, 2, EPS)
+    for call, text in (
+        (lambda: compiled._fwd(h, u[:1], 2, EPS), r"u is \[1, 3, 6\], expected \[2, 3, 6\]"),
+        (lambda: compiled._fwd(h, u.bfloat16(), 2, EPS), "u has dtype"),
+        (lambda: compiled._fwd(h, token_major(u), 2, EPS), "u is not contiguous"),
+        (lambda: compiled._fwd(h, u, -1, EPS), "axis is -1, expected 1 or 2"),
+        (lambda: compiled._fwd(h[0], u, 2, EPS), r"expected \[B, S, D\]"),
+        (lambda: compiled._bwd(h, out, rstd, 1), r"rstd is \[2, 3\], expected \[2, 6\]"),
+        (lambda: compiled._bwd(h, out[:1], rstd, 2), "out is"),
+        (lambda: compiled._bwd(h, out, rstd.bfloat16(), 2), "rstd has dtype"),
+        (lambda: compiled._bwd(h, out, rstd, 3), "axis is 3"),
+    ):
+        with pytest.raises(RuntimeError, match=text):
+            call()

@@ -2,10 +2,12 @@
 
 import pytest
 import torch
+from extension_checks import check_extension_refusals, check_same_bits, extension_cases
 from kernel_checks import DEVICE, check_fullgraph, check_refusals, check_registered
 from op_checks import DTYPES, cases, check_op, silu, token_major
 from parity import TOLERANCES, make_inputs
 
+from trm_fast.extension import swiglu as compiled
 from trm_fast.kernels import swiglu as kernel
 from trm_fast.kernels.swiglu import swiglu as triton_swiglu
 from trm_fast.reference import _SwiGLU, swiglu
@@ -45,8 +47,14 @@ def test_either_memory_layout():
     assert torch.equal(gate_up.grad, other.grad)
 
 
-@pytest.mark.parametrize("function", [swiglu, triton_swiglu], ids=["reference", "kernel"])
-def test_saturated_gates(function):
+@pytest.mark.parametrize(
+    "function",
+    [swiglu, triton_swiglu, compiled.swiglu],
+    ids=["reference", "kernel", "extension"],
+)
+def test_saturated_gates(function, request):
+    if function is compiled.swiglu:
+        request.getfixturevalue("extension")
     gate = torch.tensor([-1e4, -100.0, 0.0, 100.0, 1e4], requires_grad=True)
     up = torch.full((5,), 2.0, requires_grad=True)
     out = function(torch.cat((gate, up)).to(DEVICE)).cpu()
@@ -111,3 +119,63 @@ def test_kernel_compiles_and_refuses():
     inputs = make_inputs((2, 3, 10))
     check_fullgraph(triton_swiglu, inputs)
     check_refusals(triton_swiglu, inputs)
+
+
+# Tails of every vector width, less than a vector, several shares of a thread, one row, none.
+EXTENSION_SHAPES = [(2, 97, 101), (1, 97, 3), (2, 3, 4099), (1, 1, 80), (0, 97, 64)]
+
+
+@pytest.mark.parametrize("shape, dtype", extension_cases("B S F", EXTENSION_SHAPES))
+def test_extension_value_and_gradient(shape, dtype, extension):
+    batch, tokens, inner = shape
+    (gate_up,) = make_inputs((batch, tokens, 2 * inner), dtype=dtype)
+    check_op(compiled.swiglu, formula, [gate_up], dtype)
+
+
+def test_extension_rounds_once(extension):
+    (gate_up,) = make_inputs((40, 202), dtype=torch.bfloat16)
+    want = formula(gate_up.double()).bfloat16()
+    assert (compiled.swiglu(gate_up) != want).float().mean() < 1e-3
+
+
+def test_extension_takes_any_number_of_dimensions_and_either_layout(extension):
+    (gate_up,) = make_inputs((3, 5, 8))
+    want = compiled.swiglu(gate_up)
+    assert want.shape == (3, 5, 4)
+    assert torch.equal(compiled.swiglu(token_major(gate_up)), want)
+    assert torch.equal(compiled.swiglu(gate_up[0, 0]), want[0, 0])
+    assert torch.equal(compiled.swiglu(gate_up[None]), want[None])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_extension_gives_the_same_bits_on_any_threads(dtype, extension):
+    gate_up, grad = make_inputs((331, 198), (331, 99), dtype=dtype)
+    check_same_bits(lambda: [compiled._fwd(gate_up), compiled._bwd(grad, gate_up)])
+
+
+def test_extension_is_registered_and_compiles(extension):
+    gate_up, grad = make_inputs((5, 6), (5, 3), requires_grad=True)
+    check_registered(compiled._fwd, (gate_up,))
+    check_registered(compiled._bwd, (grad.detach(), gate_up.detach()))
+    check_fullgraph(compiled.swiglu, make_inputs((2, 3, 10)))
+
+
+def test_extension_refuses(extension):
+    check_extension_refusals(compiled.swiglu, make_inputs((2, 3, 10)))
+    for shape in ((2, 5), ()):
+        with pytest.raises(
+            ValueError, match="swiglu of the compiled extension needs a gate and as"
+        ):
+            compiled.swiglu(torch.zeros(shape))
+    gate_up, grad = make_inputs((4, 6), (4, 3))
+    for call, text in (
+        (lambda: compiled._fwd(gate_up[:, :5].contiguous()), r"is \[4, 5\], expected \[4, 4\]"),
+        (lambda: compiled._fwd(gate_up[0]), r"gate_up is \[6\], expected \[N, 2F\]"),
+        (lambda: compiled._fwd(gate_up.half()), "expected float32 or bfloat16"),
+        (lambda: compiled._fwd(gate_up.t().contiguous().t()), "gate_up is not contiguous"),
+        (lambda: compiled._bwd(grad[:3], gate_up), r"gate_up is \[4, 6\], expected \[3, 6\]"),
+        (lambda: compiled._bwd(grad, gate_up.bfloat16()), "gate_up has dtype"),
+        (lambda: compiled._bwd(grad[0], gate_up), r"grad is \[3\], expected \[N, F\]"),
+    ):
+        with pytest.raises(RuntimeError, match=text):
+            call()

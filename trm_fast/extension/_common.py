@@ -46,6 +46,14 @@ def mismatch(name: str, t: Tensor, shape: Sequence[int], like: Tensor) -> str | 
     return f"needs {name} of {list(shape)} {wanted}, not {list(t.shape)} {given}"
 
 
+def batch_major(*states: Tensor) -> tuple[bool, list[Tensor]]:
+    """The states, contiguous; with the first two axes exchanged, and True, where the first one lies
+    token-major in memory, so that it need not be copied."""
+    first = states[0]
+    swap = first.dim() == 3 and not first.is_contiguous() and first.transpose(0, 1).is_contiguous()
+    return swap, [(t.transpose(0, 1) if swap else t).contiguous() for t in states]
+
+
 def unsupported(dtype: torch.dtype, config: Shape | None) -> str | None:
     """Why an op without further conditions cannot serve, or None."""
     return unsupported_dtype(dtype) or (unsupported_width(config.hidden_size) if config else None)

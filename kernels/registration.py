@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 TRITON = "trm_fast_triton"
+_libraries: list[torch.library.Library] = []  # what they register lives as long as they do
 
 
 def register(
@@ -43,6 +44,8 @@ def register(
     torch.library.define(qualified, schema[len(name) :], tags=(torch.Tag.needs_fixed_stride_order,))
     if forward is not None:
         torch.library.impl(qualified, "default", _counted(forward, mutates))
+    elif mutates:
+        _count_compiled(namespace, name, mutates)
     torch.library.register_fake(qualified, fake)
     if backward is not None:
         torch.library.register_autograd(
@@ -58,13 +61,30 @@ def _counted(forward: Callable[..., Any], mutates: Sequence[int]) -> Callable[..
 
     def counted(*args: Any) -> Any:
         result = forward(*args)
-        for position in mutates:
-            written = args[position]
-            for t in written if isinstance(written, list | tuple) else (written,):
-                torch.autograd.graph.increment_version(t)
+        _count(args, mutates)
         return result
 
     return counted
+
+
+def _count(args: Sequence[Any], mutates: Sequence[int]) -> None:
+    for position in mutates:
+        written = args[position]
+        for t in written if isinstance(written, list | tuple) else (written,):
+            torch.autograd.graph.increment_version(t)
+
+
+def _count_compiled(namespace: str, name: str, mutates: Sequence[int]) -> None:
+    """The same where compiled code is called: on the way to it, as PyTorch's own operations do."""
+
+    def counted(keys: torch._C.DispatchKeySet, *args: Any) -> Any:
+        _count(args, mutates)
+        op = getattr(getattr(torch.ops, namespace), name).default
+        return op.redispatch(keys & torch._C._after_ADInplaceOrView_keyset, *args)
+
+    library = torch.library.Library(namespace, "FRAGMENT")
+    library.impl(name, counted, "ADInplaceOrView", with_keyset=True)
+    _libraries.append(library)
 
 
 def _sparing(save: Callable[..., None] | None) -> Callable[..., None]:

@@ -70,6 +70,23 @@ struct EmbedReset {
   int64_t B, S, P, D;
 };
 
+// One parameter of an optimizer step, and what belongs to it: each of `count` elements and of its
+// own dtype. The average and the copy may be missing: null.
+struct StepTensor {
+  void* data;
+  DType dtype;
+};
+struct StepTensors {
+  StepTensor param, grad, exp_avg, exp_avg_sq, ema, copy;
+  int64_t count;
+};
+struct StepSettings {
+  float weight1, weight2;  // of the gradient and its square in their averages
+  float correction2;       // 1 - beta2^step
+  float decay, rate;       // p * decay - rate * atan2(...)
+  float ema_weight;        // of the parameter in its average
+};
+
 // Each line: name, arguments. A function of the namespace and a pointer in the table.
 
 #define TRM_ELEMENTWISE_KERNELS(X)                                                                 \
@@ -98,7 +115,17 @@ struct EmbedReset {
   X(embed_reset_positions_bwd, (const Host& host, DType dtype, const void* grad, float* out,       \
                                 int64_t B, int64_t S, int64_t D, float factor))
 
-#define TRM_TRAINING_KERNELS(X)
+#define TRM_TRAINING_KERNELS(X)                                                                    \
+  /* loss, preds, correct [N] of logits [N,V], labels [N] in [0,V) or -100: int64 or int32 */      \
+  X(stablemax_loss_fwd, (const Host& host, DType dtype, const void* logits, const void* labels,    \
+                         bool long_labels, float* loss, int64_t* preds, uint8_t* correct,          \
+                         int64_t N, int64_t V))                                                    \
+  /* d [N,V] from that of the loss, grad [N] */                                                    \
+  X(stablemax_loss_bwd, (const Host& host, DType dtype, const float* grad, const void* logits,     \
+                         const void* labels, bool long_labels, void* d, int64_t N, int64_t V))     \
+  /* one optimizer step of all tensors, in place */                                                \
+  X(adam_atan2_ema_step, (const Host& host, const StepTensors* tensors, int64_t count,             \
+                          const StepSettings& settings))
 
 #define TRM_LINEAR_KERNELS(X)                                                                      \
   /* out [N,D] = rms_norm(h + a w^T), rstd [N]; a [N,E], w [D,E] */                                \

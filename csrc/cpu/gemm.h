@@ -73,10 +73,17 @@ INL vf row_words(const From* p, int64_t left) {
   }
 }
 // VL words of two rows that are neighbours along k: the pair (low, high) in each lane.
-INL vf pair_words(vf low, vf high) {
-  const vu a = __builtin_convertvector(narrow(low), vu), b = __builtin_convertvector(narrow(high), vu);
+INL vf pair_words(vh low, vh high) {
+  const vu a = __builtin_convertvector(low, vu), b = __builtin_convertvector(high, vu);
   return as<vf>(a | (b << 16));
 }
+INL vf pair_words(vf low, vf high) { return pair_words(narrow(low), narrow(high)); }
+INL vh load_halves(const bf16* p) {
+  vh h;
+  memcpy(&h, p, sizeof h);
+  return h;
+}
+INL vh load_halves(const float* p) { return narrow(load(p)); }
 
 // f(first vector, NV): the panels that `vectors` vectors of columns are divided into.
 template <class F>
@@ -128,7 +135,9 @@ INL void pack_straight(Row row, int64_t width, int64_t columns, int64_t K, word*
     for (int64_t k = 0; k < Kw; ++k)
       for (int j = 0; j < nv; ++j, to += VL) {
         const int64_t n = (first + j) * VL;
-        if constexpr (Mode::pairs)
+        if (Mode::pairs && n + VL <= width && 2 * k + 1 < K && row(2 * k) && row(2 * k + 1))
+          store(to, pair_words(load_halves(row(2 * k) + n), load_halves(row(2 * k + 1) + n)));
+        else if constexpr (Mode::pairs)
           store(to, pair_words(vector_of(2 * k, n), vector_of(2 * k + 1, n)));
         else
           store(to, vector_of(k, n));

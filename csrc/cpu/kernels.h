@@ -147,7 +147,14 @@ struct StepSettings {
 
 #define TRM_TOKEN_KERNELS(X)
 
-#define TRM_ATTENTION_KERNELS(X)
+#define TRM_ATTENTION_KERNELS(X)                                                                   \
+  /* out [B,S,HK], lse [B,H,S] of qkv [B,S,3HK]; cos and sin [S,K], or null */                     \
+  X(rope_attention_fwd, (const Host& host, DType dtype, const void* qkv, const float* cos,         \
+                         const float* sin, void* out, float* lse, int64_t B, int64_t S, int64_t H, \
+                         int64_t K))                                                               \
+  X(rope_attention_bwd, (const Host& host, DType dtype, const void* grad, const void* qkv,         \
+                         const void* out, const float* lse, const float* cos, const float* sin,    \
+                         void* d_qkv, int64_t B, int64_t S, int64_t H, int64_t K))
 
 #define TRM_RECURSION_KERNELS(X)
 

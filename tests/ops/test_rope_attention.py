@@ -5,10 +5,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from extension_checks import check_extension_refusals, check_same_bits, extension_cases
 from kernel_checks import DEVICE, check_fullgraph, check_refusals, check_registered
 from op_checks import EPS, case_ids, cases, check_op, token_major
 from parity import assert_parity, make_inputs
 
+from trm_fast.extension import rope_attention as compiled
 from trm_fast.kernels import rope_attention as kernel
 from trm_fast.kernels._runtime import recording
 from trm_fast.reference import _rotate, rope_attention
@@ -30,6 +32,13 @@ BEYOND_A_TILE = {
     "S5-K16-fp32": (1, 5, 1, 16, torch.float32),
     "B0-fp32": (0, 97, 2, 16, torch.float32),
 }
+
+# For the extension: one query, fewer than a block of rows, odd counts of tokens, several blocks
+# of queries in the gradient too; heads whose halves are no whole vectors, and of two panels.
+EXTENSION_SHAPES = [
+    *((2, 1, 2, 16), (1, 5, 3, 48), (2, 97, 2, 64), (1, 64, 1, 16)),
+    *((1, 130, 2, 48), (1, 81, 1, 128), (1, 200, 1, 80), (0, 97, 2, 16)),
+]
 
 
 def angles(tokens, head_dim, base=10000.0):
@@ -255,3 +264,127 @@ def test_kernel_says_what_it_does_not_serve(size, heads, mlp_t, reason):
     found = kernel.unsupported(torch.bfloat16, config)
     assert found is None if reason is None else found is not None and re.search(reason, found)
     assert "not float64" in kernel.unsupported(torch.float64, config)
+
+
+@pytest.mark.parametrize("rope", [True, False], ids=["rope", "none"])
+@pytest.mark.parametrize("shape, dtype", extension_cases("B S H K", EXTENSION_SHAPES))
+def test_extension(shape, dtype, rope, extension):
+    batch, tokens, heads, head_dim = shape
+    (qkv,) = make_inputs((batch, tokens, 3 * heads * head_dim), dtype=dtype)
+    rotary = tables(tokens, head_dim) if rope else None
+    check_op(
+        lambda t: compiled.rope_attention(t, rotary, heads),
+        lambda t: formula(t, heads, rope),
+        [qkv],
+        dtype,
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_extension_takes_the_tables_as_they_are(dtype, extension):
+    qkv, cos, sin = make_inputs((1, 20, 96), (20, 16), (20, 16), scale=(1.0, 0.7, 0.7))
+    check_op(
+        lambda t: compiled.rope_attention(t, (cos, sin), 2),
+        lambda t: rope_attention(t, (cos, sin), 2),
+        [qkv],
+        dtype,
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_extension_with_scores_far_below_zero(dtype, extension):
+    (qkv,) = make_inputs((1, 70, 48), scale=0.1)
+    qkv[..., 0], qkv[..., 16] = 10.0, -64.0
+    check_op(
+        lambda t: compiled.rope_attention(t, None, 1),
+        lambda t: formula(t, 1, False),
+        [qkv],
+        dtype,
+    )
+
+
+@pytest.mark.parametrize("part", ["q", "k", "v"])
+def test_extension_lets_a_nan_through(part, extension):
+    (qkv,) = make_inputs((1, 20, 48))
+    qkv[0, 7, "qkv".index(part) * 16] = float("nan")
+    found = compiled.rope_attention(qkv, None, 1).isnan()
+    assert torch.equal(found, rope_attention(qkv, None, 1).isnan())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_extension_gives_the_same_bits_on_any_threads(dtype, extension):
+    (qkv,) = make_inputs((2, 130, 3 * 3 * 32), dtype=dtype, requires_grad=True)
+    rotary = tables(130, 32)
+
+    def step():
+        out = compiled.rope_attention(qkv, rotary, 3)
+        return [out, *torch.autograd.grad(out.square().sum(), [qkv])]
+
+    check_same_bits(step)
+
+
+def test_extension_keeps_the_logarithms_of_the_sums(extension):
+    (qkv,) = make_inputs((2, 20, 96))
+    _, lse = compiled._fwd(qkv, None, None, 2)
+    q, k, _ = qkv.view(2, 20, 3, 2, 16).permute(2, 0, 3, 1, 4)
+    exact = (q.double() @ k.double().mT / 4).logsumexp(-1) / torch.tensor(2.0).double().log()
+    assert_parity(lse, exact)
+
+
+def test_extension_is_registered(extension):
+    (qkv,) = make_inputs((2, 5, 96))
+    cos, sin = tables(5, 16)
+    check_registered(compiled._fwd, [qkv.clone().requires_grad_(), cos, sin, 2])
+    out, lse = compiled._fwd(qkv, cos, sin, 2)
+    check_registered(compiled._bwd, [out, qkv, out, lse, cos, sin, 2])
+    check_fullgraph(lambda t: compiled.rope_attention(t, None, 2), [qkv])
+
+
+def test_extension_refuses(extension):
+    (qkv,) = make_inputs((1, 4, 96))
+    check_extension_refusals(lambda t: compiled.rope_attention(t, tables(4, 16), 2), [qkv])
+    for heads, rotary, text in (
+        (4, None, "needs a head size that is a multiple of 16 up to 128, not 8"),
+        (5, None, "takes q, k and v of 5 heads, not 96 features"),
+        (2, tables(5, 16), r"needs cos and sin of \[4, 16\] float32, not \[5, 16\] float32"),
+    ):
+        with pytest.raises(ValueError, match=f"rope_attention of the compiled extension .*{text}"):
+            compiled.rope_attention(qkv, rotary, heads)
+    cos, sin = tables(4, 16)
+    for given, text in (
+        ((qkv[0], cos, sin, 2), r"qkv is \[4, 96\], expected \[B, S, 3\*H\*K\]"),
+        ((qkv, cos, sin, 0), "qkv has 96 features, expected 3\\*0 heads"),
+        ((qkv, cos, sin, 3), "expected 3\\*3 heads of a multiple of 16"),
+        ((qkv, cos[:3], sin, 2), r"cos is \[3, 16\], expected \[4, 16\]"),
+        ((qkv, cos, sin.double(), 2), "sin has dtype"),
+        ((qkv, cos, None, 2), "cos and sin, or neither"),
+        ((qkv.repeat(1, 1, 2)[..., ::2], cos, sin, 2), "qkv is not contiguous"),
+        ((qkv.half(), cos, sin, 2), "expected float32 or bfloat16"),
+    ):
+        with pytest.raises(RuntimeError, match=text):
+            compiled._fwd(*given)
+    out, lse = compiled._fwd(qkv, cos, sin, 2)
+    for given, text in (
+        ((out[:, :3], qkv, out, lse), r"grad is \[1, 3, 32\], expected \[1, 4, 32\]"),
+        ((out, qkv, out.bfloat16(), lse), "out has dtype"),
+        ((out, qkv, out, lse[..., :3]), "lse is"),
+    ):
+        with pytest.raises(RuntimeError, match=text):
+            compiled._bwd(*given, cos, sin, 2)
+
+
+@pytest.mark.parametrize(
+    "size, heads, mlp_t, reason",
+    [
+        (512, 8, False, None),
+        (40, 8, True, None),
+        (40, 8, False, "hidden size"),
+        (512, 3, False, "3 heads of one size"),
+        (512, 2, False, "head size .* not 256"),
+    ],
+)
+def test_extension_says_what_it_does_not_serve(size, heads, mlp_t, reason):
+    config = SimpleNamespace(hidden_size=size, num_heads=heads, mlp_t=mlp_t, dropout=0.0)
+    found = compiled.unsupported(torch.bfloat16, config)
+    assert found is None if reason is None else found is not None and re.search(reason, found)
+    assert "not float64" in compiled.unsupported(torch.float64, config)

@@ -12,12 +12,13 @@ from typing import Any
 import pytest
 import torch
 
-from trm_fast import bench, op_bench, timing
+from trm_fast import bench, micro_bench, op_bench, timing
 from trm_fast.contenders import COMPILE, Official, official_code
 from trm_fast.op_cases import cases
 
 RACES = pytest.StashKey[list[bench.Race]]()
 OP_RACES = pytest.StashKey[list[op_bench.OpRace]]()
+MICRO = pytest.StashKey[list[dict[str, Any]]]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -30,6 +31,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[RACES] = []
     config.stash[OP_RACES] = []
+    config.stash[MICRO] = []
 
 
 @pytest.fixture(scope="session")
@@ -44,6 +46,12 @@ def official(request: pytest.FixtureRequest) -> Iterator[Official | None]:
 def races(request: pytest.FixtureRequest) -> list[bench.Race]:
     """What has been run, for the summary."""
     return request.config.stash[RACES]
+
+
+@pytest.fixture
+def micro_results(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
+    """What has been measured of the microkernels, for the summary."""
+    return request.config.stash[MICRO]
 
 
 @pytest.fixture
@@ -78,6 +86,8 @@ def op_race(request: pytest.FixtureRequest, benchmark: Any) -> Callable[[str, st
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     config = terminalreporter.config
     races, op_races = config.stash[RACES], config.stash[OP_RACES]
+    for found in config.stash[MICRO]:
+        terminalreporter.write_line(micro_bench.text(found))
     if not races and not op_races:
         return
     device = (races or op_races)[0].device

@@ -4,6 +4,7 @@ No test looks at how long anything took.
 """
 
 import gc
+import os
 
 import pytest
 import torch
@@ -55,3 +56,36 @@ def test_the_collector_is_off_inside_only():
 
 def test_commit_of_a_folder_without_git(tmp_path):
     assert timing.commit(tmp_path) is None
+
+
+def test_one_cpu_of_each_core_and_the_last_core_first(monkeypatch):
+    siblings = {0: "0,2", 1: "1,3", 2: "0,2", 3: "1,3"}
+
+    def read_text(path, encoding):
+        number = int(path.parent.parent.name.removeprefix("cpu"))
+        if number not in siblings:
+            raise OSError
+        return siblings[number] + "\n"
+
+    monkeypatch.setattr(timing.Path, "read_text", read_text)
+    assert timing.one_cpu_per_core({0, 1, 2, 3}) == [1, 0]
+    assert timing.one_cpu_per_core({2, 3, 9}) == [9, 3, 2]
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="the system cannot pin")
+def test_threads_and_cpus_are_as_before_afterwards():
+    threads, allowed = torch.get_num_threads(), os.sched_getaffinity(0)
+    with pytest.raises(ZeroDivisionError), timing.on_threads(1) as cpus:
+        assert torch.get_num_threads() == 1
+        assert os.sched_getaffinity(0) == set(cpus)
+        assert len(cpus) == 1
+        _ = 1 / 0
+    assert torch.get_num_threads() == threads
+    assert os.sched_getaffinity(0) == allowed
+    for task in timing._tasks():
+        assert os.sched_getaffinity(task) == allowed
+
+
+def test_more_threads_than_cores_are_not_pinned():
+    with timing.on_threads(10_000) as cpus:
+        assert cpus is None

@@ -14,7 +14,7 @@ import platform
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -62,6 +62,55 @@ def collector_off() -> Iterator[None]:
         yield
     finally:
         gc.enable()
+
+
+def one_cpu_per_core(allowed: Iterable[int]) -> list[int]:
+    """Of each core the first CPU, the last core first: interrupts mostly go to the first ones."""
+    cores: dict[str, int] = {}
+    for cpu in sorted(allowed):
+        siblings = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
+        try:
+            core = siblings.read_text(encoding="utf-8").strip()
+        except OSError:
+            core = str(cpu)
+        cores.setdefault(core, cpu)
+    return sorted(cores.values(), reverse=True)
+
+
+def _tasks() -> list[int]:
+    """The threads of this process, as far as the system tells."""
+    try:
+        return [int(name) for name in os.listdir("/proc/self/task")]
+    except OSError:
+        return [0]
+
+
+@contextlib.contextmanager
+def on_threads(count: int) -> Iterator[list[int] | None]:
+    """PyTorch on `count` threads and the process on as many CPUs, each of a core of its own.
+
+    Gives the CPUs, or None where the system cannot pin or has fewer cores to give. Threads, also
+    those made meanwhile, and PyTorch's setting are afterwards as they were.
+    """
+    threads = torch.get_num_threads()
+    allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set()
+    cpus = one_cpu_per_core(allowed)[:count]
+    pinned = len(cpus) == count
+    torch.set_num_threads(count)
+    try:
+        if pinned:
+            _pin(cpus)
+        yield cpus if pinned else None
+    finally:
+        torch.set_num_threads(threads)
+        if pinned:
+            _pin(allowed)
+
+
+def _pin(cpus: Iterable[int]) -> None:
+    for task in _tasks():
+        with contextlib.suppress(OSError):  # it has ended
+            os.sched_setaffinity(task, cpus)
 
 
 def basis(device: torch.device) -> str:

@@ -158,13 +158,21 @@ struct StepSettings {
 
 #define TRM_RECURSION_KERNELS(X)
 
+#define TRM_BENCH_KERNELS(X)                                                                       \
+  /* rates [count] FLOP/s: multiply-adds in registers; and out [M,N] = a w^T, a [M,K], w [N,K] */  \
+  X(micro_rate_peak, (DType dtype, int64_t steps, int64_t count, double* rates))                   \
+  X(micro_rate_product, (const Host& host, DType dtype, const void* a, const void* w, void* out,   \
+                         int64_t M, int64_t N, int64_t K, int64_t times, int64_t count,            \
+                         double* rates))
+
 #define TRM_CPU_KERNELS(X)   \
   TRM_ELEMENTWISE_KERNELS(X) \
   TRM_TRAINING_KERNELS(X)    \
   TRM_LINEAR_KERNELS(X)      \
   TRM_TOKEN_KERNELS(X)       \
   TRM_ATTENTION_KERNELS(X)   \
-  TRM_RECURSION_KERNELS(X)
+  TRM_RECURSION_KERNELS(X)   \
+  TRM_BENCH_KERNELS(X)
 
 struct Kernels {
   const char* name;

@@ -12,13 +12,12 @@ from typing import Any
 import pytest
 import torch
 
-from trm_fast import bench, micro_bench, op_bench, timing
+from trm_fast import bench, op_bench, timing
 from trm_fast.contenders import COMPILE, Official, official_code
 from trm_fast.op_cases import cases
 
-RACES = pytest.StashKey[list[bench.Race]]()
-OP_RACES = pytest.StashKey[list[op_bench.OpRace]]()
-MICRO = pytest.StashKey[list[dict[str, Any]]]()
+RESULTS = pytest.StashKey[dict[str, list[Any]]]()
+PEAKS = pytest.StashKey[bench.Peaks]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -29,9 +28,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.stash[RACES] = []
-    config.stash[OP_RACES] = []
-    config.stash[MICRO] = []
+    config.stash[RESULTS] = {"steps": [], "memory": [], "micro": [], "ops": []}
+    device = torch.device(config.getoption("--bench-device"))
+    size = 64 if config.getoption("--bench-quick") else None
+    config.stash[PEAKS] = bench.Peaks(("bfloat16", "float32"), device, size)
 
 
 @pytest.fixture(scope="session")
@@ -43,15 +43,33 @@ def official(request: pytest.FixtureRequest) -> Iterator[Official | None]:
 
 
 @pytest.fixture
-def races(request: pytest.FixtureRequest) -> list[bench.Race]:
-    """What has been run, for the summary."""
-    return request.config.stash[RACES]
+def results(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
+    """The results of whole steps, for the summary."""
+    return request.config.stash[RESULTS]["steps"]
+
+
+@pytest.fixture
+def memory_results(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
+    """What train steps needed in memory, for the summary."""
+    return request.config.stash[RESULTS]["memory"]
 
 
 @pytest.fixture
 def micro_results(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
     """What has been measured of the microkernels, for the summary."""
-    return request.config.stash[MICRO]
+    return request.config.stash[RESULTS]["micro"]
+
+
+@pytest.fixture
+def peaks(request: pytest.FixtureRequest) -> Callable[[int | None], None]:
+    """Measures `torch.mm` on this many threads, once."""
+    found = request.config.stash[PEAKS]
+
+    def measure(count: int | None) -> None:
+        if str(count or torch.get_num_threads()) not in found.found:
+            found.measure(count)
+
+    return measure
 
 
 @pytest.fixture
@@ -78,29 +96,28 @@ def op_race(request: pytest.FixtureRequest, benchmark: Any) -> Callable[[str, st
         benchmark.pedantic(lambda: timing.timed(lambda: step(0), device), rounds=5)
         benchmark.extra_info["contender"] = race.entries[-1].name
         race.inputs.clear()
-        request.config.stash[OP_RACES].append(race)
+        request.config.stash[RESULTS]["ops"].append(race)
 
     return race_them
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     config = terminalreporter.config
-    races, op_races = config.stash[RACES], config.stash[OP_RACES]
-    for found in config.stash[MICRO]:
-        terminalreporter.write_line(micro_bench.text(found))
-    if not races and not op_races:
+    found = config.stash[RESULTS]
+    if not any(found.values()):
         return
-    device = (races or op_races)[0].device
-    quick = config.getoption("--bench-quick")
-    peaks = bench.measure_peaks([race.case for race in races], device, 64 if quick else None)
-    report = bench.report(device, peaks, races)
+    device = torch.device(config.getoption("--bench-device"))
+    report = bench.report(device, config.stash[PEAKS], found["steps"])
+    for part in ("memory", "micro"):
+        if found[part]:
+            report[part] = found[part]
     terminalreporter.write_line("")
-    if races:
+    if found["steps"] or found["memory"] or found["micro"]:
         terminalreporter.write_line(bench.text(report))
-    if op_races:
-        dtype = op_races[0].case.dtype
-        report["op_peaks"] = op_bench.measure_peaks(device, dtype, quick)
-        report["ops"] = [race.result(report["op_peaks"]) for race in op_races]
+    if races := found["ops"]:
+        quick = config.getoption("--bench-quick")
+        report["op_peaks"] = op_bench.measure_peaks(device, races[0].case.dtype, quick)
+        report["ops"] = [race.result(report["op_peaks"]) for race in races]
         terminalreporter.write_line(op_bench.text(report))
     if config.getoption("--bench-json"):
         text = json.dumps(report, indent=1) + "\n"

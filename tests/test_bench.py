@@ -5,6 +5,7 @@ No test looks at how long anything took.
 
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -14,11 +15,10 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from trm_fast import backends, bench
+from trm_fast import backends, bench, bench_report
 from trm_fast.backends import Choice
 from trm_fast.contenders import (
-    CASES,
-    Case,
+    PRODUCTS,
     Contender,
     Fields,
     ParityError,
@@ -32,8 +32,9 @@ from trm_fast.contenders import (
     official_code,
     outcome,
     prepare,
-    quick,
 )
+from trm_fast.floor import matmuls, useful_flops
+from trm_fast.workloads import CASES, Case, plan, quick
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
@@ -49,16 +50,49 @@ def timed_row(name, wall_median, wall_min, cpu_median, cpu_min):
     }
 
 
-def test_ratios_are_of_the_row_over_the_reference():
+def test_a_ratio_is_the_bases_time_over_the_rows():
     rows = [
         timed_row("reference", 10.0, 8.0, 6.0, 4.0),
+        timed_row("cpp", 5.0, 2.0, 3.0, 1.0),
         timed_row("official", 25.0, 12.0, 9.0, 8.0),
         {"contender": "reference compiled", "available": False, "note": "failed"},
     ]
-    want = {"official": {"speedup": 2.0, "wall_median": 2.5, "cpu_median": 1.5}}
-    assert bench.ratios(rows, "cpu") == want
-    assert bench.ratios(rows, "wall")["official"]["speedup"] == 1.5
-    assert bench.ratios(rows[1:], "cpu") == {}
+    found = bench_report.ratios(rows, "cpu")
+    assert set(found) == {"reference", "cpp", "official"}
+    assert found["cpp"] == {
+        "reference": {"min": 4.0, "median": 2.0},
+        "official": {"min": 8.0, "median": 3.0},
+    }
+    assert found["reference"] == {"official": {"min": 2.0, "median": 1.5}}
+    assert bench_report.ratios(rows, "wall")["cpp"]["official"] == {"min": 6.0, "median": 5.0}
+
+
+def test_the_plan_is_what_the_issue_asks_for():
+    found = [
+        (c.name, c.config["forward_dtype"], c.config["batch_size"], step)
+        for c, step in plan(CASES.values())
+    ]
+    for name in ("official", "attention"):
+        for dtype in ("bfloat16", "float32"):
+            assert {(name, dtype, 8, "train"), (name, dtype, 8, "inference")} < set(found)
+            assert (name, dtype, 1, "inference") in found
+            assert (name, dtype, 1, "train") not in found
+            assert ("recipe", dtype, 64, "train") in found
+    assert len(found) == len(set(found)) == 16
+
+
+def test_a_plan_can_be_narrowed():
+    official = [CASES["official"]]
+    assert [(c.config["batch_size"], s) for c, s in plan(official, ["float16"], [1, 3])] == [
+        (1, "train"),
+        (1, "inference"),
+        (3, "train"),
+        (3, "inference"),
+    ]
+    ((case, step),) = plan(official, ["float32"], steps=["train"])
+    assert (case.model.batch_size, case.model.forward_dtype, step) == (8, "float32", "train")
+    assert case.rounds == CASES["official"].rounds
+    assert CASES["official"].of("float32", 1).rounds == 3 * case.rounds
 
 
 def test_useful_flops_of_the_official_steps():
@@ -66,14 +100,14 @@ def test_useful_flops_of_the_official_steps():
     config = CASES["official"].model
     block = 2 * 97 * 512 * 3 * (1536 + 512)
     head = 2 * 97 * 512 * 11
-    assert bench.useful_flops(config, "train") == 8 * (35 * 2 * block + 3 * head)
-    assert bench.useful_flops(config, "inference") == 8 * (21 * 2 * block + head)
+    assert useful_flops(config, "train") == 8 * (35 * 2 * block + 3 * head)
+    assert useful_flops(config, "inference") == 8 * (21 * 2 * block + head)
 
 
 def test_useful_flops_of_attention():
     config = replace(CASES["attention"].model, H_cycles=1, L_cycles=1, L_layers=1, batch_size=1)
     block = 2 * (4 * 97 * 512**2 + 2 * 97 * 97 * 512 + 3 * 97 * 512 * 1536)
-    assert bench.useful_flops(config, "inference") == 2 * block + 2 * 97 * 512 * 11
+    assert useful_flops(config, "inference") == 2 * block + 2 * 97 * 512 * 11
 
 
 @pytest.mark.parametrize("name", ["official", "recipe"])
@@ -85,8 +119,30 @@ def test_the_flops_are_those_that_run(name, step, products):
     with FlopCounterMode(display=False) as counter:
         entry.run()
     q_head = 2 * config.batch_size * config.hidden_size * config.q_logits
-    want = bench.useful_flops(config, step) + products * q_head
+    want = useful_flops(config, step) + products * q_head
     assert counter.get_total_flops() == want
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("step", ["train", "inference"])
+def test_the_matmuls_are_those_of_the_step(name, step):
+    config = quick(CASES[name]).model
+    run = matmuls(config, step, CPU)
+    with FlopCounterMode(display=False) as counter:
+        run()
+    assert counter.get_total_flops() == useful_flops(config, step)
+
+
+def test_the_matmuls_are_a_row_without_parity(monkeypatch):
+    kinds = [Contender("reference", policy="save"), Contender(PRODUCTS, products=True)]
+    monkeypatch.setattr(bench, "contenders", lambda *_: kinds)
+    monkeypatch.setattr(bench, "check_parity", lambda *_: pytest.fail("nothing to compare"))
+    race = bench.set_up(RECIPE, "train", None, CPU)
+    race.run(1)
+    reference, products = race.result()["rows"]
+    assert (products["saved_mib"], products["policy"], products["errors"]) == (None, None, {})
+    assert reference["policy"] == "save"
+    assert products["useful_gflop"] == reference["useful_gflop"]
 
 
 def test_the_own_width_contender_has_the_official_rounding():
@@ -97,7 +153,7 @@ def test_the_own_width_contender_has_the_official_rounding():
     assert (config.channel_width, config.token_width) == (256, 256)
     config = effective_config(CASES["recipe"], Contender("official", official=True))
     assert (config.channel_width, config.token_width) == (96, 96)
-    assert bench.useful_flops(effective_config(CASES["recipe"], own), "train") / bench.useful_flops(
+    assert useful_flops(effective_config(CASES["recipe"], own), "train") / useful_flops(
         config, "train"
     ) == pytest.approx(256 / 96, rel=0.05)
 
@@ -138,6 +194,16 @@ def test_one_changed_weight_is_refused():
         check_parity(entry, "train", None, CPU)
 
 
+def test_the_references_loss_is_found_once():
+    losses = {}
+    for name in ("a", "b"):
+        check_parity(
+            prepare(Contender(name, policy="light"), RECIPE.model, "train", None, CPU),
+            *("train", None, CPU, losses),
+        )
+    assert len(losses) == 1
+
+
 def test_nothing_is_timed_after_failed_parity(monkeypatch, capsys):
     def broken(*_):
         raise ParityError("reference compiled, train step: loss differs; nothing was timed")
@@ -165,57 +231,92 @@ def test_a_contender_that_cannot_run_says_why(monkeypatch):
 
 
 def test_the_json_of_a_quick_run_without_the_official_code(capsys):
-    arguments = ["--quick", "--compile=never", "--case", "recipe", "--batch", "3", "--rounds", "4"]
-    assert bench.main([*arguments, "--json", "-"]) == 0
+    before = torch.get_num_threads()
+    arguments = ["--quick", "--compile=never", "--case", "recipe", "--dtype", "float32"]
+    arguments += ["--batch", "3", "--rounds", "4", "--threads", "1,2", "--part", "steps"]
+    assert bench.main([*arguments, "--policy", "save,recompute", "--json", "-"]) == 0
+    assert torch.get_num_threads() == before
     found = json.loads(capsys.readouterr().out)
-    assert found["schema"] == 1
-    for key in ("date", "version", "commit", "torch", "triton", "device", "threads", "wait_policy"):
+    assert found["schema"] == 2
+    for key in ("date", "version", "commit", "torch", "triton", "device", "wait_policy"):
         assert key in found
-    assert found["clock"] == ("cpu" if torch.get_num_threads() == 1 else "wall")
-    assert set(found["peak_gflop_per_s"]) == {"float32"}
-    assert [(r["case"], r["step"]) for r in found["results"]] == [
-        ("recipe", "train"),
-        ("recipe", "inference"),
+    assert {"instruction_set", "total_seconds"} < set(found)
+    assert found["threads"] == [1, 2]
+    assert {n: set(of) for n, of in found["peak_gflop_per_s"].items()} == {
+        "1": {"float32"},
+        "2": {"float32"},
+    }
+    assert [(r["step"], r["threads"], r["clock"]) for r in found["results"]] == [
+        ("train", 1, "cpu"),
+        ("train", 2, "wall"),
+        ("inference", 1, "cpu"),
+        ("inference", 2, "wall"),
     ]
     result = found["results"][0]
+    assert result["case"] == "recipe"
     assert result["config"]["batch_size"] == 3
-    assert result["ratios"] == {}
-    reference, *absent = result["rows"]
-    assert reference["contender"] == "reference"
+    assert result["seconds"] > 0
+    if hasattr(os, "sched_getaffinity"):
+        assert len(result["cpus"]) == 1
+    rows = {r["contender"]: r for r in result["rows"]}
+    kernels = fused(RECIPE.model, CPU)
+    recomputed = f"{kernels or 'reference'}, recompute"
+    assert rows[recomputed]["policy"] == "recompute"
+    assert rows[recomputed]["saved_mib"] < rows["reference"]["saved_mib"]
+    assert set(result["ratios"][recomputed]) == {"reference", PRODUCTS}
+    reference = rows["reference"]
     assert reference["runs"] == 4
     assert 0 < reference["wall_ms"]["min"] <= reference["wall_ms"]["median"]
     assert 0 <= reference["cpu_ms"]["min"] <= reference["cpu_ms"]["median"]
-    assert reference["saved_mib"] > 0
-    config = RECIPE.model
-    flops = bench.useful_flops(replace(config, batch_size=3), "train")
+    flops = useful_flops(replace(RECIPE.model, batch_size=3), "train")
     assert reference["useful_gflop"] == pytest.approx(flops / 1e9)
     assert reference["fraction_of_peak"] == pytest.approx(
-        reference["gflop_per_s"] / found["peak_gflop_per_s"]["float32"]
+        reference["gflop_per_s"] / found["peak_gflop_per_s"]["1"]["float32"]
     )
-    assert absent == [
+    assert [r for r in rows.values() if not r["available"]] == [
         {"contender": name, "available": False, "note": "no official code given: --official PATH"}
         for name in ("official", "official, own width")
     ]
+    inference = {r["contender"] for r in found["results"][2]["rows"]}
+    assert recomputed not in inference
 
 
-def test_the_table_shows_ratios_and_reasons():
-    rows = [timed_row("reference", 10, 8, 6, 4), timed_row("official", 25, 12, 9, 8)]
+def test_turns_end_when_the_seconds_are_used_up():
+    race = bench.set_up(RECIPE, "inference", None, CPU, compiling="never")
+    race.start()
+    race.run(50, seconds=0.0)
+    assert {len(e.wall) for e in race.entries} == {bench.LEAST_TURNS}
+
+
+def test_the_table_shows_ratios_and_reasons_within_120_columns():
+    rows = [
+        timed_row("reference", 12345, 10234, 6000, 4000),
+        timed_row("official", 25, 12, 9, 8),
+        timed_row("official, own width", 25000.0, 12000.0, 9000.0, 8000.0),
+        timed_row("matmuls only", 25, 12, 9, 0.8),
+    ]
     for r in rows:
         r |= {"useful_gflop": 2.0, "gflop_per_s": 50.0, "fraction_of_peak": 0.5, "saved_mib": None}
     result = {
         "case": "recipe",
         "about": "a case",
         "step": "train",
+        "threads": 1,
+        "cpus": [1],
+        "clock": "cpu",
         "config": RECIPE.model.to_dict(),
         "rows": [*rows, {"contender": "c", "available": False, "note": "failed: why"}],
-        "ratios": bench.ratios(rows, "cpu"),
+        "ratios": bench_report.ratios(rows, "cpu"),
     }
-    lines = bench.table(result).splitlines()
-    assert lines[0] == "recipe, train step: a case, float32, B=2"
-    assert [line.split()[0] for line in lines[3:]] == ["reference", "official", "c"]
-    assert lines[3].split()[1:5] == ["10.0", "8.0", "6.0", "4.0"]
-    assert lines[4].endswith("2.00x")
-    assert lines[5].endswith("failed: why")
+    lines = bench_report.table(result).splitlines()
+    assert lines[0] == "recipe, train step, float32, B=2, 1 thread (pinned), ratios by CPU time"
+    assert [line.split()[0] for line in lines[3:]] == [
+        *("reference", "official", "official,", "matmuls", "c")
+    ]
+    assert lines[3].split()[1:5] == ["12345", "10234", "6000", "4000"]
+    assert "500|667" in lines[4]
+    assert lines[-1].endswith("failed: why")
+    assert max(map(len, lines)) <= 120
 
 
 @pytest.mark.parametrize(
@@ -224,6 +325,7 @@ def test_the_table_shows_ratios_and_reasons():
         (["--official", "nowhere"], "nowhere: not a checkout of the official code"),
         (["--batch", "0"], "batch_size"),
         (["--dtype", "bfloat"], "forward_dtype"),
+        (["--policy", "safe"], "unknown policy 'safe'; allowed: save, light, recompute"),
     ],
 )
 def test_a_wrong_argument_is_one_line_and_exit_2(arguments, said, capsys):
@@ -239,23 +341,13 @@ def test_an_unknown_case_exits_2(capsys):
     assert stopped.value.code == 2
 
 
-def test_saved_bytes_follow_the_policy():
-    """What "recompute" keeps is less than what "save" keeps, and weights are not counted."""
-    kept = {}
-    for policy in ("save", "recompute"):
-        config = replace(RECIPE.model, policy=policy)
-        kept[policy] = bench.kept_for_backward(
-            prepare(Contender("reference"), config, "train", None, CPU)
-        )
-    assert 0 < kept["recompute"] < kept["save"]
-
-
 def test_the_clocks_are_cleared_of_warm_up():
     race = bench.set_up(RECIPE, "inference", None, CPU, compiling="never")
     assert race.entries[0].wall == []
     race.run(3)
-    assert [len(e.wall) for e in race.entries] == [3]
-    assert [len(e.cpu) for e in race.entries] == [3]
+    assert {len(e.wall) for e in race.entries} == {3}
+    race.start()
+    assert {len(e.wall) + len(e.cpu) for e in race.entries} == {0}
 
 
 def test_official_names_do_not_leak(official_path):
@@ -275,14 +367,17 @@ def test_the_official_code_agrees_and_is_timed(case: Case, step, official_path):
         race.run(1)
     assert race.absent == {}
     names = [e.contender.name for e in race.entries]
-    assert names == [c.name for c in contenders(case, CPU, compiling="never")]
-    result = race.result({case.model.forward_dtype: 100.0})
-    assert set(result["ratios"]) == set(names[1:])
+    policies = case.policies if step == "train" else ["save"]
+    assert names == [c.name for c in contenders(case, CPU, "never", policies)]
+    result = race.result()
+    assert set(result["ratios"]) == set(names)
+    assert all("official" in of or n == "official" for n, of in result["ratios"].items())
 
 
 def test_pytest_benchmark_runs_without_the_official_code(tmp_path):
+    files = [f"bench/bench_{name}.py" for name in ("model", "swiglu", "micro")]
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "bench/bench_model.py", "bench/bench_swiglu.py"]
+        [sys.executable, "-m", "pytest", *files, "-k", "recipe-float32 or swiglu or micro"]
         + ["--benchmark-only", "--bench-quick", "--compile=never", "-q", "-p", "no:cacheprovider"]
         + ["--bench-json", str(tmp_path / "out.json")],
         cwd=ROOT,
@@ -290,16 +385,34 @@ def test_pytest_benchmark_runs_without_the_official_code(tmp_path):
         text=True,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "8 passed" in done.stdout
     assert "recipe, train step" in done.stdout
     assert "no official code given: --official PATH" in done.stdout
     assert "swiglu (channel), both: float32, B=2" in done.stdout
     found = json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))
-    assert len(found["results"]) == 6
+    counts = {(r["case"], r["step"], r["threads"]) for r in found["results"]}
+    assert {("recipe", "train", 1), ("recipe", "inference", 1)} <= counts
     assert [(r["op"], r["direction"]) for r in found["ops"]] == [
         ("swiglu", "forward"),
         ("swiglu", "both"),
     ]
+
+
+def test_the_benchmark_is_a_script_too():
+    done = subprocess.run(
+        [sys.executable, "bench/bench_model.py", "--quick", "--part", "memory", "--policy", "save"]
+        + ["--case", "official", "--dtype", "float32", "--json", "-"],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["results"] == []
+    (memory,) = found["memory"]
+    assert (memory["dtype"], memory["batch"], memory["saved_batch"]) == ("float32", 3, 2)
+    assert [r["contender"] for r in memory["rows"]][0] == "reference"
+    assert memory["rows"][-1]["note"].startswith("no official code given")
 
 
 def test_the_reference_stays_the_reference_where_auto_takes_kernels():
@@ -310,12 +423,26 @@ def test_the_reference_stays_the_reference_where_auto_takes_kernels():
 
 
 def test_fused_operations_are_a_contender_named_after_their_backends(monkeypatch):
-    assert fused(RECIPE.model, CPU) == ""
-    choices = [Choice("inject", "triton", ""), Choice("swiglu", "reference", "")]
+    choices = [Choice("inject", "cpp", ""), Choice("swiglu", "reference", "")]
     monkeypatch.setattr(backends, "report", lambda *_: choices)
-    assert fused(RECIPE.model, CPU) == "triton"
-    found = contenders(RECIPE, CPU, compiling="never")
-    assert found[:2] == [Contender("reference"), Contender("triton", backend="auto")]
+    assert fused(RECIPE.model, CPU) == "cpp"
+    found = contenders(RECIPE, CPU, "never", ["save", "recompute"])
+    assert found[:3] == [
+        Contender("reference", policy="save"),
+        Contender("cpp", backend="auto", policy="save"),
+        Contender("cpp, recompute", backend="auto", policy="recompute"),
+    ]
+    assert found[-1] == Contender("matmuls only", products=True)
+
+
+def test_without_fused_operations_the_reference_has_the_other_policies(monkeypatch):
+    monkeypatch.setattr(backends, "report", lambda *_: [Choice("inject", "reference", "")])
+    found = contenders(RECIPE, CPU, "never", ["save", "light"])
+    assert found[:2] == [
+        Contender("reference", policy="save"),
+        Contender("reference, light", policy="light"),
+    ]
+    assert found[2].official
 
 
 def test_a_stand_in_for_pydantic_has_fields_and_defaults():

@@ -1,13 +1,12 @@
 """`trm-fast bench`: the train step and the inference step, timed against the baselines.
 
-Owns the protocol for whole steps and their results; the clocks are those of `timing.py`. Imported
-by `__main__.py`, bench/ and its tests. Protocol: every contender gets the same weights, batch and
-carry and must agree with the reference before anything is timed; then all take turns, one step
-each, in one process; the first turns are dropped; medians and minima are kept. A train step is
-forward, loss and backward without the optimizer; an inference step is one supervision step under
-`torch.inference_mode`. A ratio holds only between rows of one run.
-
-Dims legend: B batch, S tokens incl. prefix, D width, F and F_t widths of the two SwiGLUs.
+Owns the protocol for whole steps and the command; the clocks are those of `timing.py`, the tables
+those of `bench_report.py`. Imported by `__main__.py`, `suite`, bench/ and its tests. Protocol:
+every contender gets the same weights, batch and carry and must agree with the reference before
+anything is timed; then, for each number of threads, all take turns, one step each, in one process;
+the first turn is dropped; medians and minima are kept. A train step is forward, loss and backward
+without the optimizer; an inference step is one supervision step under `torch.inference_mode`. A
+ratio holds only between rows of one race.
 """
 
 from __future__ import annotations
@@ -17,50 +16,53 @@ import os
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # OpenMP reads it when torch is loaded
 
 import argparse
+import contextlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from trm_fast import memory_bench, micro_bench
+from trm_fast.bench_report import add_fractions, head, ratios, row, table
 from trm_fast.config import ModelConfig
 from trm_fast.console import say
 from trm_fast.contenders import (
-    CASES,
     COMPILE,
-    STEPS,
-    Case,
     Entry,
     Official,
     ParityError,
     check_parity,
     contenders,
     effective_config,
+    kept_for_backward,
     official_code,
     prepare,
-    quick,
 )
-from trm_fast.timing import basis, collector_off, environment, matmul_peak, summary, timed
+from trm_fast.extension import library
+from trm_fast.ops import POLICIES
+from trm_fast.timing import (
+    basis,
+    collector_off,
+    environment,
+    matmul_peak,
+    on_threads,
+    timed,
+)
+from trm_fast.workloads import CASES, STEPS, Case, plan, quick
 
 __all__ = ["main", "run_cases"]
 
+SCHEMA = 2
+PARTS = ("steps", "memory", "micro")
+LEAST_TURNS = 3
+SECONDS = 120.0  # for the turns of one race; a step of the official code takes 5 s in float32
 
-def kept_for_backward(entry: Entry) -> int:
-    """Bytes that autograd keeps between forward and backward, weights not counted."""
-    weights = {p.untyped_storage().data_ptr() for p in entry.head.parameters()}
-    kept: dict[int, int] = {}
-
-    def pack(t: Tensor) -> Tensor:
-        storage = t.untyped_storage()
-        if storage.data_ptr() not in weights:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return t
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        entry.run()
-    return sum(kept.values())
+Progress = Callable[[str], None]
 
 
 def lap(entry: Entry, device: torch.device, keep: bool = True) -> None:
@@ -71,65 +73,9 @@ def lap(entry: Entry, device: torch.device, keep: bool = True) -> None:
         entry.cpu.append(cpu)
 
 
-def useful_flops(config: ModelConfig, step: str) -> float:
-    """Multiplications and additions of the matrix products of one step, nothing recomputed."""
-    s, d = config.total_len, config.hidden_size
-    channel = 3 * s * d * config.channel_width
-    mixer = 3 * s * d * config.token_width if config.mlp_t else 4 * s * d * d + 2 * s * s * d
-    block_pass = 2 * config.batch_size * config.L_layers * (channel + mixer)
-    head = 2 * config.batch_size * s * d * config.vocab_size
-    with_gradient = config.L_cycles + 1
-    passes = config.H_cycles * with_gradient
-    if step == "train":
-        return float((passes + 2 * with_gradient) * block_pass + 3 * head)
-    return float(passes * block_pass + head)
-
-
-def row(entry: Entry, step: str, device: torch.device, peaks: Mapping[str, float]) -> dict:
-    """One line of the results."""
-    flops = useful_flops(entry.config, step)
-    rate = flops / min(getattr(entry, basis(device))) / 1e9
-    return {
-        "contender": entry.contender.name,
-        "available": True,
-        "note": "",
-        "runs": len(entry.wall),
-        "wall_ms": summary(entry.wall),
-        "cpu_ms": summary(entry.cpu),
-        "inner_widths": {
-            "channel": entry.config.channel_width,
-            "token": entry.config.token_width if entry.config.mlp_t else None,
-        },
-        "useful_gflop": flops / 1e9,
-        "gflop_per_s": rate,
-        "fraction_of_peak": rate / peaks[entry.config.forward_dtype],
-        "saved_mib": None if entry.saved_bytes is None else entry.saved_bytes / 2**20,
-        "errors": entry.errors,
-    }
-
-
-def ratios(rows: Sequence[dict], clock: str) -> dict[str, dict[str, float]]:
-    """How many times longer than the reference each other contender took, by clock.
-
-    `speedup` is the one to quote: minima by the clock named `clock`.
-    """
-    timed = {r["contender"]: r for r in rows if r["available"]}
-    base = timed.pop("reference", None)
-    if base is None:
-        return {}
-    return {
-        name: {
-            "speedup": r[f"{clock}_ms"]["min"] / base[f"{clock}_ms"]["min"],
-            "wall_median": r["wall_ms"]["median"] / base["wall_ms"]["median"],
-            "cpu_median": r["cpu_ms"]["median"] / base["cpu_ms"]["median"],
-        }
-        for name, r in timed.items()
-    }
-
-
 @dataclass
 class Race:
-    """The contenders of one case and step, checked and warm; `absent` says why others are not."""
+    """The contenders of one case and step, checked; `absent` says why others are not."""
 
     case: Case
     step: str
@@ -137,16 +83,29 @@ class Race:
     entries: list[Entry]
     absent: dict[str, str]
 
-    def run(self, rounds: int) -> None:
-        """`rounds` timed turns of every contender; each turn starts with another one."""
+    def start(self) -> None:
+        """Forget all times; one untimed turn, for what depends on the number of threads."""
+        for entry in self.entries:
+            entry.wall.clear()
+            entry.cpu.clear()
+            lap(entry, self.device, keep=False)
+
+    def run(self, rounds: int, seconds: float = float("inf")) -> None:
+        """`rounds` timed turns of every contender; each turn starts with another one.
+
+        After LEAST_TURNS no new turn begins once all turns together have taken `seconds`.
+        """
+        begin = time.perf_counter()
         with collector_off():
             for turn in range(rounds):
+                if turn >= LEAST_TURNS and time.perf_counter() - begin > seconds:
+                    break
                 for i in range(len(self.entries)):
                     lap(self.entries[(turn + i) % len(self.entries)], self.device)
 
-    def result(self, peaks: Mapping[str, float]) -> dict:
-        """The JSON object of this race."""
-        rows = [row(e, self.step, self.device, peaks) for e in self.entries]
+    def result(self, cpus: Sequence[int] | None = None) -> dict:
+        """The JSON object of the times since `start`, on the threads that PyTorch has now."""
+        rows = [row(e, self.step, self.device) for e in self.entries]
         rows += [
             {"contender": name, "available": False, "note": why}
             for name, why in self.absent.items()
@@ -155,6 +114,9 @@ class Race:
             "case": self.case.name,
             "about": self.case.about,
             "step": self.step,
+            "threads": torch.get_num_threads(),
+            "cpus": None if cpus is None else list(cpus),
+            "clock": basis(self.device),
             "config": self.case.model.to_dict(),
             "rows": rows,
             "ratios": ratios(rows, basis(self.device)),
@@ -167,169 +129,262 @@ def set_up(
     official: Official | None,
     device: torch.device,
     compiling: str = "auto",
+    policies: Sequence[str] = (),
 ) -> Race:
-    """Build, check and warm all contenders of a case.
+    """Build and check all contenders of a case, `policies` in place of the case's own.
 
     Raises:
         ParityError: one of them computes something else.
     """
     entries: list[Entry] = []
     absent: dict[str, str] = {}
-    for contender in contenders(case, device, compiling):
+    losses: dict[ModelConfig, Tensor] = {}
+    chosen = (policies or case.policies) if step == "train" else ("save",)
+    for contender in contenders(case, device, compiling, chosen):
         if contender.official and official is None:
             absent[contender.name] = "no official code given: --official PATH"
             continue
         config = effective_config(case, contender)
         try:
             entry = prepare(contender, config, step, official, device)
-            if contender.name != "reference":
-                check_parity(entry, step, official, device)
-            for _ in range(2):
-                lap(entry, device, keep=False)
+            if contender.name != "reference" and not contender.products:
+                check_parity(entry, step, official, device, losses)
+            lap(entry, device, keep=False)
+            if step == "train" and not (contender.compiled or contender.products):
+                entry.saved_bytes = kept_for_backward(entry)
         except ValueError:  # ParityError is one
             raise
         except Exception as error:  # no compiler, an unsupported graph, no memory
             lines = str(error).strip().splitlines() or [repr(error)]
             absent[contender.name] = f"failed: {lines[0]}"
             continue
-        if step == "train" and not contender.compiled:
-            entry.saved_bytes = kept_for_backward(entry)
         entries.append(entry)
     return Race(case, step, device, entries, absent)
 
 
+@contextlib.contextmanager
+def given_threads(count: int | None) -> Iterator[list[int] | None]:
+    """As `on_threads`; None leaves everything as it is."""
+    if count is None:
+        yield None
+        return
+    with on_threads(count) as cpus:
+        yield cpus
+
+
 def run_cases(
-    cases: Sequence[Case],
-    steps: Sequence[str] = STEPS,
+    chosen: Sequence[tuple[Case, str]],
+    threads: Sequence[int] | None = None,
     official_path: Path | None = None,
     device: torch.device | None = None,
     compiling: str = "auto",
     peak_size: int | None = None,
-    progress: Callable[[str], None] = lambda line: None,
+    policies: Sequence[str] = (),
+    seconds: float = SECONDS,
+    progress: Progress = lambda line: None,
 ) -> dict:
-    """Everything in one process; returns the JSON object of docs/benchmarks.md.
+    """Every (case, step) on every number of threads; returns the JSON object of docs/benchmarks.md.
 
-    `progress` is told what comes next: compiling a deep recursion takes minutes.
+    threads: None takes PyTorch's setting and pins nothing.
+    progress: is told what comes next: compiling a deep recursion takes minutes.
 
     Raises:
         ParityError: a contender computes something else; ValueError: no official code there.
     """
     device = torch.device("cpu") if device is None else device
-    peaks = [measure_peaks(cases, device, peak_size)]
-    races = []
+    counts: Sequence[int | None] = threads or [None]
+    found: list[dict] = []
+    begin = time.perf_counter()
+    dtypes = {case.model.forward_dtype for case, _ in chosen}
+    peaks = Peaks(dtypes, device, peak_size)
     with official_code(official_path) as official:
-        for case in cases:
-            for step in steps:
-                progress(f"{case.name}, {step} step: building, parity, warm-up")
-                race = set_up(case, step, official, device, compiling)
-                progress(f"{case.name}, {step} step: {case.rounds} turns of {len(race.entries)}")
-                race.run(case.rounds)
-                races.append(race)
-    peaks.append(measure_peaks(cases, device, peak_size))
-    peak = {name: max(found[name] for found in peaks) for name in peaks[0]}
-    return report(device, peak, races)
+        for count in counts:
+            peaks.measure(count)
+        for number, (case, step) in enumerate(chosen, 1):
+            config = case.config
+            name = f"{number}/{len(chosen)} {case.name}, {config['forward_dtype']}, "
+            name += f"B={config['batch_size']}, {step} step"
+            progress(f"{name}: building, parity, warm-up")
+            started = time.perf_counter()
+            with given_threads(max(threads) if threads else None):
+                race = set_up(case, step, official, device, compiling, policies)
+            for count in counts:
+                with given_threads(count) as cpus:
+                    progress(f"{name}: {len(race.entries)} contenders, threads: {count or 'all'}")
+                    race.start()
+                    race.run(case.rounds, seconds)
+                    result = race.result(cpus)
+                found.append(result | {"seconds": time.perf_counter() - started})
+                started = time.perf_counter()
+        for count in counts:
+            peaks.measure(count)
+    return report(device, peaks, found) | {"seconds": time.perf_counter() - begin}
 
 
-def report(device: torch.device, peaks: dict[str, float], races: Sequence[Race]) -> dict:
+class Peaks:
+    """Best `torch.mm` rates in GFLOP/s by threads and dtype, over all times they were measured."""
+
+    def __init__(
+        self, dtypes: Iterable[str], device: torch.device, size: int | None = None
+    ) -> None:
+        self.dtypes, self.device = sorted(dtypes), device
+        self.size = size or (8192 if device.type == "cuda" else 1024)
+        self.found: dict[str, dict[str, float]] = {}
+
+    def measure(self, count: int | None = None) -> None:
+        with given_threads(count):
+            best = self.found.setdefault(str(torch.get_num_threads()), {})
+            for name in self.dtypes:
+                rate = matmul_peak(getattr(torch, name), self.device, self.size)
+                best[name] = max(best.get(name, 0.0), rate)
+
+
+def report(device: torch.device, peaks: Peaks, results: Sequence[dict]) -> dict:
     """The JSON object: what the numbers depend on, the peaks, and one result per race."""
-    results = [race.result(peaks) for race in races]
-    return environment(device) | {"peak_gflop_per_s": peaks, "results": results}
+    depends = environment(device) | {"schema": SCHEMA, "threads": sorted(map(int, peaks.found))}
+    add_fractions(results, peaks.found)
+    del depends["clock"]  # each result has its own
+    loaded = device.type == "cpu" and library.unavailable("cpu") is None
+    return depends | {
+        "instruction_set": torch.ops.trm_fast_ext.instruction_set() if loaded else None,
+        "peak_gflop_per_s": peaks.found,
+        "results": list(results),
+    }
 
 
-def measure_peaks(
-    cases: Sequence[Case], device: torch.device, size: int | None = None
-) -> dict[str, float]:
-    """dtype name -> best `torch.mm` rate in GFLOP/s, for the dtypes of the cases."""
-    size = size or (8192 if device.type == "cuda" else 1024)
-    names = sorted({case.model.forward_dtype for case in cases})
-    return {name: matmul_peak(getattr(torch, name), device, size) for name in names}
-
-
-def table(result: dict) -> str:
-    """One race as text."""
-    config = result["config"]
-    lines = [
-        f"{result['case']}, {result['step']} step: {result['about']}, "
-        f"{config['forward_dtype']}, B={config['batch_size']}",
-        f"  {'':<22}{'wall ms':>18}{'CPU ms':>18}{'GFLOP':>8}{'GFLOP/s':>9}{'peak':>6}"
-        f"{'kept MiB':>10}{'speed-up':>10}",
-        f"  {'':<22}{'median':>9}{'min':>9}{'median':>9}{'min':>9}",
-    ]
-    for r in result["rows"]:
-        if not r["available"]:
-            lines.append(f"  {r['contender']:<22}{r['note']}")
-            continue
-        times = "".join(
-            f"{r[clock][which]:>9.1f}"
-            for clock in ("wall_ms", "cpu_ms")
-            for which in ("median", "min")
-        )
-        kept = "" if r["saved_mib"] is None else f"{r['saved_mib']:.1f}"
-        ratio = result["ratios"].get(r["contender"])
-        lines.append(
-            f"  {r['contender']:<22}{times}{r['useful_gflop']:>8.1f}{r['gflop_per_s']:>9.1f}"
-            f"{r['fraction_of_peak']:>6.0%}{kept:>10}"
-            + (f"{ratio['speedup']:>9.2f}x" if ratio else f"{'':>10}")
-        )
-    return "\n".join(lines)
-
-
-def text(found: dict) -> str:
+def text(found: dict[str, Any]) -> str:
     """A report for a terminal."""
-    peaks = ", ".join(f"{n} {v:.0f}" for n, v in found["peak_gflop_per_s"].items())
-    head = (
-        f"trm_fast {found['version']} ({found['commit'] or 'no commit'}), torch "
-        f"{found['torch']}, {found['device']}, {found['threads']} of {found['cores']} threads, "
-        f"wait policy {found['wait_policy']}\n"
-        f"torch.mm peak in GFLOP/s: {peaks}; speed-up: of the reference over the row, minima, "
-        f"{found['clock']} time; no optimizer in the train step"
-    )
-    return "\n\n".join([head, *(table(r) for r in found["results"])])
+    parts = [head(found), *(table(r) for r in found["results"])]
+    parts += [memory_bench.text(one) for one in found.get("memory", [])]
+    parts += [micro_bench.text(one) for one in found.get("micro", [])]
+    if "total_seconds" in found:
+        parts.append(f"all of it took {found['total_seconds'] / 60:.1f} minutes")
+    return "\n\n".join(parts)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command. Returns 0; 1 where parity fails; 2 for a wrong argument."""
-    parser = argparse.ArgumentParser(
+def measure_memory(
+    chosen: Sequence[tuple[Case, str]],
+    policies: Sequence[str],
+    official: Path | None,
+    threads: Sequence[int],
+    small: bool,
+    progress: Progress,
+) -> list[dict]:
+    """Of the official mlp_t case in each dtype that its train step is run in."""
+    found: list[dict] = []
+    for case, step in chosen:
+        dtype = case.config["forward_dtype"]
+        if (case.name, step) != ("official", "train") or dtype in [one["dtype"] for one in found]:
+            continue
+        progress(f"memory of {case.name}, {dtype}: a process for each contender")
+        batch = 3 if small else memory_bench.BATCH
+        kinds = policies or case.policies
+        found.append(memory_bench.measure(case, kinds, official, max(threads), batch))
+    return found
+
+
+def default_threads(device: torch.device) -> list[int] | None:
+    """One and two on a CPU that has as many cores; on other devices PyTorch's setting."""
+    if device.type != "cpu":
+        return None
+    return [1, 2] if (os.cpu_count() or 1) > 1 else [1]
+
+
+def _list_of(kind: Callable[[str], Any]) -> Callable[[str], list[Any]]:
+    def parse(given: str) -> list[Any]:
+        return [kind(part) for part in given.split(",")]
+
+    parse.__name__ = f"list of {kind.__name__}"  # argparse names it
+    return parse
+
+
+def positive(given: str) -> int:
+    if int(given) < 1:
+        raise ValueError
+    return int(given)
+
+
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(
         prog="trm-fast bench", description="time the train step and the inference step"
     )
-    parser.add_argument("--case", choices=CASES, action="append", help="default: all, repeatable")
-    parser.add_argument("--step", choices=STEPS, action="append", help="default: both")
-    parser.add_argument("--official", type=Path, metavar="PATH", help="official checkout")
-    parser.add_argument("--device", default="cpu", help="cpu, cuda or mps")
-    parser.add_argument("--dtype", help="forward_dtype in place of the case's")
-    parser.add_argument("--batch", type=int, help="batch size in place of the case's")
-    parser.add_argument("--threads", type=int, help="CPU threads")
-    parser.add_argument("--rounds", type=int, help="timed turns per contender")
-    parser.add_argument(
+    add = made.add_argument
+    add("--part", choices=PARTS, action="append", help="default: all, on the CPU; repeatable")
+    add("--case", choices=CASES, action="append", help="default: all, repeatable")
+    add("--step", choices=STEPS, action="append", help="default: both")
+    add("--official", type=Path, metavar="PATH", help="official checkout")
+    add("--device", default="cpu", help="cpu, cuda or mps")
+    add("--dtype", type=_list_of(str), help="in place of the cases' own, such as float32,bfloat16")
+    add("--batch", type=_list_of(int), help="batch sizes in place of the cases' own")
+    add("--policy", type=_list_of(str), help=f"of our train step: {','.join(POLICIES)}")
+    add("--threads", type=_list_of(positive), help="CPU threads, each in turn; default: 1,2")
+    add("--rounds", type=positive, help="timed turns per contender")
+    add(
+        "--seconds",
+        type=float,
+        default=SECONDS,
+        help="most for the turns of one race (%(default)g)",
+    )
+    add(
         "--compile",
         choices=COMPILE,
         default="auto",
         help="torch.compile as a contender; auto: where it does not take tens of minutes",
     )
-    parser.add_argument("--quick", action="store_true", help="tiny sizes: does it run at all")
-    parser.add_argument("--json", metavar="FILE", help="write the results there; - for stdout")
-    given = parser.parse_args(argv)
-    changes = {"forward_dtype": given.dtype, "batch_size": given.batch}
-    changes = {key: value for key, value in changes.items() if value is not None}
+    add("--quick", action="store_true", help="tiny sizes: does it run at all")
+    add("--json", metavar="FILE", help="write the results there; - for stdout")
+    return made
+
+
+def measure(given: argparse.Namespace) -> dict:
+    """All parts that were asked for.
+
+    Raises:
+        ParityError: a contender computes something else; ValueError: a wrong argument.
+    """
+    device, begin = torch.device(given.device), time.perf_counter()
+    policies = given.policy or []
+    if wrong := [p for p in policies if p not in POLICIES]:
+        raise ValueError(f"unknown policy {wrong[0]!r}; allowed: {', '.join(POLICIES)}")
     cases = [CASES[name] for name in given.case or CASES]
     cases = [quick(case) for case in cases] if given.quick else cases
-    cases = [replace(c, config={**c.config, **changes}) for c in cases]
     if given.rounds is not None:
-        cases = [replace(c, rounds=max(1, given.rounds)) for c in cases]
-    if given.threads is not None:
-        torch.set_num_threads(given.threads)
-    try:
-        for case in cases:
-            _ = case.model
-        found = run_cases(
-            cases,
-            given.step or STEPS,
-            given.official,
-            torch.device(given.device),
-            given.compile,
-            64 if given.quick else None,
-            (lambda line: None) if given.quick else (lambda line: say(line, err=True)),
+        cases = [replace(c, rounds=given.rounds) for c in cases]
+    chosen = plan(cases, given.dtype or (), given.batch or (), given.step or STEPS)
+    for case, _ in chosen:
+        _ = case.model
+    threads = given.threads or default_threads(device)
+    parts = given.part or (PARTS if device.type == "cpu" else PARTS[:1])
+    size = 64 if given.quick else None
+    progress: Progress = (lambda line: None) if given.quick else (lambda line: say(line, err=True))
+    found = run_cases(
+        chosen if "steps" in parts else [],
+        threads,
+        given.official,
+        device,
+        given.compile,
+        size,
+        policies,
+        given.seconds,
+        progress,
+    )
+    if "memory" in parts:
+        found["memory"] = measure_memory(
+            chosen, policies, given.official, threads or [1], given.quick, progress
         )
+    if "micro" in parts:
+        dtypes = [d for d in micro_bench.DTYPES if d in {c.model.forward_dtype for c, _ in chosen}]
+        small = (micro_bench.QUICK, dtypes, 1, 1e-5)
+        full = (micro_bench.CASES, dtypes)
+        found["micro"] = [micro_bench.measure(*(small if given.quick else full))]
+    return found | {"total_seconds": time.perf_counter() - begin}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command. Returns 0; 1 where parity fails; 2 for a wrong argument."""
+    given = parser().parse_args(argv)
+    try:
+        found = measure(given)
     except ParityError as error:
         say(f"trm-fast bench: {error}", err=True)
         return 1

@@ -1,8 +1,8 @@
-"""What the benchmarks run: workloads, ways to run them, and proof that all compute the same.
+"""Ways to run a step, and proof that all of them compute the same.
 
-Owns the cases, the contenders (reference, compiled, official), their construction with equal
-weights, batch and carry, and the parity check that comes before any timing. Imported by `bench.py`,
-`op_bench.py` and `suite`.
+Owns the contenders (reference, compiled, official), their construction with equal
+weights, batch and carry, the parity check that comes before any timing, and what a step keeps for
+its backward. Imported by the other modules of the benchmarks and by `suite`.
 
 Dims legend: B batch, L puzzle tokens, S tokens incl. prefix, D width.
 """
@@ -14,7 +14,7 @@ import importlib
 import importlib.util
 import sys
 import types
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,91 +25,20 @@ from torch import Tensor, nn
 
 from trm_fast import backends
 from trm_fast.config import ModelConfig
+from trm_fast.floor import matmuls
 from trm_fast.losses import ACTLossHead
 from trm_fast.model import Model
+from trm_fast.workloads import Case
 
-STEPS = ("train", "inference")
 COMPILE = ("auto", "always", "never")
 LOSS = "stablemax_cross_entropy"
+OWN_WIDTH = "official, own width"
+PRODUCTS = "matmuls only"
 _TOP_NAMES = ("models", "utils", "dataset", "evaluators")  # of the official checkout
 
 
 class ParityError(ValueError):
     """A contender computes something else than the reference: timing it would mean nothing."""
-
-
-@dataclass(frozen=True)
-class Case:
-    """One workload: `config` as `ModelConfig` takes it, `rounds` timed turns per contender."""
-
-    name: str
-    about: str
-    config: Mapping[str, Any]
-    rounds: int
-
-    @property
-    def model(self) -> ModelConfig:
-        return ModelConfig.from_dict(dict(self.config))
-
-
-OFFICIAL: dict[str, Any] = {
-    "batch_size": 8,
-    "seq_len": 81,
-    "vocab_size": 11,
-    "num_puzzle_identifiers": 1,
-    "puzzle_emb_ndim": 512,
-    "puzzle_emb_len": 16,
-    "hidden_size": 512,
-    "expansion": 4,
-    "num_heads": 8,
-    "H_cycles": 3,
-    "L_cycles": 6,
-    "L_layers": 2,
-    "halt_max_steps": 16,
-    "halt_exploration_prob": 0.1,
-    "forward_dtype": "bfloat16",
-}
-_RECIPE = OFFICIAL | {
-    "batch_size": 64,
-    "puzzle_emb_ndim": 0,
-    "puzzle_emb_len": 0,
-    "hidden_size": 48,
-    "num_heads": 4,
-    "H_cycles": 1,
-    "L_cycles": 2,
-    "L_layers": 1,
-    "forward_dtype": "float32",
-    "mlp_t": True,
-    "pos_encodings": "none",
-    "intermediate_size": 96,
-    "token_intermediate_size": 96,
-}
-CASES = {
-    case.name: case
-    for case in (
-        Case(
-            "official",
-            "the official Sudoku mlp_t configuration",
-            OFFICIAL | {"mlp_t": True, "pos_encodings": "none"},
-            7,
-        ),
-        Case("recipe", "the default job's network: 81 tokens of 48, no prefix", _RECIPE, 40),
-        Case(
-            "attention",
-            "the official attention configuration",
-            OFFICIAL | {"mlp_t": False, "pos_encodings": "rope"},
-            7,
-        ),
-    )
-}
-_QUICK = {"batch_size": 2, "seq_len": 9, "hidden_size": 16, "num_heads": 2, "H_cycles": 1}
-_QUICK_PREFIX = {"puzzle_emb_ndim": 16, "puzzle_emb_len": 2}
-
-
-def quick(case: Case) -> Case:
-    """The same case at a size for tests: nothing about its times means anything."""
-    small = _QUICK | (_QUICK_PREFIX if case.config["puzzle_emb_len"] else {})
-    return replace(case, config={**case.config, **small, "L_cycles": 2}, rounds=2)
 
 
 class Official(NamedTuple):
@@ -183,6 +112,8 @@ class Contender:
         own_width: the official rounding of the inner widths to 256.
         padded: tokens that the official token MLP is given, the missing ones zeros; 0 for its own.
         backend: of our operations.
+        policy: of the recursion's memory; None leaves the configuration's.
+        products: no model, only the step's matrix products.
     """
 
     name: str
@@ -192,6 +123,8 @@ class Contender:
     padded: int = 0
     backend: str = "reference"
     compiler: str = "inductor"
+    policy: str | None = None
+    products: bool = False
 
 
 def fused(config: ModelConfig, device: torch.device) -> str:
@@ -201,28 +134,39 @@ def fused(config: ModelConfig, device: torch.device) -> str:
     return " + ".join(sorted({c.implementation for c in choices} - {"reference"}))
 
 
-def contenders(case: Case, device: torch.device, compiling: str = "auto") -> list[Contender]:
+def contenders(
+    case: Case,
+    device: torch.device,
+    compiling: str = "auto",
+    policies: Sequence[str] = ("save",),
+) -> list[Contender]:
     """The reference first, then the fused operations where there are any for the device.
 
-    The official code is compiled only where it is run so, on CUDA.
+    The reference runs with policy "save", what is fused with all of `policies`; where nothing is
+    fused the reference has the others too. The official code is compiled only where it is run so,
+    on CUDA.
 
     compiling: one of COMPILE; "auto" leaves torch.compile out where it takes tens of minutes:
     on the CPU at the official depth, whose unrolled recursion is one C++ program.
     """
-    found = [Contender("reference")]
-    if kernels := fused(case.model, device):
-        found.append(Contender(kernels, backend="auto"))
+    found = [Contender("reference", policy="save")]
+    kernels = fused(case.model, device)
+    for policy in policies:
+        name = (kernels or "reference") + ("" if policy == "save" else f", {policy}")
+        if name != "reference":
+            backend = "auto" if kernels else "reference"
+            found.append(Contender(name, backend=backend, policy=policy))
     depth = case.model.H_cycles * (case.model.L_cycles + 1) * case.model.L_layers
     quick_enough = device.type == "cuda" or depth <= 8
     compiled = compiling == "always" or (compiling == "auto" and quick_enough)
     if compiled:
-        found.append(Contender("reference compiled", compiled=True))
+        found.append(Contender("reference compiled", compiled=True, policy="save"))
     found.append(Contender("official", official=True))
     if "intermediate_size" in case.config:
-        found.append(Contender("official, own width", official=True, own_width=True))
+        found.append(Contender(OWN_WIDTH, official=True, own_width=True))
     if compiled and device.type == "cuda":
         found.append(Contender("official compiled", official=True, compiled=True))
-    return found
+    return [*found, Contender(PRODUCTS, products=True)]
 
 
 def effective_config(case: Case, contender: Contender) -> ModelConfig:
@@ -319,6 +263,11 @@ class Entry:
     errors: dict[str, float] = field(default_factory=dict)
     saved_bytes: int | None = None
 
+    @property
+    def ours(self) -> bool:
+        """Whether this is our model."""
+        return not (self.contender.official or self.contender.products)
+
 
 def prepare(
     contender: Contender,
@@ -328,7 +277,9 @@ def prepare(
     device: torch.device,
 ) -> Entry:
     """Everything built and put on the device; `run` does one step and returns its outcome."""
-    config = replace(config, backend=contender.backend)
+    config = replace(config, backend=contender.backend, policy=contender.policy or config.policy)
+    if contender.products:
+        return Entry(contender, config, nn.Module(), matmuls(config, step, device))
     head = build(contender, config, official, device)
     batch = make_batch(config, device)
     carry = make_carry(head, config, batch)
@@ -391,16 +342,43 @@ def compare(got: dict[str, Tensor], want: dict[str, Tensor], limit: float, who: 
     return worst
 
 
-def check_parity(entry: Entry, step: str, official: Official | None, device: torch.device) -> None:
-    """Compare with the reference on the same weights, batch and carry; fills `entry.errors`."""
-    config = entry.config
+def check_parity(
+    entry: Entry,
+    step: str,
+    official: Official | None,
+    device: torch.device,
+    losses: dict[ModelConfig, Tensor] | None = None,
+) -> None:
+    """Compare with the reference on the same weights, batch and carry; fills `entry.errors`.
+
+    losses: the reference's at full depth by configuration, known and found; they take long.
+    """
+    config = replace(entry.config, backend="reference", policy="save")
     dtype = getattr(torch, config.forward_dtype)
-    reference = Contender("reference")
+    reference = Contender("reference", policy="save")
     who = f"{entry.contender.name}, {step} step"
     shallow = replace(config, H_cycles=1, L_cycles=1)
     pair = [prepare(c, shallow, step, official, device) for c in (entry.contender, reference)]
     got, want = (outcome(one) for one in pair)
     entry.errors["one_cycle"] = compare(got, want, LIMITS[dtype], who)
-    got, want = (outcome(e) for e in (entry, prepare(reference, config, step, None, device)))
-    limit = LOSS_LIMITS[dtype]
-    entry.errors["loss"] = compare({"loss": got["loss"]}, {"loss": want["loss"]}, limit, who)
+    losses = {} if losses is None else losses
+    if config not in losses:
+        losses[config] = outcome(prepare(reference, config, step, None, device))["loss"]
+    got, limit = outcome(entry), LOSS_LIMITS[dtype]
+    entry.errors["loss"] = compare({"loss": got["loss"]}, {"loss": losses[config]}, limit, who)
+
+
+def kept_for_backward(entry: Entry) -> int:
+    """Bytes that autograd keeps between forward and backward, weights not counted."""
+    weights = {p.untyped_storage().data_ptr() for p in entry.head.parameters()}
+    kept: dict[int, int] = {}
+
+    def pack(t: Tensor) -> Tensor:
+        storage = t.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        entry.run()
+    return sum(kept.values())

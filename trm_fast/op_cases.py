@@ -23,9 +23,9 @@ import torch
 from torch import Tensor
 
 from trm_fast.config import ModelConfig
-from trm_fast.contenders import OFFICIAL
 from trm_fast.ops import AttentionWeights, BlockWeights, Recursion, TokenMixWeights
 from trm_fast.reference import FEATURES, TOKENS
+from trm_fast.workloads import OFFICIAL
 
 DIRECTIONS = ("forward", "both")  # "both": forward and backward
 SIZES = ("real", "small", "tiny")

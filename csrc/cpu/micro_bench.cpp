@@ -59,6 +59,7 @@ template <class Mode>
 static void peak(int64_t steps, int64_t count, double* rates) {
   static volatile float given[2] = {1.f, 1e-3f}, kept;
   sample(rates, count, 1, [&] { kept = multiply_adds<Mode>(steps, given[0], given[1]); });
+  (void)kept;
   const double flops = 2.0 * (double)steps * CHAINS * VL * (Mode::pairs ? 2 : 1);
   for (int64_t i = 0; i < count; ++i) rates[i] = flops / rates[i];
 }

@@ -19,7 +19,7 @@ OTHER := $(VENV)-triton-$(TRITON)
 PURELIB := import sysconfig; print(sysconfig.get_path("purelib"))
 
 .DEFAULT_GOAL := help
-.PHONY: help train test check aot bench clean FORCE
+.PHONY: help train test check sanitize aot bench clean FORCE
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' Makefile
@@ -34,6 +34,9 @@ check: $(VENV)/.with-dev ## lint and type-check
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+sanitize: $(VENV)/.with-test ## test the compiled CPU kernels under AddressSanitizer and UBSan
+	$(BIN)/python tests/sanitize.py $(ARGS)
 
 aot: $(if $(TRITON),$(OTHER)/.installed,$(VENV)/.with-test) ## compile every Triton kernel (TRITON=VERSION or latest: with that)
 	$(if $(TRITON),$(OTHER)/bin,$(BIN))/python -m trm_fast.kernels.report --check $(ARGS)

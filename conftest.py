@@ -1,4 +1,8 @@
-"""Options shared by tests/ and bench/: `--official PATH`, a checkout of the official code."""
+"""Options of the command line, for tests/ and bench/.
+
+`--official PATH`, a checkout of the official code; `--instruction-set NAME`, which CPU kernels to
+test.
+"""
 
 from pathlib import Path
 
@@ -13,6 +17,18 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         metavar="PATH",
         default=None,
         help="checkout of SamsungSAILMontreal/TinyRecursiveModels: also run the live comparisons",
+    )
+    parser.addoption(
+        "--instruction-set",
+        metavar="NAME",
+        default=None,
+        help="tests/ops: run on the extension compiled for avx512_bf16, avx512, avx2 or generic",
+    )
+    parser.addoption(
+        "--extension-flags",
+        metavar="FLAGS",
+        default="",
+        help="tests/ops: more compiler flags for that, in one word",
     )
 
 

@@ -119,7 +119,7 @@ def test_kernels_resolve_inside_the_package_only():
 def test_make_covers_its_targets():
     done = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True)
     listed = re.findall(r"^  make (\w+)", done.stdout, flags=re.M)
-    assert listed == ["help", "train", "test", "check", "aot", "bench", "clean"]
+    assert listed == ["help", "train", "test", "check", "sanitize", "aot", "bench", "clean"]
 
 
 @pytest.mark.parametrize(
@@ -128,6 +128,7 @@ def test_make_covers_its_targets():
         ("train", "viz", "python -m trm_fast.train seed=1"),
         ("test", "test", "python -m pytest seed=1"),
         ("check", "dev", "mypy"),
+        ("sanitize", "test", "python tests/sanitize.py seed=1"),
         ("aot", "test", "python -m trm_fast.kernels.report --check seed=1"),
         ("bench", "test", "python -m pytest bench/ --benchmark-only seed=1"),
     ],

@@ -17,8 +17,8 @@ namespace trm_fast {
 class Pool {
  public:
   TorchHost::Block take(size_t bytes) {
-    bytes = (bytes + 63) / 64 * 64;
-    {
+    if (!EXACT) {
+      bytes = (bytes + 63) / 64 * 64;
       std::lock_guard<std::mutex> guard(lock_);
       const auto found = free_.lower_bound(bytes);
       if (found != free_.end() && found->first <= bytes + bytes / 4 + 4096) {
@@ -43,7 +43,7 @@ class Pool {
       free_.emplace(block.bytes, block.start);
       kept_ += block.bytes;
     }
-    while (kept_ > MOST_KEPT) {
+    while (kept_ > (EXACT ? 0 : MOST_KEPT)) {
       const auto largest = std::prev(free_.end());
       kept_ -= largest->first;
       free(largest->second);
@@ -52,6 +52,11 @@ class Pool {
   }
 
  private:
+#if defined(__SANITIZE_ADDRESS__)  // a block each, of exactly the size: what is beyond is noticed
+  static constexpr bool EXACT = true;
+#else
+  static constexpr bool EXACT = false;
+#endif
   static constexpr size_t HUGE = 2u << 20, MOST_KEPT = 512u << 20;
   std::mutex lock_;
   std::multimap<size_t, void*> free_;

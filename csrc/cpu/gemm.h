@@ -72,12 +72,26 @@ INL vf row_words(const From* p, int64_t left) {
     return load((const float*)(const void*)t);
   }
 }
+#if defined(__AVX512BF16__)
+// Elements 0 to 15 of a register to the low halves of the lanes, 16 to 31 to the high ones.
+INL vf interleave(vf halves) {
+  alignas(64) static constexpr uint16_t order[32] = {
+      0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+      8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+  return as<vf>(_mm512_maskz_permutexvar_epi16(~0u, _mm512_load_si512(order), as<__m512i>(halves)));
+}
+#endif
 // VL words of two rows that are neighbours along k: the pair (low, high) in each lane.
 INL vf pair_words(vh low, vh high) {
-  const vu a = __builtin_convertvector(low, vu), b = __builtin_convertvector(high, vu);
-  return as<vf>(a | (b << 16));
+  return as<vf>(as<vu>(widen(low)) >> 16 | as<vu>(widen(high)));
 }
-INL vf pair_words(vf low, vf high) { return pair_words(narrow(low), narrow(high)); }
+INL vf pair_words(vf low, vf high) {
+#if defined(__AVX512BF16__)
+  return interleave(as<vf>(_mm512_cvtne2ps_pbh((__m512)high, (__m512)low)));
+#else
+  return pair_words(narrow(low), narrow(high));
+#endif
+}
 INL vh load_halves(const bf16* p) {
   vh h;
   memcpy(&h, p, sizeof h);

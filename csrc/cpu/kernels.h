@@ -145,7 +145,16 @@ struct StepSettings {
                          const float* rstd, void* dx, void* d_gate_up, void* d_down, int64_t N,    \
                          int64_t D, int64_t F))
 
-#define TRM_TOKEN_KERNELS(X)
+#define TRM_TOKEN_KERNELS(X)                                                                       \
+  /* out [B,S,D] = rms_norm over tokens of s + W_down(silu(g) * u), rstd [B,D]; gu [B,2F,D] or */  \
+  /* null; gate_up [2F,S], down [S,F] */                                                           \
+  X(token_mix_fwd, (const Host& host, DType dtype, const void* s, const void* gate_up,             \
+                    const void* down, void* out, void* gu, float* rstd, int64_t B, int64_t S,      \
+                    int64_t D, int64_t F, float eps))                                              \
+  X(token_mix_bwd, (const Host& host, DType dtype, const void* dy, const void* s,                  \
+                    const void* gate_up, const void* down, const void* out, const void* gu,        \
+                    const float* rstd, void* ds, void* d_gate_up, void* d_down, int64_t B,         \
+                    int64_t S, int64_t D, int64_t F))
 
 #define TRM_ATTENTION_KERNELS(X)                                                                   \
   /* out [B,S,HK], lse [B,H,S] of qkv [B,S,3HK]; cos and sin [S,K], or null */                     \

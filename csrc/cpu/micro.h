@@ -68,12 +68,16 @@ INL vf multiply_add(vf c, vf a, vf b) {
   return c + a * b;
 }
 
-// c = A B over K words; word (i, k) of A at a[i * lda + k * STEP], word (k, j) of B at b[k * ldb + j].
-template <bool PAIRS, int MR, int NV>
-INL void micro(const word* a, int64_t lda, int64_t step, const word* b, int64_t ldb, int64_t K,
-               vf (&c)[MR][NV]) {
+template <int MR, int NV>
+INL void clear(vf (&c)[MR][NV]) {
   UNROLL for (int i = 0; i < MR; ++i)
     UNROLL for (int j = 0; j < NV; ++j) c[i][j] = vf{};
+}
+
+// c += A B over K words; word (i, k) of A at a[i * lda + k * step], word (k, j) of B at b[k * ldb + j].
+template <bool PAIRS, int MR, int NV>
+INL void micro_add(const word* a, int64_t lda, int64_t step, const word* b, int64_t ldb, int64_t K,
+                   vf (&c)[MR][NV]) {
   for (int64_t k = 0; k < K; ++k) {
     vf row[NV];
     UNROLL for (int j = 0; j < NV; ++j) row[j] = load(b + j * VL);
@@ -84,6 +88,14 @@ INL void micro(const word* a, int64_t lda, int64_t step, const word* b, int64_t 
     a += step;
     b += ldb;
   }
+}
+
+// c = A B.
+template <bool PAIRS, int MR, int NV>
+INL void micro(const word* a, int64_t lda, int64_t step, const word* b, int64_t ldb, int64_t K,
+               vf (&c)[MR][NV]) {
+  clear(c);
+  micro_add<PAIRS, MR, NV>(a, lda, step, b, ldb, K, c);
 }
 
 // One panel against M rows of A: `epilogue(first row, skip, c)` gets each block of sums, MR x NV

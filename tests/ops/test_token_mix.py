@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from extension_checks import check_extension_refusals, check_same_bits, extension_cases
 from kernel_checks import (
     DEVICE,
     check_fullgraph,
@@ -11,6 +12,7 @@ from kernel_checks import (
 from op_checks import EPS, cases, check_op, counted_ops, rms_norm, silu, token_major
 from parity import make_inputs
 
+from trm_fast.extension import token_mix as compiled
 from trm_fast.kernels import token_mix as kernel
 from trm_fast.kernels.token_mix import token_mix as triton_token_mix
 from trm_fast.reference import token_mix
@@ -180,3 +182,79 @@ def test_kernel_says_what_it_does_not_serve():
     check_refusals(lambda *t: triton_token_mix(*t, EPS), inputs((1, 5, 16, 16)))
     with pytest.raises(ValueError, match="token_mix .* multiple of 16 up to 1024, not 24"):
         triton_token_mix(*(t.to(DEVICE) for t in inputs((1, 5, 24, 16))), EPS)
+
+
+# Panels of two, one and three vectors, tails of tokens and of the inner width, a single token, more
+# tokens than blocks can be made of evenly, several pieces of K for the weights' gradients.
+EXTENSION_SHAPES = [
+    *[(2, 97, 80, 40), (30, 81, 48, 96), (1, 1, 16, 1), (3, 17, 144, 33), (1, 130, 32, 130)],
+    (0, 97, 64, 64),
+]
+
+
+@pytest.mark.parametrize("shape, dtype", extension_cases("B S D F", EXTENSION_SHAPES))
+def test_extension(shape, dtype, extension):
+    given = inputs(shape, dtype)
+    check_op(lambda *t: compiled.token_mix(*t, EPS), formula, given, dtype)
+
+
+@pytest.mark.parametrize("shape", [(3, 97, 80, 100), (2, 33, 48, 16)], ids=["D80", "D48"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_extension_gives_the_same_bits_on_any_threads(shape, dtype, extension):
+    def step():
+        given = inputs(shape, dtype, requires_grad=True)
+        out = compiled.token_mix(*given, EPS)
+        return [out, *torch.autograd.grad(out.square().sum(), given)]
+
+    check_same_bits(step)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_extension_takes_extreme_gates(dtype, extension):
+    h, gate_up, down = inputs((1, 5, 16, 16), dtype)
+    gate_up[:8] *= 1e4
+    check_op(lambda *t: compiled.token_mix(*t, EPS), formula, (h, gate_up, down), dtype)
+
+
+def test_extension_keeps_nothing_without_gradient(extension):
+    given = inputs((2, 6, 32, 24))
+    out, _, gu = compiled._fwd(*given, EPS, False)
+    kept_out, _, kept = compiled._fwd(*given, EPS, True)
+    assert gu.shape == (0, 48, 32) and kept.shape == (2, 48, 32)
+    assert torch.equal(out, kept_out)
+
+
+def test_extension_takes_either_memory_layout(extension):
+    given = inputs((3, 5, 16, 16))
+    out = compiled.token_mix(*given, EPS)
+    assert torch.equal(compiled.token_mix(token_major(given[0]), *given[1:], EPS), out)
+
+
+def test_extension_is_registered(extension):
+    given = [*inputs((2, 5, 32, 24), requires_grad=True), EPS, True]
+    check_registered(compiled._fwd, given)
+    out, rstd, gu = (t.detach() for t in compiled._fwd(*given))
+    plain = [t.detach() for t in given[:3]]
+    check_registered(compiled._bwd, [out, *plain, out, rstd, gu])
+    check_fullgraph(lambda *t: compiled.token_mix(*t, EPS), inputs((2, 5, 32, 24)))
+
+
+def test_extension_refuses(extension):
+    check_extension_refusals(lambda *t: compiled.token_mix(*t, EPS), inputs((1, 2, 32, 16)))
+    with pytest.raises(ValueError, match="token_mix of the compiled extension .* not 40"):
+        compiled.token_mix(*inputs((1, 2, 40, 16)), EPS)
+    s, gate_up, down = inputs((1, 8, 32, 16))
+    with pytest.raises(ValueError, match="needs w_gate_up of"):
+        compiled.token_mix(s, gate_up[:, :4], down, EPS)
+    for given, text in (
+        ((s, gate_up[:16], down), r"gate_up is \[16, 8\], expected \[32, 8\]"),
+        ((s, gate_up, down.bfloat16()), "down has dtype"),
+        ((s.mT.contiguous().mT, gate_up, down), "s is not contiguous"),
+        ((s[0], gate_up, down), r"s and down are \[B, S, D\]"),
+        ((s[:, :0], gate_up[:, :0], down[:0]), "no tokens"),
+    ):
+        with pytest.raises(RuntimeError, match=text):
+            compiled._fwd(*given, EPS, True)
+    out, rstd, gu = compiled._fwd(s, gate_up, down, EPS, False)
+    with pytest.raises(RuntimeError, match=r"gu is \[0, 32, 32\], expected \[1, 32, 32\]"):
+        compiled._bwd(out, s, gate_up, down, out, rstd, gu)

@@ -246,7 +246,7 @@ def report(device: torch.device, peaks: Peaks, results: Sequence[dict]) -> dict:
     del depends["clock"]  # each result has its own
     loaded = device.type == "cpu" and library.unavailable("cpu") is None
     return depends | {
-        "instruction_set": torch.ops.trm_fast_ext.instruction_set() if loaded else None,
+        "instruction_set": library.instruction_set() if loaded else None,
         "peak_gflop_per_s": peaks.found,
         "results": list(results),
     }

@@ -70,7 +70,7 @@ def measure(
     return {
         "unavailable": None,
         "floor": FLOOR,
-        "instruction_set": torch.ops.trm_fast_ext.instruction_set(),
+        "instruction_set": library.instruction_set(),
         "peak_gflop_per_s": peaks,
         "rows": rows,
     }

@@ -55,9 +55,9 @@ class BuildPy(build_py):
     def run(self) -> None:
         super().run()
         if prebuild() and not self.editable_mode:  # a checkout builds what it has at first use
-            self.compile(load("build"))
+            self.prebuild(load("build"))
 
-    def compile(self, build: ModuleType) -> None:
+    def prebuild(self, build: ModuleType) -> None:
         folder = Path(self.build_lib, "trm_fast", "_lib").absolute()
         for kind in prebuild():
             targets = build.portable_sets() if kind == "cpu" else build.cuda_architectures()

@@ -31,13 +31,16 @@ csrc_packages.update(
 )
 
 
-def prebuild() -> list[str]:
+def asked_for() -> list[str]:
     """The libraries that TRM_FAST_PREBUILD asks for."""
     given = os.environ.get("TRM_FAST_PREBUILD", "")
     kinds = [name.strip() for name in given.split(",") if name.strip()]
     if not set(kinds) <= {"cpu", "cuda"}:
         raise SystemExit(f"TRM_FAST_PREBUILD is cpu, cuda or cpu,cuda, not {given!r}")
     return kinds
+
+
+KINDS = asked_for()
 
 
 def load(name: str) -> ModuleType:
@@ -54,12 +57,12 @@ def load(name: str) -> ModuleType:
 class BuildPy(build_py):
     def run(self) -> None:
         super().run()
-        if prebuild() and not self.editable_mode:  # a checkout builds what it has at first use
+        if KINDS and not self.editable_mode:  # a checkout builds what it has at first use
             self.prebuild(load("build"))
 
     def prebuild(self, build: ModuleType) -> None:
         folder = Path(self.build_lib, "trm_fast", "_lib").absolute()
-        for kind in prebuild():
+        for kind in KINDS:
             targets = build.portable_sets() if kind == "cpu" else build.cuda_architectures()
             library = folder / build.prebuilt_name(kind, targets)
             build.build(kind, library, targets)
@@ -70,14 +73,14 @@ class Platform(Distribution):
     """A wheel with libraries in it is of one platform."""
 
     def has_ext_modules(self) -> bool:
-        return bool(prebuild())
+        return bool(KINDS)
 
 
 class Wheel(bdist_wheel):
     def get_tag(self) -> tuple[str, str, str]:
         python, abi, platform = super().get_tag()
         # Nothing in the libraries is of a version of Python.
-        return ("py3", "none", platform) if prebuild() else (python, abi, platform)
+        return ("py3", "none", platform) if KINDS else (python, abi, platform)
 
 
 setup(

@@ -1,16 +1,18 @@
 """Loading the extension, or going on without it; and that it leaves the process as it was."""
 
 import logging
+import os
+import re
+import shutil
 import subprocess
 import sys
-import warnings
-from pathlib import Path
+import zipfile
 
 import pytest
 import torch
 from extension_builds import ROOT, tiny
 
-from trm_fast.extension import build, cache, library
+from trm_fast.extension import build, library
 
 __all__ = ["tiny"]
 
@@ -81,7 +83,7 @@ def test_what_never_loads_is_a_reason(tiny):
     tiny.write("cpu/kernel.cpp", "extern int nowhere(); int x = nowhere();\n")
     with pytest.warns(RuntimeWarning, match="does not load: .*undefined symbol: .*nowhere"):
         assert library.unavailable("cpu") is not None
-    assert tiny.compiled() == ["dispatch.cpp", "kernel.cpp"] * 2 or True
+    assert tiny.compiled() == ["dispatch.cpp"] * 2 + ["kernel.cpp"] * 2
 
 
 def test_kernels_for_another_cpu_are_a_reason(tiny):
@@ -212,9 +214,38 @@ def test_denormals_and_errno_are_left_alone():
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
-def test_warnings_of_this_file_are_what_they_seem():
-    assert Path(cache.__file__).parent == Path(library.__file__).parent
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        library.unavailable("cpu")
-    assert all("extension" in str(w.message) for w in caught)
+def test_a_prebuilt_wheel_loads_without_a_compiler(tmp_path, tiny):
+    """The whole way: setup.py, the archive's name, a folder that it is unpacked in, loading."""
+    pytest.importorskip("setuptools", reason="the build backend; pip brings its own")
+    work = tmp_path / "work"
+    shutil.copytree(ROOT / "trm_fast", work / "trm_fast")
+    shutil.copytree(ROOT / "kernels", work / "kernels")
+    shutil.copytree(tiny.source, work / "csrc")
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, work)
+    make = [sys.executable, "-c", "import setuptools.build_meta as b; print(b.build_wheel('.'))"]
+    environment = tiny.environment(TRM_FAST_PREBUILD="cpu")
+    done = subprocess.run(make, cwd=work, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    wheel = done.stdout.split()[-1]
+    assert re.fullmatch(r"trm_fast-[0-9.]+-py3-none-(linux|macosx)_\w+\.whl", wheel)
+    place = tmp_path / "installed"
+    zipfile.ZipFile(work / wheel).extractall(place)
+    code = (
+        "from trm_fast.extension import library; import sys; "
+        "print(library.__file__, library.state('cpu'), library.instruction_set())"
+    )
+    environment = tiny.environment(CXX="nowhere-c++", PATH="/nowhere", PYTHONPATH=str(place))
+    command = [sys.executable, "-W", "error", "-c", code]
+    done = subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True)
+    file = place / "trm_fast/extension/library.py"
+    assert (done.stdout, done.stderr) == (f"{file} prebuilt generic\n", "")
+    assert not tiny.cache.exists()
+
+
+def test_what_is_to_be_prebuilt_is_checked():
+    command = [sys.executable, "setup.py", "--version"]
+    environment = {**os.environ, "TRM_FAST_PREBUILD": "cpu,gpu"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.stderr == "TRM_FAST_PREBUILD is cpu, cuda or cpu,cuda, not 'cpu,gpu'\n"
+    assert done.returncode == 1

@@ -33,6 +33,8 @@ ORDER = [
     ["extension.build"],
     ["extension.cache"],
     ["extension.library", "extension._common"],
+    ["extension.rotate_qkv"],
+    ["extension.recursion_driver"],
     [f"extension.{op}" for op in (*OP_NAMES, "micro")],
     ["extension"],
     ["reference"],

@@ -26,10 +26,13 @@ def round_up(size: int, multiple: int = ALIGNMENT) -> int:
     return -(-size // multiple) * multiple
 
 
-def unsupported_dtype(dtype: torch.dtype) -> str | None:
-    if dtype in DTYPES:
+def unsupported_dtype(dtype: torch.dtype, device: torch.device | None = None) -> str | None:
+    """Why tensors of `dtype` are not served, or None; float16 is, where `device` is a GPU."""
+    on_gpu = device is not None and device.type == "cuda"
+    if dtype in DTYPES or (on_gpu and dtype == torch.float16):
         return None
-    return f"serves float32 and bfloat16, not {str(dtype).removeprefix('torch.')}"
+    served = "float32, bfloat16 and float16" if on_gpu else "float32 and bfloat16"
+    return f"serves {served}, not {str(dtype).removeprefix('torch.')}"
 
 
 def unsupported_width(width: int, name: str = "hidden size") -> str | None:

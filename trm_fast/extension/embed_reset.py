@@ -135,7 +135,7 @@ def embed_reset(
     weights = [t for t in (rows, embedding, positions, y_init, z_init) if t is not None]
     check(
         "embed_reset",
-        *(unsupported_dtype(t.dtype) for t in (y, *weights)),
+        *(unsupported_dtype(t.dtype, y.device) for t in (y, *weights)),
         None if whole else f"takes tokens of int32 and int64, not {str(tokens.dtype)[6:]}",
         mismatch("halted", halted, (batch,), halted.bool()),
         mismatch("y", y, (batch, places, width), y),

@@ -46,7 +46,7 @@ def inject(z: Tensor, y: Tensor, x: Tensor) -> Tensor:
     """
     check(
         "inject",
-        unsupported_dtype(z.dtype),
+        unsupported_dtype(z.dtype, z.device),
         mismatch("y", y, z.shape, z),
         mismatch("x", x, z.shape, z),
     )

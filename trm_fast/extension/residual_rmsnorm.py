@@ -72,7 +72,7 @@ def residual_rmsnorm(h: Tensor, u: Tensor, axis: int, eps: float) -> Tensor:
     known = h.dim() == 3 and axis in (FEATURES, TOKENS, FEATURES - 3, TOKENS - 3)
     check(
         "residual_rmsnorm",
-        unsupported_dtype(h.dtype),
+        unsupported_dtype(h.dtype, h.device),
         mismatch("u", u, h.shape, h),
         None
         if known

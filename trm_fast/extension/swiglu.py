@@ -51,7 +51,7 @@ def swiglu(gate_up: Tensor) -> Tensor:
     even = len(shape) > 0 and shape[-1] % 2 == 0
     check(
         "swiglu",
-        unsupported_dtype(gate_up.dtype),
+        unsupported_dtype(gate_up.dtype, gate_up.device),
         None if even else f"needs a gate and as many features up, not a shape of {list(shape)}",
     )
     rows = gate_up.reshape(shape[:-1].numel(), shape[-1]).contiguous()

@@ -1,0 +1,77 @@
+// Softmax attention and its backward by PyTorch's fused kernels.
+//
+// On CUDA FlashAttention for elements of 16 bits, the memory-efficient kernel for float. Up to 128
+// tokens its gradient to the queries is one sum per element, hence the same on every run; beyond, it
+// is so where PyTorch is told to be deterministic.
+//
+// Dims: B batch, S tokens, H heads, K head dim. q, k, v, out: [B, S, H, K], their heads contiguous.
+#pragma once
+#include "aten.h"
+
+namespace trm_fast {
+namespace aten {
+
+inline Tensor heads_first(const Tensor& t) { return transposed(t, 1, 2); }
+inline Tensor tokens_first(AtenTensorHandle t) { return in_order(transposed(Tensor(t), 1, 2)); }
+
+struct Attended {
+  Tensor out, lse;  // [B, S, H, K]; [B, H, >= S] float
+};
+
+inline Attended attention(const Tensor& q, const Tensor& k, const Tensor& v) {
+  const Tensor a = heads_first(q), b = heads_first(k), c = heads_first(v);
+  AtenTensorHandle out = nullptr, lse = nullptr;
+#ifdef USE_CUDA
+  AtenTensorHandle rest[5] = {};
+  int64_t most[2];
+  if (q.scalar_type() == ScalarType::Float) {
+    TORCH_ERROR_CODE_CHECK(aoti_torch_cuda__scaled_dot_product_efficient_attention(
+        a.get(), b.get(), c.get(), nullptr, 1, 0.0, 0, nullptr, &out, &lse, &rest[0], &rest[1]));
+  } else {
+    TORCH_ERROR_CODE_CHECK(aoti_torch_cuda__scaled_dot_product_flash_attention(
+        a.get(), b.get(), c.get(), 0.0, 0, 0, nullptr, &out, &lse, &rest[0], &rest[1], &most[0],
+        &most[1], &rest[2], &rest[3], &rest[4]));
+  }
+  for (AtenTensorHandle unused : rest)
+    if (unused) Tensor{unused};  // takes it over, and lets go of it
+#else
+  TORCH_ERROR_CODE_CHECK(aoti_torch_cpu__scaled_dot_product_flash_attention_for_cpu(
+      a.get(), b.get(), c.get(), 0.0, 0, nullptr, nullptr, &out, &lse));
+#endif
+  return {tokens_first(out), in_order(Tensor(lse))};
+}
+
+// Gradients to q, k, v, each [B, S, H, K], from that to out.
+inline std::tuple<Tensor, Tensor, Tensor> attention_bwd(const Tensor& grad, const Tensor& q,
+                                                        const Tensor& k, const Tensor& v,
+                                                        const Tensor& out, const Tensor& lse) {
+  const Tensor d = heads_first(grad), a = heads_first(q), b = heads_first(k), c = heads_first(v),
+               o = heads_first(out);
+  AtenTensorHandle dq = nullptr, dk = nullptr, dv = nullptr;
+#ifdef USE_CUDA
+  const Tensor none;  // undefined: sequences of one length, no bias
+  if (q.scalar_type() == ScalarType::Float) {
+    const Tensor seed = torch::stable::new_zeros(lse, Shape{}, ScalarType::Long);
+    const int32_t wanted[4] = {1, 1, 1, 0};
+    AtenTensorHandle bias = nullptr;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_cuda__scaled_dot_product_efficient_attention_backward(
+        d.get(), a.get(), b.get(), c.get(), none.get(), o.get(), lse.get(), seed.get(), seed.get(),
+        0.0, wanted, 4, 0, nullptr, &dq, &dk, &dv, &bias));
+    if (bias) Tensor{bias};
+  } else {
+    const int64_t S = q.size(1);
+    const Tensor seed = torch::stable::new_zeros(lse, Shape{2}, ScalarType::UInt64);
+    TORCH_ERROR_CODE_CHECK(aoti_torch_cuda__scaled_dot_product_flash_attention_backward(
+        d.get(), a.get(), b.get(), c.get(), o.get(), lse.get(), none.get(), none.get(), S, S, 0.0,
+        0, seed.get(), seed.get(), nullptr, &dq, &dk, &dv));
+  }
+#else
+  TORCH_ERROR_CODE_CHECK(aoti_torch_cpu__scaled_dot_product_flash_attention_for_cpu_backward(
+      d.get(), a.get(), b.get(), c.get(), o.get(), lse.get(), 0.0, 0, nullptr, nullptr, &dq, &dk,
+      &dv));
+#endif
+  return {tokens_first(dq), tokens_first(dk), tokens_first(dv)};
+}
+
+}  // namespace aten
+}  // namespace trm_fast

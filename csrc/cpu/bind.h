@@ -38,6 +38,10 @@ inline const Kernels& kernels() {
   return *found;
 }
 
+// An empty tensor from the pool, to which its memory goes back: for what is kept until the backward
+// of every step, whose fresh pages would cost a tenth of the step.
+Tensor new_pooled(std::vector<int64_t> shape, ScalarType dtype);
+
 inline DType dtype_of(const char* op, const Tensor& t) {
   const ScalarType given = t.scalar_type();
   STD_TORCH_CHECK(given == ScalarType::Float || given == ScalarType::BFloat16, op,

@@ -90,4 +90,18 @@ void* TorchHost::take(const Host* host, size_t bytes) {
   return taken.back().start;
 }
 
+Tensor new_pooled(std::vector<int64_t> shape, ScalarType dtype) {
+  int64_t count = 1;
+  std::vector<int64_t> strides(shape.size());
+  for (size_t i = shape.size(); i-- > 0;) {
+    strides[i] = count;
+    count *= std::max<int64_t>(shape[i], 1);
+  }
+  const size_t width = dtype == ScalarType::Float ? 4 : dtype == ScalarType::BFloat16 ? 2 : 1;
+  const auto block = pool().take(std::max<size_t>((size_t)count * width, 64));
+  const torch::stable::Device cpu(torch::headeronly::DeviceType::CPU);
+  return torch::stable::from_blob(block.start, shape, strides, cpu, dtype,
+                                  [block](void*) { pool().give({block}); });
+}
+
 }  // namespace trm_fast

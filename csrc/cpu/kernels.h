@@ -165,7 +165,18 @@ struct StepSettings {
                          const void* out, const float* lse, const float* cos, const float* sin,    \
                          void* d_qkv, int64_t B, int64_t S, int64_t H, int64_t K))
 
-#define TRM_RECURSION_KERNELS(X)
+#define TRM_RECURSION_KERNELS(X)                                                                   \
+  /* saved: L+1 states [B,S,D], and per pass and block the bytes that deep_recursion_tape_bytes */ \
+  /* tells (save and light only); null with the policy none. cos, sin [S,K] float or null */       \
+  X(deep_recursion_fwd, (const Host& host, DType dtype, const RecursionShape& s, const void* x,    \
+                         const void* y, const void* z, const BlockWeights* weights,                \
+                         const float* cos, const float* sin, void* new_y, void* new_z,             \
+                         void* const* saved))                                                      \
+  /* d_weights: four per block, float, of the weights' shapes */                                   \
+  X(deep_recursion_bwd, (const Host& host, DType dtype, const RecursionShape& s, const void* grad, \
+                         void* const* saved, const BlockWeights* weights, const float* cos,        \
+                         const float* sin, void* dx, float* const* d_weights))                     \
+  X(deep_recursion_tape_bytes, (DType dtype, const RecursionShape& s, int64_t* bytes))
 
 #define TRM_BENCH_KERNELS(X)                                                                       \
   /* rates [count] FLOP/s: multiply-adds in registers; and out [M,N] = a w^T, a [M,K], w [N,K] */  \

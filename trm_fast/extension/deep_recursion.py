@@ -1,0 +1,179 @@
+"""deep_recursion: all H x L passes of the network as one operation, with its backward by hand.
+
+Of the last cycle `save` keeps what the backward reads, `light` the same without the products inside
+both SwiGLUs, `recompute` the state before each pass. Source: Jolicoeur-Martineau 2025 (arXiv
+2510.04871), Algorithm 3.
+
+Dims legend: B batch, S tokens incl. prefix, D width, F and F_t inner widths of the two SwiGLUs,
+H heads, K head dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trm_fast.extension import rope_attention
+from trm_fast.extension._common import (
+    EXTENSION,
+    Shape,
+    check,
+    round_up,
+    unsupported_dtype,
+    unsupported_width,
+)
+from trm_fast.kernels.registration import register
+
+__all__ = ["deep_recursion", "unsupported"]
+
+WEIGHTS = 4  # of a block: two of the mixer, gate_up, down
+_SETTINGS = "bool mlp_t, int H_cycles, int L_cycles, int heads, float eps, str policy"
+
+
+def _unsupported_heads(width: int, heads: int) -> str | None:
+    head_dim, rest = divmod(width, heads)
+    if rest == 0 and head_dim in rope_attention.HEAD_DIMS:
+        return None
+    return f"needs a head dim that is a multiple of 16 up to 128, not {width} / {heads}"
+
+
+def tape_bytes(x: Tensor, weights: Sequence[Tensor], mlp_t: bool, heads: int, policy: str) -> int:
+    """Bytes that the CPU library keeps of one block in one pass, its input not counted."""
+    batch, tokens, width = x.shape
+    count, size = batch * tokens, x.element_size()
+    states = [count * width * size] * 2  # after the mixer, after the channel MLP
+    scales = [count * 4]
+    with_gu = policy == "save"
+    gate_up = [2 * count * round_up(weights[3].shape[1]) * size] if with_gu else []
+    if mlp_t:
+        scales.append(batch * width * 4)
+        gate_up += [batch * 2 * weights[1].shape[1] * width * size] if with_gu else []
+    else:
+        states += [3 * count * width * size, count * width * size]  # q, k, v; attended
+        scales += [count * heads * 4, count * 4]
+    return sum(round_up(part, 64) for part in states + scales + gate_up)
+
+
+def _saved_fake(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    mlp_t: bool,
+    L_cycles: int,
+    heads: int,
+    policy: str,
+) -> list[Tensor]:
+    if policy == "none":
+        return []
+    states = [torch.empty_like(x) for _ in range(L_cycles + 1)]
+    if policy == "recompute":
+        return states
+    size = tape_bytes(x, weights, mlp_t, heads, policy)
+    tapes = (L_cycles + 1) * (len(weights) // WEIGHTS)
+    return states + [x.new_empty(size, dtype=torch.uint8) for _ in range(tapes)]
+
+
+def _fwd_fake(
+    x: Tensor,
+    y: Tensor,
+    z: Tensor,
+    weights: Sequence[Tensor],
+    cos: Tensor | None,
+    sin: Tensor | None,
+    mlp_t: bool,
+    H_cycles: int,
+    L_cycles: int,
+    heads: int,
+    eps: float,
+    policy: str,
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    saved = _saved_fake(x, weights, mlp_t, L_cycles, heads, policy)
+    return torch.empty_like(y), torch.empty_like(z), saved
+
+
+def _bwd_fake(
+    grad: Tensor, saved: Sequence[Tensor], weights: Sequence[Tensor], *rest: Any
+) -> tuple[Tensor, list[Tensor]]:
+    return torch.empty_like(grad), [torch.empty_like(w) for w in weights]
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+    weights, cos, sin, *settings = inputs[3:]
+    _, new_z, saved = output
+    ctx.save_for_backward(cos, sin, *weights, *saved)
+    ctx.count, ctx.settings = len(weights), settings
+    ctx.mark_non_differentiable(new_z, *saved)
+
+
+def _backward(ctx: Any, grad: Tensor, *unused: Any) -> tuple[Any, ...]:
+    cos, sin, *rest = ctx.saved_tensors
+    weights, saved = rest[: ctx.count], rest[ctx.count :]
+    d_x, d_weights = _bwd(grad.contiguous(), saved, weights, cos, sin, *ctx.settings)
+    return d_x, None, None, d_weights, None, None, *(None for _ in ctx.settings)
+
+
+_bwd = register(
+    EXTENSION,
+    "deep_recursion_bwd(Tensor grad, Tensor[] saved, Tensor[] weights, Tensor? cos, Tensor? sin,"
+    f" {_SETTINGS}) -> (Tensor, Tensor[])",
+    _bwd_fake,
+)
+_fwd = register(
+    EXTENSION,
+    "deep_recursion(Tensor x, Tensor y, Tensor z, Tensor[] weights, Tensor? cos, Tensor? sin,"
+    f" {_SETTINGS}) -> (Tensor, Tensor, Tensor[])",
+    _fwd_fake,
+    save=_save,
+    backward=_backward,
+)
+
+
+def deep_recursion(
+    ops: Any,
+    x: Tensor,
+    y: Tensor,
+    z: Tensor,
+    blocks: Sequence[Any],
+    rotary: tuple[Tensor, Tensor] | None,
+    r: Any,
+) -> tuple[Tensor, Tensor]:
+    """x, y, z [B,S,D], master weights, settings -> y, z [B,S,D]; see `trm_fast.ops`.
+
+    The other operations of the table are not used: their kernels are called directly.
+
+    Raises:
+        ValueError: a dtype or width that the kernels do not serve, or dropout.
+    """
+    mlp_t = hasattr(blocks[0].mixer, "gate_up")
+    width = x.shape[-1]
+    check(
+        "deep_recursion",
+        unsupported_dtype(x.dtype),
+        unsupported_width(width),
+        "serves no dropout" if r.dropout else None,
+        None if mlp_t else _unsupported_heads(width, r.heads),
+    )
+    weights = [
+        t.float().contiguous()
+        for block in blocks
+        for t in (*block.mixer, block.gate_up, block.down)
+    ]
+    cos, sin = (t.contiguous() for t in rotary) if rotary and not mlp_t else (None, None)
+    tracked = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *weights))
+    new_y, new_z, _ = _fwd(
+        x.contiguous(), y.detach().contiguous(), z.detach().contiguous(), weights, cos, sin, mlp_t,
+        r.H_cycles, r.L_cycles, r.heads, r.eps, r.policy if tracked else "none",
+    )  # fmt: skip
+    return new_y, new_z.detach()
+
+
+def unsupported(dtype: torch.dtype, config: Shape | None) -> str | None:
+    if config is None:
+        return unsupported_dtype(dtype)
+    if config.dropout:
+        return "serves no dropout: the composition of the other operations does"
+    width = config.hidden_size
+    heads = None if config.mlp_t else _unsupported_heads(width, config.num_heads)
+    return unsupported_dtype(dtype) or unsupported_width(width) or heads

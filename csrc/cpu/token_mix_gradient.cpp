@@ -4,6 +4,9 @@
 namespace trm_fast {
 namespace TRM_ISA {
 
+// Vectors of a panel of the weights' gradients. (With four, one sum of 28 does not stay in a register.)
+constexpr int SUM_NV = 2;
+
 // Operands of one item for the weights' gradients, within w.operand_words():
 //   dgu: panels of B, K = columns of the item, 2 V features wide;  h: the same, V wide;
 //   d: rows [S, D] of the gradient of the sum;  s: the rows of s, where they must be converted.
@@ -112,9 +115,9 @@ SEPARATE void transpose_panel(const TokenMix<Mode>& w, const word* rows, int64_t
                               int64_t column, word* out) {
   constexpr int N = NV * VL, PER = Mode::per_word;
   const int64_t Pw = words<Mode>(w.P), Dw = words<Mode>(w.D), each_kind = w.V / VL;
-  each_panel(kinds * each_kind, [&](int64_t first, int nv) {
-    word* panel = out + first * VL * Dw + column * nv * VL;
-    for (int j = 0; j < nv; j += PER) {
+  for (int64_t first = 0; first < kinds * each_kind; first += SUM_NV) {
+    word* panel = out + first * VL * Dw + column * SUM_NV * VL;
+    for (int j = 0; j < SUM_NV; j += PER) {
       const int64_t vector = first + j, kind = vector / each_kind;
       const int64_t k = (vector - kind * each_kind) * VL / PER;
       for (int n = 0; n < NV; ++n) {
@@ -129,20 +132,20 @@ SEPARATE void transpose_panel(const TokenMix<Mode>& w, const word* rows, int64_t
         if constexpr (VL >= 8) transpose_step<4>(v);
         transpose_step<2>(v);
         transpose_step<1>(v);
-        word* to = panel + n * (VL / PER) * nv * VL + j * VL;
+        word* to = panel + n * (VL / PER) * SUM_NV * VL + j * VL;
 #if defined(__AVX512BF16__)
         if constexpr (Mode::pairs) {
-          UNROLL for (int i = 0; i < VL; i += 2, to += nv * VL) {
+          UNROLL for (int i = 0; i < VL; i += 2, to += SUM_NV * VL) {
             store(to, neighbours<0>(v[i], v[i + 1]));
             store(to + VL, neighbours<1>(v[i], v[i + 1]));
           }
           continue;
         }
 #endif
-        UNROLL for (int i = 0; i < VL; ++i, to += nv * VL) store(to, v[i]);
+        UNROLL for (int i = 0; i < VL; ++i, to += SUM_NV * VL) store(to, v[i]);
       }
     }
-  });
+  }
 }
 
 template <class Mode, int NV>
@@ -212,12 +215,12 @@ INL void sum_block(const Items& items, int64_t m, int skip, float* sums, int64_t
 }
 
 // Rows [begin, end) of the sums of one panel.
-template <class Mode, int NV>
+template <class Mode>
 SEPARATE void sum_panel(const Items& items, int64_t begin, int64_t end, float* sums, int64_t ld,
                         bool add) {
-  constexpr int MOST = most_rows(NV);
+  constexpr int MOST = most_rows(SUM_NV);
   if (end - begin < MOST - 1) {
-    for (int64_t m = begin; m < end; ++m) sum_block<Mode, 1, NV>(items, m, 0, sums, ld, add);
+    for (int64_t m = begin; m < end; ++m) sum_block<Mode, 1, SUM_NV>(items, m, 0, sums, ld, add);
     return;
   }
   const RowBlocks blocks(end - begin, MOST);
@@ -226,9 +229,9 @@ SEPARATE void sum_panel(const Items& items, int64_t begin, int64_t end, float* s
     const int64_t rows = i < blocks.longer ? MOST : MOST - 1;
     const int64_t m = smaller(done, end - rows);  // rows that are done already are skipped
     if (rows == MOST)
-      sum_block<Mode, MOST, NV>(items, m, (int)(done - m), sums, ld, add);
+      sum_block<Mode, MOST, SUM_NV>(items, m, (int)(done - m), sums, ld, add);
     else
-      sum_block<Mode, MOST - 1, NV>(items, m, (int)(done - m), sums, ld, add);
+      sum_block<Mode, MOST - 1, SUM_NV>(items, m, (int)(done - m), sums, ld, add);
     done = m + rows;
   }
 }
@@ -237,7 +240,7 @@ template <class Mode>
 void token_mix_weight_sums(const Host& host, const TokenMix<Mode>& w, const typename Mode::T* s,
                            const word* operands, int64_t B, float* sums, bool accumulate) {
   const int64_t S = w.S, Dw = words<Mode>(w.D), V = w.V, size = w.operand_words();
-  const int64_t gates = ceil_div(2 * V / VL, MAX_NV), panels = gates + ceil_div(V / VL, MAX_NV);
+  const int64_t gates = 2 * V / VL / SUM_NV, panels = gates + V / VL / SUM_NV;
   // Rows are divided too where panels are few; a sum does not depend on it.
   const int64_t parts = smaller<int64_t>(ceil_div(2 * host.threads, panels), ceil_div(S, 28));
   const int64_t chunk = w.items_per_sum();
@@ -246,9 +249,8 @@ void token_mix_weight_sums(const Host& host, const TokenMix<Mode>& w, const type
     const int64_t pieces = host.threads > 1 ? parts : 1, part = task % pieces;
     const int64_t begin = part * S / pieces, end = (part + 1) * S / pieces;
     const bool gate = task / pieces < gates;
-    const int64_t vector = (task / pieces - (gate ? 0 : gates)) * MAX_NV;
-    const int64_t ld = gate ? 2 * V : V, left = ld / VL - vector;
-    const int nv = (int)smaller<int64_t>(left, MAX_NV);
+    const int64_t vector = (task / pieces - (gate ? 0 : gates)) * SUM_NV;
+    const int64_t ld = gate ? 2 * V : V;
     float* to = sums + (gate ? 0 : S * 2 * V) + vector * VL;
     const word* rows = (const word*)(const void*)(gate ? first_item.s : first_item.d);
     Items items{rows, (gate ? first_item.dgu : first_item.h) + vector * VL * Dw, size, size, 0, Dw};
@@ -257,13 +259,10 @@ void token_mix_weight_sums(const Host& host, const TokenMix<Mode>& w, const type
       items.a_step = S * Dw;
     }
     if (B == 0 && !accumulate)
-      for (int64_t m = begin; m < end; ++m) memset(to + m * ld, 0, nv * VL * sizeof(float));
+      for (int64_t m = begin; m < end; ++m) memset(to + m * ld, 0, SUM_NV * VL * sizeof(float));
     for (int64_t b = 0; b < B; b += items.count) {
       items.count = smaller(chunk, B - b);
-      const bool add = accumulate || b > 0;
-      if constexpr (MAX_NV == 4)
-        if (nv == 4) sum_panel<Mode, 4>(items, begin, end, to, ld, add);
-      if (nv == 2) sum_panel<Mode, 2>(items, begin, end, to, ld, add);
+      sum_panel<Mode>(items, begin, end, to, ld, accumulate || b > 0);
       items.a += items.count * items.a_step;
       items.b += items.count * items.b_step;
     }

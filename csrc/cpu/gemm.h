@@ -132,30 +132,46 @@ INL void pack_transposed(Row row, int64_t columns, int64_t K, word* out, int64_t
   });
 }
 
-// Panels of B from B: word (k, n) from row(k), a pointer to the columns, or null for zeros.
-// `width` columns are there, zeros fill up to `columns`, a multiple of VL.
+// `vectors` vectors of words per k, one after another, from row(k), a pointer to the columns, or null
+// for zeros; `width` columns are there, zeros fill up.
 template <class Mode, class Row>
-INL void pack_straight(Row row, int64_t width, int64_t columns, int64_t K, word* out, int64_t begin,
-                       int64_t end) {
-  const int64_t Kw = words<Mode>(K);
+INL void pack_straight_rows(Row row, int64_t width, int64_t vectors, int64_t K, word* out) {
   const auto vector_of = [&](int64_t k, int64_t n) __attribute__((always_inline)) {
     const auto* p = k < K ? row(k) : nullptr;
     if (!p || n >= width) return vf{};
     return n + VL <= width ? load(p + n) : load_first(p + n, width - n);
   };
+  const int64_t Kw = words<Mode>(K), whole = smaller(width / VL, vectors);
+  for (int64_t k = 0; k < Kw; ++k, out += vectors * VL) {
+    int64_t j = 0;
+    if constexpr (Mode::pairs) {
+      const auto *low = row(2 * k), *high = 2 * k + 1 < K ? row(2 * k + 1) : nullptr;
+      if (low && high)
+        for (; j < whole; ++j)
+          store(out + j * VL, pair_words(load_halves(low + j * VL), load_halves(high + j * VL)));
+      for (; j < vectors; ++j)
+        store(out + j * VL, pair_words(vector_of(2 * k, j * VL), vector_of(2 * k + 1, j * VL)));
+    } else {
+      if (const auto* p = row(k))
+        for (; j < whole; ++j) store(out + j * VL, load(p + j * VL));
+      for (; j < vectors; ++j) store(out + j * VL, vector_of(k, j * VL));
+    }
+  }
+}
+
+// Panels of B from B: word (k, n) from row(k), a pointer to the columns, or null for zeros.
+// `width` columns are there, zeros fill up to `columns`, a multiple of VL.
+template <class Mode, class Row>
+INL void pack_straight(Row row, int64_t width, int64_t columns, int64_t K, word* out, int64_t begin,
+                       int64_t end) {
   each_panel(columns / VL, [&](int64_t first, int nv) {
     if (first < begin || first >= end) return;
-    word* to = out + first * VL * Kw;
-    for (int64_t k = 0; k < Kw; ++k)
-      for (int j = 0; j < nv; ++j, to += VL) {
-        const int64_t n = (first + j) * VL;
-        if (Mode::pairs && n + VL <= width && 2 * k + 1 < K && row(2 * k) && row(2 * k + 1))
-          store(to, pair_words(load_halves(row(2 * k) + n), load_halves(row(2 * k + 1) + n)));
-        else if constexpr (Mode::pairs)
-          store(to, pair_words(vector_of(2 * k, n), vector_of(2 * k + 1, n)));
-        else
-          store(to, vector_of(k, n));
-      }
+    const int64_t n = first * VL;
+    const auto shifted = [&](int64_t k) __attribute__((always_inline)) {
+      const auto* p = row(k);
+      return p && n < width ? p + n : nullptr;
+    };
+    pack_straight_rows<Mode>(shifted, width - n, nv, K, out + n * words<Mode>(K));
   });
 }
 
@@ -184,22 +200,30 @@ INL void each(vf (&c)[MR][NV], F f, int skip = 0) {
     if (i >= skip) UNROLL for (int j = 0; j < NV; ++j) f(i, j, c[i][j]);
 }
 
-// A [M, Kw words] against `vectors` packed vectors of columns: epilogue(row, skip, column, c).
+// Where the panels of B are: one after another, as pack_* makes them, or columns of a matrix in
+// memory whose rows are `row` words apart.
+struct Panels {
+  const word* start;
+  int64_t row;
+  INL Panels(const word* start_, int64_t row_ = 0) : start(start_), row(row_) {}
+};
+
+// A [M, Kw words] against `vectors` vectors of columns: epilogue(row, skip, column, c).
 template <class Mode, class Epilogue>
-INL void product(const word* a, int64_t lda, int64_t step, const word* b, int64_t M, int64_t vectors,
+INL void product(const word* a, int64_t lda, int64_t step, Panels b, int64_t M, int64_t vectors,
                  int64_t Kw, const Epilogue& epilogue) {
   each_panel(vectors, [&](int64_t first, int nv) __attribute__((always_inline)) {
-    const word* panel = b + first * VL * Kw;
-    const int64_t n = first * VL;
+    const word* panel = b.start + first * VL * (b.row ? 1 : Kw);
+    const int64_t n = first * VL, ldb = b.row ? b.row : nv * VL;
     const auto give = [&](int64_t m, int skip, auto& c) __attribute__((always_inline)) {
       epilogue(m, skip, n, c);
     };
     if constexpr (MAX_NV == 4) {
-      if (nv == 4) return panel_rows<Mode, 4>(a, lda, step, panel, 4 * VL, M, Kw, give);
-      if (nv == 3) return panel_rows<Mode, 3>(a, lda, step, panel, 3 * VL, M, Kw, give);
+      if (nv == 4) return panel_rows<Mode, 4>(a, lda, step, panel, ldb, M, Kw, give);
+      if (nv == 3) return panel_rows<Mode, 3>(a, lda, step, panel, ldb, M, Kw, give);
     }
-    if (nv == 2) return panel_rows<Mode, 2>(a, lda, step, panel, 2 * VL, M, Kw, give);
-    return panel_rows<Mode, 1>(a, lda, step, panel, VL, M, Kw, give);
+    if (nv == 2) return panel_rows<Mode, 2>(a, lda, step, panel, ldb, M, Kw, give);
+    return panel_rows<Mode, 1>(a, lda, step, panel, ldb, M, Kw, give);
   });
 }
 

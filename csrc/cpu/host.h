@@ -40,5 +40,12 @@ INL void copy_floats(const Host& host, const float* from, T* to, int64_t count) 
   });
 }
 
+// to = from, or to += from.
+INL void add_floats(const Host& host, const float* from, float* to, int64_t count, bool add) {
+  parallel_ranges(host, count, 1 << 14, [&](int64_t, int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) to[i] = add ? to[i] + from[i] : from[i];
+  });
+}
+
 }  // namespace TRM_ISA
 }  // namespace trm_fast

@@ -52,12 +52,20 @@ struct AttentionMixer {
     for (int64_t l = 0; l < s.blocks; ++l) all[l].rows = rows, all[l].scratch = scratch;
   }
 
-  static void add_to_tape(const RecursionShape& s, Layout& layout, Tape<Mode>& t, bool) {
-    const int64_t N = s.B * s.S;
+  // Scratch of the threads from `slot` on.
+  void use_scratch(int64_t slot) { rows += slot, scratch += slot; }
+
+  static void add_to_tape(const RecursionShape& s, int64_t items, Layout& layout, Tape<Mode>& t,
+                          bool) {
+    const int64_t N = items * s.S;
     t.qkv = layout.take<T>(N * 3 * s.D);
     t.attended = layout.take<T>(N * s.D);
     t.lse = layout.take<float>(N * s.heads);
     t.mixed_rstd = layout.take<float>(N);
+  }
+  static void shift(const RecursionShape& s, Tape<Mode>& t, int64_t item) {
+    const int64_t N = item * s.S;
+    t.qkv += N * 3 * s.D, t.attended += N * s.D, t.lse += N * s.heads, t.mixed_rstd += N;
   }
 
   template <class Exec>
@@ -82,8 +90,12 @@ struct AttentionMixer {
     });
   }
 
-  static Work work(const Host& host, const RecursionShape& s, const AttentionMixer*) {
-    const int64_t n = s.B * s.S * s.D;
+  static int64_t weights(const RecursionShape& s) { return 4 * s.D * s.D; }
+  static int64_t work_bytes(const RecursionShape& s) {
+    return 5 * s.S * s.D * (int64_t)sizeof(T);
+  }
+  static Work work(const Host& host, int64_t items, const AttentionMixer* all) {
+    const int64_t n = items * all[0].S * all[0].D;
     return {allocate<T>(host, n), allocate<T>(host, n), allocate<T>(host, 3 * n)};
   }
 
@@ -114,16 +126,28 @@ struct AttentionMixer {
     });
   }
 
-  static int64_t weight_grad_words(const RecursionShape& s, int threads) {
-    return trm_fast::TRM_ISA::weight_grad_words<Mode>(s.B * s.S, s.D, threads);
+  static int64_t weight_grad_words(const RecursionShape& s, int64_t N, int threads) {
+    return trm_fast::TRM_ISA::weight_grad_words<Mode>(N, s.D, threads);
+  }
+  // Where gradients add up: in what is given, or in memory of their own.
+  void new_sums(const Host& host, float* const* given, float** sums) const {
+    sums[0] = given ? given[0] : allocate<float>(host, 3 * D * D);
+    sums[1] = given ? given[1] : allocate<float>(host, D * D);
   }
   void weight_grad(const Host& host, int64_t items, const T* in, const Tape<Mode>& t, const Work& w,
-                   float* d_qkv, float* d_out, bool accumulate, bool, word* memory) const {
+                   float* const* sums, bool add, word* memory) const {
     const int64_t N = items * S;
-    trm_fast::TRM_ISA::weight_grad<Mode>(host, w.d_qkv, 3 * D, 3 * D, in, D, D, N, d_qkv, D,
-                                         accumulate, memory);
-    trm_fast::TRM_ISA::weight_grad<Mode>(host, w.ds, D, D, t.attended, D, D, N, d_out, D, accumulate,
+    trm_fast::TRM_ISA::weight_grad<Mode>(host, w.d_qkv, 3 * D, 3 * D, in, D, D, N, sums[0], D, add,
                                          memory);
+    trm_fast::TRM_ISA::weight_grad<Mode>(host, w.ds, D, D, t.attended, D, D, N, sums[1], D, add,
+                                         memory);
+  }
+  // Gradients from one part's sums, added to those of the parts before.
+  void finish(const Host& host, float* const* sums, float* const* d_weights, bool in_place,
+              bool add) const {
+    if (in_place) return;
+    add_floats(host, sums[0], d_weights[0], 3 * D * D, add);
+    add_floats(host, sums[1], d_weights[1], D * D, add);
   }
 };
 
@@ -138,7 +162,6 @@ struct TokenMixer {
 
   TokenMix<Mode> w;
   float eps;
-  float* sums;  // of the weights' gradients, over the passes
   TokenScratch<Mode>* scratch;
 
   static TokenMixer make(const Host& host, const RecursionShape& s, const BlockWeights& weights,
@@ -147,7 +170,6 @@ struct TokenMixer {
     m.w = TokenMix<Mode>::make(host, s.S, s.D, s.F_t, backwards);
     m.w.pack(host, weights.mixer[0], weights.mixer[1], forwards);
     m.eps = s.eps;
-    if (backwards) m.sums = allocate<float>(host, m.w.sums());
     return m;
   }
   static void make_scratch(const Host& host, const RecursionShape& s, bool backwards,
@@ -156,9 +178,16 @@ struct TokenMixer {
     for (int64_t l = 0; l < s.blocks; ++l) all[l].scratch = scratch;
   }
 
-  static void add_to_tape(const RecursionShape& s, Layout& layout, Tape<Mode>& t, bool with_gu) {
-    t.mixed_rstd = layout.take<float>(s.B * s.D);
-    t.mixer_gu = with_gu ? layout.take<T>(s.B * 2 * s.F_t * s.D) : nullptr;
+  void use_scratch(int64_t slot) { scratch += slot; }
+
+  static void add_to_tape(const RecursionShape& s, int64_t items, Layout& layout, Tape<Mode>& t,
+                          bool with_gu) {
+    t.mixed_rstd = layout.take<float>(items * s.D);
+    t.mixer_gu = with_gu ? layout.take<T>(items * 2 * s.F_t * s.D) : nullptr;
+  }
+  static void shift(const RecursionShape& s, Tape<Mode>& t, int64_t item) {
+    t.mixed_rstd += item * s.D;
+    if (t.mixer_gu) t.mixer_gu += item * 2 * s.F_t * s.D;
   }
 
   template <class Exec>
@@ -173,8 +202,12 @@ struct TokenMixer {
     });
   }
 
-  static Work work(const Host& host, const RecursionShape& s, const TokenMixer* all) {
-    return {allocate<word>(host, s.B * all[0].w.operand_words())};
+  static int64_t weights(const RecursionShape& s) { return 3 * s.S * s.F_t; }
+  static int64_t work_bytes(const RecursionShape& s) {
+    return (3 * s.F_t + s.S) * s.D * (int64_t)sizeof(typename Mode::E);
+  }
+  static Work work(const Host& host, int64_t items, const TokenMixer* all) {
+    return {allocate<word>(host, items * all[0].w.operand_words())};
   }
 
   // g, the gradient to t.mixed, becomes that to the block's input.
@@ -190,12 +223,16 @@ struct TokenMixer {
     });
   }
 
-  static int64_t weight_grad_words(const RecursionShape&, int) { return 0; }
-  // Adds one pass; the last one gives the gradients.
+  static int64_t weight_grad_words(const RecursionShape&, int64_t, int) { return 0; }
+  void new_sums(const Host& host, float* const*, float** sums) const {
+    sums[0] = allocate<float>(host, w.sums());  // in a layout of their own
+  }
   void weight_grad(const Host& host, int64_t items, const T* in, const Tape<Mode>&, const Work& work,
-                   float* d_gate_up, float* d_down, bool accumulate, bool last, word*) const {
-    token_mix_weight_sums<Mode>(host, w, in, work.operands, items, sums, accumulate);
-    if (last) token_mix_weight_grad<Mode>(host, w, sums, d_gate_up, d_down, false);
+                   float* const* sums, bool add, word*) const {
+    token_mix_weight_sums<Mode>(host, w, in, work.operands, items, sums[0], add);
+  }
+  void finish(const Host& host, float* const* sums, float* const* d_weights, bool, bool add) const {
+    token_mix_weight_grad<Mode>(host, w, sums[0], d_weights[0], d_weights[1], add);
   }
 };
 

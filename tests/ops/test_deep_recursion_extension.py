@@ -207,3 +207,17 @@ def test_the_operation_refuses_what_would_read_out_of_bounds():
     for kept in (saved[:-1], [*saved[:-1], saved[-1][:-64]], [saved[0][:1], *saved[1:]]):
         with pytest.raises(RuntimeError, match="saved"):
             compiled._bwd(x, kept, *good[3:])
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_many_boards_of_a_small_network(mixer, policy):
+    """The backward cuts such a batch into parts of its own, and each into groups of boards."""
+    flat, inputs = leaves_for(mixer, 81, 48, layers=1), states(21, 81, 48)
+    options = {"H_cycles": 1, "L_cycles": 2, "heads": 3, "policy": policy}
+    got = extension_step(mixer, inputs, flat, **options)
+    plain = step(mixer, inputs, flat, **options)
+    assert_as_good(got, plain, exact_step(mixer, inputs, flat, 3, 1, 2), torch.float32)
+    for dtype in (torch.float32, torch.bfloat16):
+        given = as_dtype(inputs, dtype)
+        check_same_bits(lambda given=given: extension_step(mixer, given, flat, **options))

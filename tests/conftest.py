@@ -49,3 +49,14 @@ def fixed_seed() -> None:
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def extension() -> None:
+    """The test runs on the compiled CPU library. Where it cannot be built the test is skipped with
+    the reason; CI sets TRM_FAST_EXT=require, which fails instead."""
+    from trm_fast.extension import library
+
+    reason = library.unavailable("cpu")
+    if reason is not None:
+        pytest.skip(f"no compiled extension: {reason}")

@@ -1,7 +1,7 @@
 """The only chooser of implementations: what it takes, what it says, what it refuses."""
 
 import pickle
-from dataclasses import FrozenInstanceError
+from dataclasses import FrozenInstanceError, replace
 
 import pytest
 import torch
@@ -48,7 +48,9 @@ def chosen(name):
 @pytest.mark.parametrize("name", ["auto", "reference"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 def test_reference_serves_everything(name, dtype):
-    devices = ["cpu", "meta", "mps"]
+    devices = ["meta", "mps"]
+    if name == "reference" or dtype in (torch.float16, torch.float64):
+        devices.append("cpu")
     if name == "reference" or not torch.cuda.is_available():
         devices.append("cuda")
     for device in devices:
@@ -62,7 +64,7 @@ def test_unknown_name():
             function("refrence", CPU, torch.float32)
         assert "unknown backend 'refrence'" in str(error.value)
         assert "did you mean 'reference'" in str(error.value)
-        assert "allowed: auto, cuda, triton, cpp, reference" in str(error.value)
+        assert "allowed: auto, triton, cuda, cpp, reference" in str(error.value)
         with pytest.raises(ValueError, match="unknown backend 'zzz'; allowed"):
             function("zzz", CPU, torch.float32)
 
@@ -99,7 +101,7 @@ def test_auto_says_why_nothing_faster_was_taken(with_row):
     implementation, reason = chosen("auto")
     assert implementation == "reference"
     assert reason == (
-        "cuda: not in this version; triton: needs an NVIDIA GPU; cpp: not in this version"
+        "triton: needs an NVIDIA GPU; cuda: not in this version; cpp: not in this version"
     )
     assert backends.select("auto", CPU, torch.float32).inject is reference.inject
 
@@ -175,7 +177,8 @@ def test_where_triton_does_not_serve(monkeypatch, machine, device, reason):
     said = reasons(device)
     assert set(said) == set(OP_NAMES)
     assert all(f"triton: {reason}" in text for text in said.values())
-    assert backends.select("auto", device, torch.bfloat16).inject is reference.inject
+    found = backends.select("auto", device, torch.bfloat16).inject
+    assert not found.__module__.startswith("trm_fast.kernels")
     with pytest.raises(ValueError, match="'triton' cannot serve embed_reset"):
         backends.select("triton", device, torch.bfloat16)
 
@@ -198,7 +201,7 @@ def test_shapes_that_triton_does_not_serve(monkeypatch):
     dropping = ModelConfig.from_dict(tiny_config(hidden_size=32, dropout=0.1))
     said = reasons(CUDA, config=dropping)
     assert "triton: serves no dropout" in said["deep_recursion"]
-    assert said["token_mix"] == "cuda: not in this version"
+    assert said["token_mix"] == "the first choice"
     assert "not float64" in reasons(CUDA, torch.float64)["stablemax_loss"]
 
 
@@ -206,3 +209,47 @@ def test_table_has_every_op_of_a_backend():
     assert backends.table("reference") == backends.select("reference", CPU, torch.float32)
     table = backends.table("triton")
     assert table.inject.__module__ == "trm_fast.kernels.inject"
+
+
+CPP_SHAPES = {
+    "mlp_t": {"mlp_t": True, "pos_encodings": "none", "hidden_size": 48},
+    "attention": {"hidden_size": 64, "num_heads": 2},
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("shape", CPP_SHAPES)
+def test_auto_takes_the_compiled_extension_on_a_cpu(shape, dtype, extension):
+    config = ModelConfig.from_dict(tiny_config(**CPP_SHAPES[shape]))
+    for name in ("auto", "cpp"):
+        ops = backends.select(name, CPU, dtype, config)
+        for op in OP_NAMES:
+            assert getattr(ops, op).__module__ == f"trm_fast.extension.{op}"
+        assert backends.recursion_engine(CPU, dtype, replace(config, backend=name)) == "cpp"
+    assert pickle.loads(pickle.dumps(ops)) == ops
+
+
+def test_shapes_that_the_extension_does_not_serve(extension):
+    odd = ModelConfig.from_dict(tiny_config(hidden_size=40, num_heads=4))
+    assert (
+        "cpp: needs a hidden size that is a multiple of 16, not 40"
+        in reasons(CPU, torch.float32, odd)["token_mix"]
+    )
+    heads = ModelConfig.from_dict(tiny_config(hidden_size=48, num_heads=2, mlp_t=False))
+    said = reasons(CPU, torch.float32, heads)
+    assert "head" in said["rope_attention"] and "head" in said["deep_recursion"]
+    dropping = ModelConfig.from_dict(tiny_config(hidden_size=32, num_heads=2, dropout=0.1))
+    assert "cpp: serves no dropout" in reasons(CPU, torch.float32, dropping)["deep_recursion"]
+    for dtype in (torch.float16, torch.float64):
+        assert "cpp: serves float32 and bfloat16" in reasons(CPU, dtype)["inject"]
+        with pytest.raises(ValueError, match="'cpp' cannot serve embed_reset"):
+            backends.select("cpp", CPU, dtype)
+
+
+def test_without_a_compiled_library(monkeypatch):
+    monkeypatch.setattr(backends.library, "unavailable", lambda kind: "no C++ compiler")
+    said = reasons(CPU, torch.float32)
+    assert all("cpp: there is no compiled library (no C++ compiler)" in t for t in said.values())
+    assert backends.select("auto", CPU, torch.float32).inject is reference.inject
+    with pytest.raises(ValueError, match=r"'cpp' cannot serve .*no C\+\+ compiler"):
+        backends.select("cpp", CPU, torch.float32)

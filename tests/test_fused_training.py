@@ -11,7 +11,7 @@ import torch
 from parity import L2_FLOORS, relative_l2
 from tiny import MIXERS, Peak, compilable, tiny_batch, tiny_model
 
-from trm_fast import backends, contenders, memory
+from trm_fast import backends, memory, workloads
 from trm_fast.config import ModelConfig
 from trm_fast.kernels._runtime import recording
 from trm_fast.kernels.deep_recursion import deep_recursion_bwd_, deep_recursion_fwd
@@ -106,7 +106,7 @@ def test_the_backward_is_given_no_zeros_for_what_was_kept():
     assert storages.peak < 1.5 * kept
 
 
-OFFICIAL = contenders.OFFICIAL | {"batch_size": 768}
+OFFICIAL = workloads.OFFICIAL | {"batch_size": 768}
 VARIANTS = {
     "mlp_t": {"mlp_t": True, "pos_encodings": "none"},
     "attention": {"mlp_t": False, "pos_encodings": "rope"},
@@ -168,10 +168,10 @@ def test_the_memory_estimate_of_the_kernels(variant, policy):
         y, z, saved = deep_recursion_fwd(x, x, x, weights, *tables, *settings)
         kept = sum(t.nbytes for t in saved)
         deep_recursion_bwd_(y, saved, weights, weights, *tables, *settings)
-    elements = 768 * memory.fused_saved_elements(config, policy)
+    elements = 768 * memory.engine_saved_elements(config, policy, "triton")
     assert kept == pytest.approx(2 * elements, rel=0.02)
     weights_and_optimizer = 2 * 4 * 5 * memory.parameter_count(config)
-    estimate = memory.step_bytes(config, 768, policy, fused=True) - weights_and_optimizer
+    estimate = memory.step_bytes(config, 768, policy, "triton") - weights_and_optimizer
     assert 0.85 * estimate < storages.peak < 1.05 * estimate
 
 

@@ -45,6 +45,12 @@ def test_step_equals_official(name: str) -> None:
     assert_within(compare(load_case(name)))
 
 
+@pytest.mark.parametrize("name", CASES)
+def test_step_on_the_compiled_extension_equals_official(name: str, extension: None) -> None:
+    """Whatever of a model the extension serves; the rest of it runs on the reference."""
+    assert_within(compare(load_case(name), backend="auto"))
+
+
 @pytest.mark.parametrize("policy", ["save", "light", "recompute"])
 @pytest.mark.parametrize("name", ["attn-rope", "mlp-none-H1", "mlp-learned-deep"])
 def test_step_equals_official_under_policy(name: str, policy: str) -> None:

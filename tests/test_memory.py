@@ -52,7 +52,8 @@ def test_parameter_count(name):
 def test_saved_elements_against_what_autograd_holds(mixer, policy, dtype):
     mixer, _, positions = mixer.partition("-")
     changes = MIXERS[mixer] | ({"pos_encodings": positions} if positions else {})
-    inner = tiny_model(policy=policy, forward_dtype=dtype, **SIZES, **changes).inner
+    changes |= {"backend": "reference", "policy": policy, "forward_dtype": dtype}
+    inner = tiny_model(**SIZES, **changes).inner
     config, batch = inner.config, 16
     states = [
         torch.randn(batch, config.total_len, config.hidden_size).to(inner.forward_dtype)
@@ -79,7 +80,8 @@ def test_saved_elements_against_what_autograd_holds(mixer, policy, dtype):
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("mixer", MIXERS)
 def test_step_bytes_against_the_peak_of_a_step(mixer, policy, dtype):
-    model = tiny_model(policy=policy, forward_dtype=dtype, **SIZES, **MIXERS[mixer])
+    changes = {"backend": "reference", "policy": policy, "forward_dtype": dtype}
+    model = tiny_model(**SIZES, **changes, **MIXERS[mixer])
     head = ACTLossHead(model, "stablemax_cross_entropy")
     batch = tiny_batch(64, length=30)
     carry = head.initial_carry(batch)
@@ -90,6 +92,31 @@ def test_step_bytes_against_the_peak_of_a_step(mixer, policy, dtype):
     estimate = memory.step_bytes(model.config, 64, policy) - optimizer
     # What is freed at the very peak differs from run to run by 3 % (0.73 to 0.75 for "light").
     assert 0.7 * estimate < storages.peak < 1.05 * estimate
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_what_the_cpu_engine_keeps(mixer, policy, dtype, extension):
+    changes = {"backend": "cpp", "policy": policy, "forward_dtype": dtype, "num_heads": 2}
+    inner = tiny_model(**SIZES, **MIXERS[mixer] | changes).inner
+    config, batch = inner.config, 16
+    states = [
+        torch.randn(batch, config.total_len, config.hidden_size).to(inner.forward_dtype)
+        for _ in range(3)
+    ]
+    blocks = inner.L_level.weights()
+    with HeldStorages([*states, *inner.parameters(), *inner.buffers()]) as storages:
+        out = inner.ops.deep_recursion(
+            inner.ops, *states, blocks, inner._rotary(), inner._recursion(batch)
+        )
+    held = storages.held_bytes(but=out) / out[0].element_size()
+    counted = batch * memory.engine_saved_elements(config, policy, "cpp")
+    # One float per row and norm is not counted, and sixteen bits a number make it count double.
+    assert counted <= held <= 1.1 * counted
+    model = ModelConfig.from_dict(tiny_config(**SIZES, **MIXERS[mixer]))
+    need = [memory.step_bytes(model, 256, p, "cpp") for p in POLICIES]
+    assert need[0] > max(need[1:])
 
 
 @pytest.mark.parametrize("mixer", MIXERS)

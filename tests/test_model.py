@@ -23,7 +23,7 @@ from tiny import (
     tiny_model,
 )
 
-from trm_fast import memory, reference
+from trm_fast import backends, memory, reference
 from trm_fast.config import ModelConfig
 from trm_fast.losses import ACTLossHead
 from trm_fast.model import Model
@@ -209,8 +209,8 @@ def test_policies_give_the_same_gradients(mixer):
 def test_policy_auto_is_decided_once_per_batch_size(monkeypatch):
     asked = []
 
-    def decide(config, batch, device, fused):
-        assert not fused
+    def decide(config, batch, device, engine):
+        assert engine == backends.recursion_engine(device, torch.float32, config)
         asked.append(batch)
         return "light"
 

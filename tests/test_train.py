@@ -239,8 +239,9 @@ def test_kill_9_loses_at_most_the_steps_since_the_last_checkpoint(here):
         wait_for(process, lambda at=at: (checkpoint.list_steps(folder) or [(0, None)])[-1][0] >= at)
         process.send_signal(signal.SIGKILL)
         process.wait()
-        # Whatever moment it was: the newest checkpoint is whole.
-        assert checkpoint.load_checkpoint(checkpoint.resolve(folder)).step >= at
+        # Whatever moment it was: the newest checkpoint is whole, and `last` names it or, killed
+        # before that was written, the one before.
+        assert checkpoint.load_checkpoint(checkpoint.resolve(folder)).step >= at - 5
     assert run("+run_name=killed", *LONG) == 0
     assert_equal(final_state(folder.parent / "straight"), final_state(folder))
     steps = [row["step"] for row in read_metrics(folder) if "train/lr" in row]

@@ -125,7 +125,7 @@ def test_steps_are_those_of_the_official_loop(data, tmp_path):
     model = Model(trainer.model_config).train()
     head = ACTLossHead(model, config.arch.loss_type)
     rows = optim.SparseEmbeddingSignSGD(model.puzzle_emb.buffers(), 0, 0.1)
-    weights = optim.AdamATan2(model.parameters(), 0, (0.9, 0.95), 0.1)
+    weights = optim.AdamATan2(model.parameters(), 0, (0.9, 0.95), 0.1, model.ops)
     average = {n: p.detach().clone() for n, p in model.named_parameters()}
     carry = None
     for step, batch in enumerate(batches, start=1):

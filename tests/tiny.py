@@ -137,7 +137,7 @@ class HeldStorages(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
         out = func(*args, **(kwargs or {}))
         for t in tree_leaves(out):
-            if isinstance(t, Tensor) and t.is_floating_point():
+            if isinstance(t, Tensor) and (t.is_floating_point() or t.dtype == torch.uint8):
                 storage = t.untyped_storage()
                 ref = StorageWeakRef(storage)
                 if ref.cdata not in self.given:
@@ -145,7 +145,7 @@ class HeldStorages(TorchDispatchMode):
         return out
 
     def held_bytes(self, but: Iterable[Tensor] = ()) -> int:
-        """Bytes of floating-point tensors still held, those of `but` not counted."""
+        """Bytes still held of floating-point tensors and of tapes, those of `but` not counted."""
         gc.collect()
         excluded = {t.untyped_storage()._cdata for t in but}
         return sum(

@@ -20,9 +20,17 @@ import torch
 
 from trm_fast import reference
 from trm_fast.config import ModelConfig, did_you_mean
+from trm_fast.extension import library
 from trm_fast.ops import OP_NAMES, Ops
 
-BACKENDS = ("cuda", "triton", "cpp", "reference")  # in the order in which `auto` tries them
+# In the order in which `auto` tries them. The CUDA library serves where Triton does not.
+BACKENDS = ("triton", "cuda", "cpp", "reference")
+# Operations that the compiled libraries have.
+EXTENSION_OPS = {
+    "cpp": OP_NAMES,
+    "cuda": ("embed_reset", "inject", "residual_rmsnorm", "swiglu"),
+}
+LIBRARIES = {"cpp": "cpu", "cuda": "cuda"}  # backend -> library, which is also the device's type
 
 
 @dataclass(frozen=True)
@@ -73,10 +81,33 @@ def _kernel_unsupported(
     return kernel.unsupported(dtype, config)
 
 
+def _load_extension(op: str) -> Callable[..., Any]:
+    return getattr(importlib.import_module(f"trm_fast.extension.{op}"), op)
+
+
+def _extension_unsupported(
+    backend: str, op: str, device: torch.device, dtype: torch.dtype, config: ModelConfig | None
+) -> str | None:
+    kind = LIBRARIES[backend]
+    if device.type != kind or (kind == "cuda" and torch.version.hip is not None):
+        return "serves CPUs only" if kind == "cpu" else "serves NVIDIA GPUs only"
+    if kind == "cuda" and not torch.cuda.is_available():
+        return "there is no NVIDIA GPU here"
+    reason = importlib.import_module(f"trm_fast.extension.{op}").unsupported(dtype, config)
+    if reason is None and (missing := library.unavailable(kind)):
+        reason = f"there is no compiled library ({missing})"
+    return reason
+
+
 ROWS: tuple[Row, ...] = (
     *(
         Row(op, "triton", partial(_load_kernel, op), partial(_kernel_unsupported, op))
         for op in OP_NAMES
+    ),
+    *(
+        Row(op, name, partial(_load_extension, op), partial(_extension_unsupported, name, op))
+        for name, served in EXTENSION_OPS.items()
+        for op in served
     ),
     *(Row(op, "reference", partial(getattr, reference, op), _serves_everywhere) for op in OP_NAMES),
 )
@@ -90,7 +121,8 @@ def _choose(
         row = next((r for r in ROWS if r.op == op and r.backend == backend), None)
         reason = row.unsupported(device, dtype, config) if row else "not in this version"
         if row and reason is None:
-            return row, "; ".join(reasons) or "named by the user"
+            first = "the first choice" if name == "auto" else "named by the user"
+            return row, "; ".join(reasons) or first
         reasons.append(f"{backend}: {reason}")
     raise ValueError(
         f"backend {name!r} cannot serve {op} on {device} in {dtype} ({'; '.join(reasons)}); "
@@ -121,10 +153,10 @@ def select(
     return Ops(**{op: _choose(op, name, device, dtype, config)[0].load() for op in OP_NAMES})
 
 
-def fuses_recursion(device: torch.device, dtype: torch.dtype, config: ModelConfig) -> bool:
-    """Whether `deep_recursion` is kernels of its own there, not a composition of operations."""
+def recursion_engine(device: torch.device, dtype: torch.dtype, config: ModelConfig) -> str:
+    """Whose `deep_recursion` serves there, as `memory` names them."""
     row, _ = _choose("deep_recursion", config.backend, device, dtype, config)
-    return row.backend != "reference"
+    return row.backend
 
 
 def refusing(error: ValueError) -> Ops:

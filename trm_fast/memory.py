@@ -1,9 +1,9 @@
 """How much memory a training step needs, and which policy of `deep_recursion` fits.
 
 Owns the arithmetic only; runs nothing on a device. Imported by `model.py` (policy "auto") and by
-the trainer, which refuses a run that cannot fit before its first step. The counts are those of the
-reference implementation and, where `fused` says so, of the kernels' own recursion; both are tested
-against the tensors that are really kept.
+the trainer, which refuses a run that cannot fit before its first step. Each implementation of
+`deep_recursion` has its own counts, tested against the tensors that are really kept; `engine` names
+it: "reference", "triton" or "cpp" (the compiled extension's, on CPUs).
 
 Dims legend: B batch, S tokens incl. prefix, D width, F and F_t widths of the two SwiGLUs.
 """
@@ -63,7 +63,7 @@ def _reference_elements(config: ModelConfig, policy: str) -> int:
     return passes * state + blocks * saved_elements(config, "save")
 
 
-def _fused_tape(config: ModelConfig, with_gate_up: bool) -> int:
+def _triton_tape(config: ModelConfig, with_gate_up: bool) -> int:
     """Elements per item that the kernels keep of one pass."""
     state, inner = config.total_len * config.hidden_size, config.channel_width * config.total_len
     gate_up = 2 * inner if with_gate_up else 0
@@ -73,15 +73,14 @@ def _fused_tape(config: ModelConfig, with_gate_up: bool) -> int:
     return state + config.L_layers * (6 * state + gate_up)
 
 
-def fused_saved_elements(config: ModelConfig, policy: str) -> int:
-    """Elements per item that the kernels' recursion keeps for its backward."""
+def _triton_saved(config: ModelConfig, policy: str) -> int:
     passes = config.L_cycles + 1
     if policy == "recompute":  # the state before each pass, and what is injected into it
         return (passes + 2) * config.total_len * config.hidden_size
-    return passes * _fused_tape(config, policy == "save")
+    return passes * _triton_tape(config, policy == "save")
 
 
-def _fused_elements(config: ModelConfig, policy: str) -> int:
+def _triton_elements(config: ModelConfig, policy: str) -> int:
     """Elements per item that the kernels' recursion holds at its worst moment, in its backward."""
     s, d, f = config.total_len, config.hidden_size, config.channel_width
     gradients = (1 if config.mlp_t else 2) * s * d + f * s  # of the sums, and silu(gate) * up
@@ -89,24 +88,56 @@ def _fused_elements(config: ModelConfig, policy: str) -> int:
         gradients += 2 * f * s + (0 if config.mlp_t else 5 * s * d)
     work = config.L_layers * gradients * (config.L_cycles + 1 if policy == "save" else 1)
     if policy == "recompute":
-        work += _fused_tape(config, with_gate_up=True)
+        work += _triton_tape(config, with_gate_up=True)
     mixer = 3 * config.token_width * d + 2 * s * d if config.mlp_t else 2 * s * d
-    return fused_saved_elements(config, policy) + work + mixer
+    return _triton_saved(config, policy) + work + mixer
 
 
-def step_bytes(config: ModelConfig, batch: int, policy: str, fused: bool = False) -> int:
+def _cpp_tape(config: ModelConfig, with_gate_up: bool) -> int:
+    """Elements per item that the CPU engine keeps of the blocks of one pass."""
+    s, d, padded = config.total_len, config.hidden_size, -(-config.channel_width // 16) * 16
+    states = 2 if config.mlp_t else 6  # after both halves; q, k, v and attended
+    gate_up = 2 * padded * s + (2 * config.token_width * d if config.mlp_t else 0)
+    return config.L_layers * (states * s * d + (gate_up if with_gate_up else 0))
+
+
+def _cpp_saved(config: ModelConfig, policy: str) -> int:
+    passes, state = config.L_cycles + 1, config.total_len * config.hidden_size
+    tape = 0 if policy == "recompute" else _cpp_tape(config, policy == "save")
+    return passes * (state + tape)
+
+
+def _cpp_elements(config: ModelConfig, policy: str) -> int:
+    """Elements per item that the CPU engine holds at its worst moment, in its backward."""
+    s, d, f = config.total_len, config.hidden_size, config.channel_width
+    work = 6 * s * d + 3 * f * s  # gradients of states and sums, of gate and up, silu(gate) * up
+    work += 3 * config.token_width * d + s * d if config.mlp_t else 5 * s * d
+    if policy == "recompute":
+        work += _cpp_tape(config, with_gate_up=True)
+    return _cpp_saved(config, policy) + work
+
+
+_SAVED = {"triton": _triton_saved, "cpp": _cpp_saved}
+_WORST = {"reference": _reference_elements, "triton": _triton_elements, "cpp": _cpp_elements}
+
+
+def engine_saved_elements(config: ModelConfig, policy: str, engine: str) -> int:
+    """Elements per item that an engine's recursion keeps for its backward: "triton" or "cpp"."""
+    return _SAVED[engine](config, policy)
+
+
+def step_bytes(config: ModelConfig, batch: int, policy: str, engine: str = "reference") -> int:
     """Memory of one training step of `batch` items: weights, optimizer, states, saved tensors.
 
-    Weights count five times (themselves, gradient, two moments, EMA). `fused`: of the kernels'
-    recursion.
+    Weights count five times (themselves, gradient, two moments, EMA).
     """
     size = torch.empty((), dtype=getattr(torch, config.forward_dtype)).element_size()
     params = parameter_count(config)
     rows = config.num_puzzle_identifiers * config.puzzle_emb_ndim
     state = config.total_len * config.hidden_size
-    per_item = (_fused_elements if fused else _reference_elements)(config, policy)
+    per_item = _WORST[engine](config, policy)
     loss = 8 * config.seq_len * config.vocab_size * 5  # stablemax in float64
-    casts = 1 if fused or policy == "recompute" else config.L_cycles + 1
+    casts = config.L_cycles + 1 if engine == "reference" and policy != "recompute" else 1
     cast = casts * params * size if size != 4 else 0
     return 4 * (5 * params + rows) + cast + batch * (per_item * size + 6 * state * size + loss)
 
@@ -148,22 +179,24 @@ def _available() -> int:
 
 
 def fastest_policy(
-    config: ModelConfig, batch: int, device: torch.device, fused: bool = False
+    config: ModelConfig, batch: int, device: torch.device, engine: str = "reference"
 ) -> str:
     """The first of "save", "light", "recompute" whose step fits nine tenths of the free memory."""
     if device.type not in ("cpu", "cuda", "mps"):
         return "save"
     budget = 0.9 * free_bytes(device)
-    fitting = (p for p in POLICIES if step_bytes(config, batch, p, fused) <= budget)
-    return next(fitting, _leanest(config, batch, fused))
+    fitting = (p for p in POLICIES if step_bytes(config, batch, p, engine) <= budget)
+    return next(fitting, _leanest(config, batch, engine))
 
 
-def _leanest(config: ModelConfig, batch: int, fused: bool) -> str:
+def _leanest(config: ModelConfig, batch: int, engine: str) -> str:
     """The policy whose step needs least: "light" or "recompute", by the shape of the model."""
-    return min(POLICIES, key=lambda policy: step_bytes(config, batch, policy, fused))
+    return min(POLICIES, key=lambda policy: step_bytes(config, batch, policy, engine))
 
 
-def check_fits(config: ModelConfig, batch: int, device: torch.device, fused: bool = False) -> int:
+def check_fits(
+    config: ModelConfig, batch: int, device: torch.device, engine: str = "reference"
+) -> int:
     """Estimated bytes of a training step of `batch` items.
 
     Raises:
@@ -172,8 +205,8 @@ def check_fits(config: ModelConfig, batch: int, device: torch.device, fused: boo
     free = free_bytes(device)
     policy = config.policy
     if policy == "auto":
-        policy = fastest_policy(config, batch, device, fused)
-    need = step_bytes(config, batch, policy, fused)
+        policy = fastest_policy(config, batch, device, engine)
+    need = step_bytes(config, batch, policy, engine)
     if need <= free:
         return need
     said = (
@@ -181,14 +214,14 @@ def check_fits(config: ModelConfig, batch: int, device: torch.device, fused: boo
         f"arch.policy={policy}, {free / GIB:.1f} GiB are free"
     )
     for other in POLICIES:
-        if step_bytes(config, batch, other, fused) <= free:
+        if step_bytes(config, batch, other, engine) <= free:
             raise ValueError(f"{said}; arch.policy={other} fits")
     smaller = batch
-    while smaller and step_bytes(config, smaller, _leanest(config, smaller, fused), fused) > free:
+    while smaller and step_bytes(config, smaller, _leanest(config, smaller, engine), engine) > free:
         smaller //= 2
     if not smaller:
         raise ValueError(f"{said}; no batch size fits: make the model smaller")
-    leanest = _leanest(config, smaller, fused)
+    leanest = _leanest(config, smaller, engine)
     raise ValueError(
         f"{said}; {smaller} at a time with arch.policy={leanest} fit: "
         f"global_batch_size={smaller}, or more grad_accum"

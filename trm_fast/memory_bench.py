@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from trm_fast.console import say
 from trm_fast.contenders import (
     Contender,
     contenders,
@@ -206,7 +207,7 @@ def main(request: str) -> None:
     found = step_memory(
         Contender(**given["contender"]), Case(**given["case"]), given["batch"], path
     )
-    sys.stdout.write(json.dumps(found) + "\n")
+    say(json.dumps(found))
 
 
 if __name__ == "__main__":

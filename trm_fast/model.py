@@ -33,7 +33,7 @@ from trm_fast.layers import (
 )
 from trm_fast.ops import Ops, Recursion, Rotary
 from trm_fast.recursion import Carry, State, halting, take_new_data
-from trm_fast.reference import deep_recursion, linear
+from trm_fast.reference import linear
 
 log = logging.getLogger("trm_fast")
 
@@ -70,7 +70,7 @@ class InnerModel(nn.Module):
     def _select_ops(self) -> Ops:
         device = self.H_init.device
         try:
-            ops = backends.select(self.config.backend, device, self.forward_dtype, self.config)
+            ops = backends.select(self.config.backend, device, self.H_init.dtype, self.config)
         except ValueError as error:
             if device.type == "cpu" and torch.cuda.is_available():
                 return backends.refusing(error)  # a GPU's backend, asked for before `.to("cuda")`
@@ -87,7 +87,7 @@ class InnerModel(nn.Module):
     def backend_report(self) -> list[Choice]:
         """Which implementation serves each operation here, and why."""
         config = self.config
-        return backends.report(config.backend, self.H_init.device, self.forward_dtype, config)
+        return backends.report(config.backend, self.H_init.device, self.H_init.dtype, config)
 
     def empty_carry(self, batch_size: int) -> State:
         """Uninitialised states [batch_size, S, D]: the first step overwrites all of them."""
@@ -125,10 +125,9 @@ class InnerModel(nn.Module):
         if self.config.policy != "auto":
             return self.config.policy
         if batch not in self._policies:
-            fused = self.ops.deep_recursion is not deep_recursion
-            self._policies[batch] = memory.fastest_policy(
-                self.config, batch, self.H_init.device, fused
-            )
+            device, dtype = self.H_init.device, self.H_init.dtype
+            engine = backends.recursion_engine(device, dtype, self.config)
+            self._policies[batch] = memory.fastest_policy(self.config, batch, device, engine)
         return self._policies[batch]
 
     def _recursion(self, batch: int) -> Recursion:

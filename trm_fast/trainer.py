@@ -118,8 +118,8 @@ class Trainer:
         )
         self.part = config.global_batch_size // config.grad_accum
         dtype = getattr(torch, self.model_config.forward_dtype)
-        fused = backends.fuses_recursion(self.device, dtype, self.model_config)
-        self.step_bytes = memory.check_fits(self.model_config, self.part, self.device, fused)
+        engine = backends.recursion_engine(self.device, dtype, self.model_config)
+        self.step_bytes = memory.check_fits(self.model_config, self.part, self.device, engine)
         torch.manual_seed(config.seed)
         self.model = Model(self.model_config).to(self.device).train()
         if config.load_checkpoint and resume_from is None:

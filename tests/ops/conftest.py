@@ -1,12 +1,11 @@
 """The fixtures of the kernels' tests, and which library of the extension they run on."""
 
 import pytest
-from extension_checks import extension, threads
 from kernel_checks import architecture
 
 from trm_fast.extension import library
 
-__all__ = ["architecture", "extension", "threads"]
+__all__ = ["architecture"]
 
 
 @pytest.fixture(scope="session", autouse=True)

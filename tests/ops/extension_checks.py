@@ -1,33 +1,13 @@
-"""What every test of the compiled extension needs: the library itself, and its refusals.
+"""What every test of the compiled extension needs; the fixture `extension` is in tests/conftest.py.
 
 Imported by tests/ops/test_<op>.py.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
 from op_checks import cases
-
-from trm_fast.extension import library
-
-
-@pytest.fixture
-def extension() -> None:
-    """The test runs on the compiled CPU library. Where it cannot be built the test is skipped with
-    the reason; CI sets TRM_FAST_EXT=require, which fails instead."""
-    reason = library.unavailable("cpu")
-    if reason is not None:
-        pytest.skip(f"no compiled extension: {reason}")
-
-
-@pytest.fixture(params=[1, 2], ids=["1thread", "2threads"])
-def threads(request: pytest.FixtureRequest) -> Iterator[int]:
-    """The test runs on this many threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
 
 
 def extension_cases(names: str, shapes: Sequence[Sequence[int]]) -> list:

@@ -135,6 +135,7 @@ def gpu(monkeypatch, capability=(9, 0), hip=None, triton=True):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
     monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr(backends.library, "unavailable", lambda kind: "none in this test")
     if not triton:
         monkeypatch.setattr(backends.importlib.util, "find_spec", lambda name: None)
 

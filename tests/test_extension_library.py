@@ -151,7 +151,8 @@ from trm_fast.extension import library
 from trm_fast.extension.linear_rmsnorm import linear_rmsnorm
 from trm_fast.reference import linear_rmsnorm as reference
 name = sys.argv[1]
-assert library.load_for_tests([name]) == library.instruction_set() == name
+# Less optimised, it compiles in a third of the time.
+assert library.load_for_tests([name], ["-O1"]) == library.instruction_set() == name
 torch.manual_seed(0)
 for dtype, limit in ((torch.float32, 2e-5), (torch.bfloat16, 4e-2)):
     for B, S, D, E in ((2, 97, 48, 96), (1, 3, 16, 16), (0, 5, 32, 16)):

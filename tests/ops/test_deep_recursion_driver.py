@@ -7,7 +7,6 @@ differs on a GPU.
 
 import pytest
 import torch
-from extension_checks import extension
 from op_checks import case_ids
 from recursion_cases import (
     HEADS,
@@ -29,8 +28,6 @@ from trm_fast.extension import (
 )
 from trm_fast.kernels.registration import register
 from trm_fast.ops import POLICIES
-
-__all__ = ["extension"]  # a fixture
 
 CALLED = (inject, residual_rmsnorm, swiglu)  # their schemas, by being imported
 SETTINGS = "bool mlp_t, int H_cycles, int L_cycles, int heads, float eps, str policy"

@@ -11,13 +11,6 @@ from trm_fast.extension import library, micro
 from trm_fast.micro_bench import CASES, FLOOR, QUICK, MicroCase
 
 
-@pytest.fixture
-def extension() -> None:
-    reason = library.unavailable("cpu")
-    if reason is not None:
-        pytest.skip(f"no compiled extension: {reason}")
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize(("m", "k", "n"), [(1, 16, 16), (13, 48, 80), (97, 96, 48), (230, 16, 64)])
 def test_the_product_that_is_timed_is_right(m, k, n, dtype, extension):

@@ -206,10 +206,7 @@ for threads in (1, 2):
 """
 
 
-def test_denormals_and_errno_are_left_alone():
-    reason = library.unavailable("cpu")
-    if reason is not None:
-        pytest.skip(f"no compiled extension: {reason}")
+def test_denormals_and_errno_are_left_alone(extension):
     command = [sys.executable, "-W", "error", "-c", UNTOUCHED]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

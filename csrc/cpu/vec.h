@@ -123,11 +123,6 @@ INL void store(bf16* p, vf v) {
   memcpy(p, &h, sizeof h);
 }
 
-INL float get(const float* p) { return *p; }
-INL float get(const bf16* p) {
-  uint32_t u = (uint32_t)p->bits << 16;
-  return as<float>(u);
-}
 INL void set(float* p, float x) { *p = x; }
 INL void set(bf16* p, float x) {
   uint32_t u = as<uint32_t>(x);

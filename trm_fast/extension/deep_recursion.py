@@ -33,13 +33,6 @@ WEIGHTS = 4  # of a block: two of the mixer, gate_up, down
 _SETTINGS = "bool mlp_t, int H_cycles, int L_cycles, int heads, float eps, str policy"
 
 
-def _unsupported_heads(width: int, heads: int) -> str | None:
-    head_dim, rest = divmod(width, heads)
-    if rest == 0 and head_dim in rope_attention.HEAD_DIMS:
-        return None
-    return f"needs a head dim that is a multiple of 16 up to 128, not {width} / {heads}"
-
-
 def tape_bytes(x: Tensor, weights: Sequence[Tensor], mlp_t: bool, heads: int, policy: str) -> int:
     """Bytes that the CPU library keeps of one block in one pass, its input not counted."""
     batch, tokens, width = x.shape
@@ -153,7 +146,7 @@ def deep_recursion(
         unsupported_dtype(x.dtype),
         unsupported_width(width),
         "serves no dropout" if r.dropout else None,
-        None if mlp_t else _unsupported_heads(width, r.heads),
+        None if mlp_t else rope_attention.unsupported_heads(width, r.heads),
     )
     weights = [
         t.float().contiguous()
@@ -174,6 +167,4 @@ def unsupported(dtype: torch.dtype, config: Shape | None) -> str | None:
         return unsupported_dtype(dtype)
     if config.dropout:
         return "serves no dropout: the composition of the other operations does"
-    width = config.hidden_size
-    heads = None if config.mlp_t else _unsupported_heads(width, config.num_heads)
-    return unsupported_dtype(dtype) or unsupported_width(width) or heads
+    return unsupported_width(config.hidden_size) or rope_attention.unsupported(dtype, config)

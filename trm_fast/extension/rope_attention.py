@@ -96,6 +96,12 @@ def _unsupported_head(head_dim: int) -> str | None:
     return f"needs a head size that is a multiple of 16 up to {HEAD_DIMS[-1]}, not {head_dim}"
 
 
+def unsupported_heads(width: int, heads: int) -> str | None:
+    """Why `heads` heads of states of `width` cannot be served, or None."""
+    head_dim, rest = divmod(width, heads)
+    return f"needs {heads} heads of one size" if rest else _unsupported_head(head_dim)
+
+
 def _unsupported_table(table: Tensor, tokens: int, head_dim: int) -> str | None:
     if table.shape == (tokens, head_dim) and table.dtype == torch.float32:
         return None
@@ -107,9 +113,9 @@ def unsupported(dtype: torch.dtype, config: Shape | None) -> str | None:
     """Why the op cannot serve, or None."""
     if config is None or config.mlp_t:  # token mixing has no heads
         return unsupported_dtype(dtype)
-    head_dim, rest = divmod(config.hidden_size, config.num_heads)
+    width = config.hidden_size
     return (
         unsupported_dtype(dtype)
-        or unsupported_width(config.hidden_size)
-        or (f"needs {config.num_heads} heads of one size" if rest else _unsupported_head(head_dim))
+        or unsupported_width(width)
+        or unsupported_heads(width, config.num_heads)
     )

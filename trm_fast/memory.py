@@ -104,7 +104,9 @@ def _cpp_tape(config: ModelConfig, with_gate_up: bool) -> int:
 def _cpp_saved(config: ModelConfig, policy: str) -> int:
     passes, state = config.L_cycles + 1, config.total_len * config.hidden_size
     tape = 0 if policy == "recompute" else _cpp_tape(config, policy == "save")
-    return passes * (state + tape)
+    # Of the last pass the token mixer's gate and up are not kept.
+    left_out = 2 * config.token_width * config.hidden_size if config.mlp_t else 0
+    return passes * (state + tape) - (config.L_layers * left_out if policy == "save" else 0)
 
 
 def _cpp_elements(config: ModelConfig, policy: str) -> int:

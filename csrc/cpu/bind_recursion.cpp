@@ -80,13 +80,14 @@ const float* floats(const std::optional<Tensor>& t) {
 }
 
 // Bytes of each saved tape: one per pass and block, with the policies that keep them.
-int64_t tape_count(const RecursionShape& s) {
-  const bool tapes = s.policy == Policy::save || s.policy == Policy::light;
-  return tapes ? (s.L_cycles + 1) * s.blocks : 0;
-}
-int64_t tape_bytes(DType dtype, const RecursionShape& s) {
-  int64_t bytes = 0;
-  kernels().deep_recursion_tape_bytes(dtype, s, &bytes);
+std::vector<int64_t> tape_bytes(DType dtype, const RecursionShape& s) {
+  std::vector<int64_t> bytes;
+  if (s.policy != Policy::save && s.policy != Policy::light) return bytes;
+  for (int64_t pass = 0; pass <= s.L_cycles; ++pass) {
+    int64_t size = 0;
+    kernels().deep_recursion_tape_bytes(dtype, s, pass, &size);
+    bytes.insert(bytes.end(), (size_t)s.blocks, size);
+  }
   return bytes;
 }
 
@@ -109,8 +110,7 @@ static std::tuple<Tensor, Tensor, std::vector<Tensor>> deep_recursion(
   if (s.policy != Policy::none)
     for (int64_t i = 0; i <= L_cycles; ++i)
       saved.push_back(new_pooled({s.B, s.S, s.D}, x.scalar_type()));
-  const int64_t tapes = tape_count(s), bytes = tapes ? tape_bytes(dtype, s) : 0;
-  for (int64_t i = 0; i < tapes; ++i)
+  for (const int64_t bytes : tape_bytes(dtype, s))
     saved.push_back(new_pooled({bytes}, ScalarType::Byte));
   for (const Tensor& t : saved) places.push_back(t.mutable_data_ptr());
   if (s.B > 0) {
@@ -133,15 +133,16 @@ static std::tuple<Tensor, std::vector<Tensor>> deep_recursion_bwd(
       shape_of(op, grad, weights, cos, sin, mlp_t, H_cycles, L_cycles, heads, eps, policy);
   STD_TORCH_CHECK(s.policy != Policy::none, op, ": nothing was kept with the policy none");
   check_tensor(op, "grad", grad, {s.B, s.S, s.D}, grad.scalar_type());
-  const int64_t tapes = tape_count(s), bytes = tapes ? tape_bytes(dtype, s) : 0;
-  STD_TORCH_CHECK((int64_t)saved.size() == L_cycles + 1 + tapes, op, ": ", saved.size(),
-                  " saved tensors, expected ", L_cycles + 1 + tapes);
+  const std::vector<int64_t> bytes = tape_bytes(dtype, s);
+  const size_t states = (size_t)L_cycles + 1;
+  STD_TORCH_CHECK(saved.size() == states + bytes.size(), op, ": ", saved.size(),
+                  " saved tensors, expected ", states + bytes.size());
   std::vector<void*> places;
-  for (int64_t i = 0; i < (int64_t)saved.size(); ++i) {
-    if (i <= L_cycles)
+  for (size_t i = 0; i < saved.size(); ++i) {
+    if (i < states)
       check_tensor(op, "a saved state", saved[i], {s.B, s.S, s.D}, grad.scalar_type());
     else
-      check_tensor(op, "a saved tape", saved[i], {bytes}, ScalarType::Byte);
+      check_tensor(op, "a saved tape", saved[i], {bytes[i - states]}, ScalarType::Byte);
     places.push_back(const_cast<void*>(saved[i].const_data_ptr()));
   }
   Tensor dx = torch::stable::empty_like(grad);

@@ -1,8 +1,9 @@
 // deep_recursion: all H x L passes of the network, and the backward of the last cycle.
 //
-// The cycles before the last keep nothing. Of the last one `save` keeps what the backward reads,
-// `light` the same without g and u of both SwiGLUs, `recompute` the state before each pass; the
-// backward (deep_recursion_gradient.cpp) makes the rest again, pass by pass.
+// The cycles before the last keep nothing. Of the last one `save` keeps what the backward reads (but
+// for what `kept_inner` leaves out), `light` the same without g and u of both SwiGLUs, `recompute` the
+// state before each pass; the backward (deep_recursion_gradient.cpp) makes the rest again, pass by
+// pass.
 #include "engine.h"
 
 namespace trm_fast {
@@ -42,9 +43,9 @@ static void forward(const Host& host, const RecursionShape& s, const void* x_, c
 }
 
 template <class Mode, class Mixer>
-static int64_t tape_bytes(const RecursionShape& s) {
+static int64_t tape_bytes(const RecursionShape& s, int64_t pass) {
   Layout layout{nullptr, 0, false};
-  Engine<Mode, Mixer>::tape_of_block(s, s.B, layout, s.policy == Policy::save);
+  Engine<Mode, Mixer>::tape_of_block(s, s.B, layout, kept_inner(s, pass));
   return layout.bytes;
 }
 
@@ -53,8 +54,8 @@ void deep_recursion_fwd(const Host& host, DType dtype, const RecursionShape& s, 
                         const float* sin, void* new_y, void* new_z, void* const* saved) {
   TRM_PICK(forward, host, s, x, y, z, weights, cos, sin, new_y, new_z, saved);
 }
-void deep_recursion_tape_bytes(DType dtype, const RecursionShape& s, int64_t* bytes) {
-  *bytes = TRM_PICK(tape_bytes, s);
+void deep_recursion_tape_bytes(DType dtype, const RecursionShape& s, int64_t pass, int64_t* bytes) {
+  *bytes = TRM_PICK(tape_bytes, s, pass);
 }
 
 }  // namespace TRM_ISA

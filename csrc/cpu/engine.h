@@ -25,7 +25,7 @@ struct Engine {
     for (int64_t l = 0; l < s.blocks; ++l) {
       channels[l] = Channel<Mode>::make(host, weights[l].gate_up, weights[l].down, s.D, s.F, forwards,
                                         backwards);
-      mixers[l] = Mixer::make(host, s, weights[l], cos, sin, forwards, backwards);
+      mixers[l] = Mixer::make(host, s, weights[l], cos, sin, forwards || Mixer::REMADE, backwards);
     }
     scratch = ChannelScratch<Mode>::make(users, s.D, channels[0].P);
     Mixer::make_scratch(users, s, backwards, mixers);
@@ -88,14 +88,14 @@ struct Engine {
 
   // What block l of one pass keeps of `items` items, laid out in memory.
   static Tape<Mode> tape_of_block(const RecursionShape& s, int64_t items, Layout& layout,
-                                  bool with_gu) {
+                                  HasInner inner) {
     const int64_t N = items * s.S, P = round_up(s.F, INNER);
     Tape<Mode> t{};
     t.mixed = layout.take<T>(N * s.D);
     t.out = layout.take<T>(N * s.D);
     t.out_rstd = layout.take<float>(N);
-    t.gu = with_gu ? layout.take<T>(N * 2 * P) : nullptr;
-    Mixer::add_to_tape(s, items, layout, t, with_gu);
+    t.gu = inner.channel ? layout.take<T>(N * 2 * P) : nullptr;
+    Mixer::add_to_tape(s, items, layout, t, inner.mixer);
     return t;
   }
 
@@ -119,9 +119,9 @@ struct Engine {
         continue;
       }
       Layout size{nullptr, 0, false};
-      tape_of_block(s, items, size, kept);
+      tape_of_block(s, items, size, {kept, kept});
       Layout layout{allocate<char>(host, size.bytes), 0, false};
-      tapes[l] = tape_of_block(s, items, layout, kept);
+      tapes[l] = tape_of_block(s, items, layout, {kept, kept});
     }
     return tapes;
   }
@@ -132,7 +132,7 @@ struct Engine {
     auto* tapes = allocate<Tape<Mode>>(host, passes * s.blocks);
     for (int64_t i = 0; i < passes * s.blocks; ++i) {
       Layout layout{(char*)saved[passes + i], 0, fresh};
-      tapes[i] = tape_of_block(s, s.B, layout, s.policy == Policy::save);
+      tapes[i] = tape_of_block(s, s.B, layout, kept_inner(s, i / s.blocks));
     }
     return tapes;
   }

@@ -176,7 +176,7 @@ struct StepSettings {
   X(deep_recursion_bwd, (const Host& host, DType dtype, const RecursionShape& s, const void* grad, \
                          void* const* saved, const BlockWeights* weights, const float* cos,        \
                          const float* sin, void* dx, float* const* d_weights))                     \
-  X(deep_recursion_tape_bytes, (DType dtype, const RecursionShape& s, int64_t* bytes))
+  X(deep_recursion_tape_bytes, (DType dtype, const RecursionShape& s, int64_t pass, int64_t* bytes))
 
 #define TRM_BENCH_KERNELS(X)                                                                       \
   /* rates [count] FLOP/s: multiply-adds in registers; and out [M,N] = a w^T, a [M,K], w [N,K] */  \

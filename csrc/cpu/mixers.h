@@ -18,6 +18,8 @@ struct AttentionMixer {
     T *ds, *d_attended, *d_qkv;
   };
 
+  static constexpr bool REMADE = false;  // in the backward, something that even `save` leaves out
+
   int64_t S, D, heads;
   float eps;
   const float *cos, *sin;
@@ -159,6 +161,8 @@ struct TokenMixer {
   struct Work {
     word* operands;  // of the weights' gradients, all items
   };
+
+  static constexpr bool REMADE = true;
 
   TokenMix<Mode> w;
   float eps;

@@ -21,6 +21,18 @@ struct Tape {
   float* lse;                   // [B, H, S]
 };
 
+// Whether a tape has g and u, of the mixer's and of the channel SwiGLU.
+struct HasInner {
+  bool mixer, channel;
+};
+
+// The last pass does without the mixer's: the backward begins with it, and to make them again there
+// costs little next to their size, twice F_t rows of the state's width.
+INL HasInner kept_inner(const RecursionShape& s, int64_t pass) {
+  const bool save = s.policy == Policy::save;
+  return {save && pass < s.L_cycles, save};
+}
+
 // One thread runs the steps of one item.
 struct OneItem {
   int64_t slot, item;

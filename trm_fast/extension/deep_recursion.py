@@ -1,6 +1,7 @@
 """deep_recursion: all H x L passes of the network as one operation, with its backward by hand.
 
-Of the last cycle `save` keeps what the backward reads, `light` the same without the products inside
+Of the last cycle `save` keeps what the backward reads (but for the token mixer's gate and up in the
+last pass: on CPUs the backward makes these again), `light` the same without the products inside
 both SwiGLUs, `recompute` the state before each pass. Source: Jolicoeur-Martineau 2025 (arXiv
 2510.04871), Algorithm 3.
 
@@ -33,8 +34,13 @@ WEIGHTS = 4  # of a block: two of the mixer, gate_up, down
 _SETTINGS = "bool mlp_t, int H_cycles, int L_cycles, int heads, float eps, str policy"
 
 
-def tape_bytes(x: Tensor, weights: Sequence[Tensor], mlp_t: bool, heads: int, policy: str) -> int:
-    """Bytes that the CPU library keeps of one block in one pass, its input not counted."""
+def tape_bytes(
+    x: Tensor, weights: Sequence[Tensor], mlp_t: bool, heads: int, policy: str, last: bool
+) -> int:
+    """Bytes that the CPU library keeps of one block in a pass, `last` or not, its input not counted.
+
+    Of the last pass the token mixer's gate and up are made again by the backward.
+    """
     batch, tokens, width = x.shape
     count, size = batch * tokens, x.element_size()
     states = [count * width * size] * 2  # after the mixer, after the channel MLP
@@ -43,7 +49,7 @@ def tape_bytes(x: Tensor, weights: Sequence[Tensor], mlp_t: bool, heads: int, po
     gate_up = [2 * count * round_up(weights[3].shape[1]) * size] if with_gu else []
     if mlp_t:
         scales.append(batch * width * 4)
-        gate_up += [batch * 2 * weights[1].shape[1] * width * size] if with_gu else []
+        gate_up += [batch * 2 * weights[1].shape[1] * width * size] if with_gu and not last else []
     else:
         states += [3 * count * width * size, count * width * size]  # q, k, v; attended
         scales += [count * heads * 4, count * 4]
@@ -63,9 +69,12 @@ def _saved_fake(
     states = [torch.empty_like(x) for _ in range(L_cycles + 1)]
     if policy == "recompute":
         return states
-    size = tape_bytes(x, weights, mlp_t, heads, policy)
-    tapes = (L_cycles + 1) * (len(weights) // WEIGHTS)
-    return states + [x.new_empty(size, dtype=torch.uint8) for _ in range(tapes)]
+    tapes = [
+        x.new_empty(tape_bytes(x, weights, mlp_t, heads, policy, i == L_cycles), dtype=torch.uint8)
+        for i in range(L_cycles + 1)
+        for _ in range(len(weights) // WEIGHTS)
+    ]
+    return states + tapes
 
 
 def _fwd_fake(

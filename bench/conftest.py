@@ -101,24 +101,37 @@ def op_race(request: pytest.FixtureRequest, benchmark: Any) -> Callable[[str, st
     return race_them
 
 
+def _report(config: pytest.Config) -> dict[str, Any]:
+    found = config.stash[RESULTS]
+    device = torch.device(config.getoption("--bench-device"))
+    report = bench.report(device, config.stash[PEAKS], found["steps"])
+    return report | {part: found[part] for part in ("memory", "micro") if found[part]}
+
+
+def _write(config: pytest.Config, report: dict[str, Any]) -> None:
+    if config.getoption("--bench-json"):
+        text = json.dumps(report, indent=1) + "\n"
+        Path(config.getoption("--bench-json")).write_text(text, encoding="utf-8")
+
+
+def pytest_runtest_teardown(item: pytest.Item) -> None:
+    """A session that is ended early leaves what it has measured."""
+    if any(item.config.stash[RESULTS].values()):
+        _write(item.config, _report(item.config))
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     config = terminalreporter.config
     found = config.stash[RESULTS]
     if not any(found.values()):
         return
-    device = torch.device(config.getoption("--bench-device"))
-    report = bench.report(device, config.stash[PEAKS], found["steps"])
-    for part in ("memory", "micro"):
-        if found[part]:
-            report[part] = found[part]
+    report = _report(config)
     terminalreporter.write_line("")
     if found["steps"] or found["memory"] or found["micro"]:
         terminalreporter.write_line(bench.text(report))
     if races := found["ops"]:
-        quick = config.getoption("--bench-quick")
-        report["op_peaks"] = op_bench.measure_peaks(device, races[0].case.dtype, quick)
-        report["ops"] = [race.result(report["op_peaks"]) for race in races]
+        quick, device = config.getoption("--bench-quick"), config.getoption("--bench-device")
+        peaks = op_bench.measure_peaks(torch.device(device), races[0].case.dtype, quick)
+        report |= {"op_peaks": peaks, "ops": [race.result(peaks) for race in races]}
         terminalreporter.write_line(op_bench.text(report))
-    if config.getoption("--bench-json"):
-        text = json.dumps(report, indent=1) + "\n"
-        Path(config.getoption("--bench-json")).write_text(text, encoding="utf-8")
+    _write(config, report)

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import subprocess
 import sys
 import types
@@ -148,6 +149,14 @@ def test_info_as_text():
     assert done.returncode == 0, done.stderr
     for part in (f"trm_fast {trm_fast.__version__}", "torch", "cpu", "rope_attention", "reference"):
         assert part in done.stdout
+
+
+def test_info_tells_what_became_of_the_compiled_library():
+    done = run("-m", "trm_fast", "info", env={**os.environ, "TRM_FAST_EXT": "off"})
+    lines = [" ".join(line.split()) for line in done.stdout.splitlines()]
+    assert "cpp 11 ops; not compiled: TRM_FAST_EXT=off" in lines
+    assert "deep_recursion reference" in lines
+    assert sum("(TRM_FAST_EXT=off)" in line for line in lines) <= 2, "once, not for every op"
 
 
 def test_info_as_json():

@@ -30,7 +30,7 @@ from torch import Tensor
 from trm_fast import memory_bench, micro_bench
 from trm_fast.bench_report import add_fractions, head, ratios, row, table
 from trm_fast.config import ModelConfig
-from trm_fast.console import say
+from trm_fast.console import say, show_builds
 from trm_fast.contenders import (
     COMPILE,
     Entry,
@@ -383,6 +383,7 @@ def measure(given: argparse.Namespace) -> dict:
 def main(argv: Sequence[str] | None = None) -> int:
     """The command. Returns 0; 1 where parity fails; 2 for a wrong argument."""
     given = parser().parse_args(argv)
+    show_builds()
     try:
         found = measure(given)
     except ParityError as error:

@@ -1,9 +1,11 @@
 """The one place that writes to the terminal.
 
 Command modules (train, evaluate, solve, info, bench, data builders) print through `say`; the
-library itself never does. May be imported by any module; imports nothing of the package.
+library itself never does: it logs, and commands show what is logged where something takes long. May
+be imported by any module; imports nothing of the package.
 """
 
+import logging
 import os
 import shlex
 import shutil
@@ -11,7 +13,7 @@ import sys
 from pathlib import Path
 from typing import TextIO
 
-__all__ = ["program", "say"]
+__all__ = ["program", "say", "show_builds"]
 
 
 def say(text: str = "", *, err: bool = False, end: str = "\n") -> None:
@@ -28,6 +30,21 @@ def say(text: str = "", *, err: bool = False, end: str = "\n") -> None:
         stream.flush()
     except BrokenPipeError:
         _silence(stream)
+
+
+class _OnStandardError(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        say(record.getMessage(), err=True)
+
+
+def show_builds() -> None:
+    """From now on, say on standard error that the compiled extension is being built, which takes a
+    minute at its first use, or why it is not there. For commands."""
+    log = logging.getLogger("trm_fast.extension")
+    if not any(isinstance(handler, _OnStandardError) for handler in log.handlers):
+        log.addHandler(_OnStandardError())
+        log.setLevel(logging.INFO)
+        log.propagate = False
 
 
 def program() -> str:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trm_fast.console import say
+from trm_fast.console import say, show_builds
 from trm_fast.data.dataset import PuzzleDataset, PuzzleDatasetConfig, from_arrays
 from trm_fast.data.format import DataError
 from trm_fast.data.sudoku_source import read_puzzles
@@ -46,6 +46,7 @@ class Source:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure and print, as text or with `--json` as one document. Returns the exit status."""
+    show_builds()
     try:
         options = _parser().parse_args(argv)
         loaded = load_or_stop(options.checkpoint, options.weights, options.device)

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 
 from trm_fast import __version__, backends
-from trm_fast.console import say
+from trm_fast.console import say, show_builds
+from trm_fast.extension import library
 
 __all__ = ["gather", "main"]
 
@@ -102,8 +103,19 @@ def _built(backend: str) -> dict[str, Any]:
     elif ops == 0:
         detail = "not in this version"
     else:
-        detail = f"{ops} ops"
+        detail = f"{ops} ops" + _library(backend)
     return {"backend": backend, "ops": ops, "detail": detail}
+
+
+def _library(backend: str) -> str:
+    """Where the compiled library of a backend comes from; builds it if need be."""
+    kind = backends.LIBRARIES.get(backend)
+    if kind is None or (kind == "cuda" and not torch.cuda.is_available()):
+        return ""
+    state = library.state(kind)
+    if library.unavailable(kind) is not None:
+        return f"; not compiled: {state}"
+    return f"; {state}, for {library.instruction_set()}" if kind == "cpu" else f"; {state}"
 
 
 def _table(device: str) -> list[dict[str, str]]:
@@ -129,12 +141,13 @@ def _text(facts: dict[str, Any]) -> str:
         lines.append(f"  {built['backend']:<11}{built['detail']}")
     for device, rows in facts["backends"].items():
         lines += ["", f"what backend=auto takes on {device}"]
-        reasons = {row["reason"] for row in rows}
+        reasons: dict[str, list[str]] = {}
         for row in rows:
-            reason = row["reason"] if len(reasons) > 1 else ""
-            lines.append(f"  {row['op']:<18}{row['implementation']:<11}{reason}".rstrip())
-        if len(reasons) == 1:
-            lines.append(f"  why no other: {reasons.pop()}")
+            lines.append(f"  {row['op']:<18}{row['implementation']}")
+            reasons.setdefault(row["reason"], []).append(row["op"])
+        for reason, ops in reasons.items():
+            some = f" for {', '.join(ops)}" if len(reasons) > 1 else ""
+            lines.append(f"  why no other{some}: {reason}")
     return "\n".join(lines)
 
 
@@ -143,6 +156,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="trm-fast info", description=__doc__.splitlines()[0])
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args(argv)
+    show_builds()
     facts = gather()
     say(json.dumps(facts, indent=2) if options.json else _text(facts))
     return 0

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from trm_fast.console import say
+from trm_fast.console import say, show_builds
 from trm_fast.inference import predict, sudoku_side
 from trm_fast.loading import (
     MISMATCH,
@@ -89,6 +89,7 @@ class Solved:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Answer and print. Returns 0 if every answer keeps the rules, 1 if not, else as `Parser`."""
+    show_builds()
     try:
         options = _parser().parse_args(argv)
         puzzles = _puzzles(options)

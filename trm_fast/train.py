@@ -10,7 +10,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from trm_fast.console import say
+from trm_fast.console import say, show_builds
 from trm_fast.overrides import HelpRequested, help_text, parse_train
 
 __all__ = ["main"]
@@ -34,6 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Read by the OpenMP runtime when PyTorch loads it: threads that wait for work sleep instead of
     # spinning. With a busy neighbour a step is several times faster, without one as fast.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    show_builds()
     try:
         from trm_fast.runner import train
 

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from trm_fast.extension import build
 
-log = logging.getLogger("trm_fast")
+log = logging.getLogger("trm_fast.extension")
 
 MOST_LIBRARIES = 12  # of a kind; the ones that were used last stay
 MOST_OBJECTS = 400

@@ -37,9 +37,9 @@ _SETTINGS = "bool mlp_t, int H_cycles, int L_cycles, int heads, float eps, str p
 def tape_bytes(
     x: Tensor, weights: Sequence[Tensor], mlp_t: bool, heads: int, policy: str, last: bool
 ) -> int:
-    """Bytes that the CPU library keeps of one block in a pass, `last` or not, its input not counted.
+    """Bytes that the CPU library keeps of one block in one pass, its input not counted.
 
-    Of the last pass the token mixer's gate and up are made again by the backward.
+    Of the `last` pass the backward makes the token mixer's gate and up again.
     """
     batch, tokens, width = x.shape
     count, size = batch * tokens, x.element_size()

@@ -1,6 +1,6 @@
 """Load the compiled libraries, building them on first use; or say why they are not there.
 
-TRM_FAST_EXT=auto (the default) warns once where something is in the way and goes on without;
+TRM_FAST_EXT=auto (the default) logs one warning where something is in the way and goes on without;
 `off` is silent; `require` raises with everything that the compilers said. Loading belongs to
 the building of a model, never to a compiled forward. Imported by `trm_fast.backends` and tests.
 """
@@ -11,7 +11,6 @@ import ctypes
 import logging
 import os
 import threading
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,7 +18,7 @@ import torch
 
 from trm_fast.extension import build, cache
 
-log = logging.getLogger("trm_fast")
+log = logging.getLogger("trm_fast.extension")
 
 MODES = ("auto", "off", "require")
 PREBUILT = Path(__file__).resolve().parents[1] / "_lib"  # what setup.py fills
@@ -89,8 +88,9 @@ def _load_or_say_why(kind: str) -> str:
         if isinstance(error, build.NothingToBuildWith):
             log.info("no %s extension: %s", kind, error.reason)
         else:
-            text = f"trm_fast goes on without its compiled {kind} extension: {error.reason}"
-            warnings.warn(text, RuntimeWarning, stacklevel=4)
+            log.warning(
+                "trm_fast goes on without its compiled %s extension: %s", kind, error.reason
+            )
         return error.reason
 
 
@@ -143,7 +143,7 @@ def _try(kind: str, path: Path) -> str | None:
     if kind == "cpu" and not _instruction_set(path):
         raise build.BuildError(f"this CPU cannot run what {path.name} was compiled for")
     _paths[kind] = path
-    log.info("%s extension: %s", kind, path)
+    log.debug("%s extension: %s", kind, path)
     return None
 
 

@@ -230,6 +230,19 @@ def test_a_contender_that_cannot_run_says_why(monkeypatch):
     assert race.absent == {"b": "failed: no C++ compiler"}
 
 
+def test_a_run_that_is_ended_leaves_the_races_that_it_has_run(tmp_path, monkeypatch):
+    def interrupt(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(bench, "measure_memory", interrupt)
+    arguments = ["--quick", "--compile=never", "--case", "recipe", "--dtype", "float32"]
+    arguments += ["--batch", "3", "--rounds", "1", "--threads", "1", "--step", "inference"]
+    with pytest.raises(KeyboardInterrupt):
+        bench.main([*arguments, "--json", str(tmp_path / "out.json")])
+    found = json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))
+    assert [(r["step"], r["threads"]) for r in found["results"]] == [("inference", 1)]
+
+
 def test_the_json_of_a_quick_run_without_the_official_code(capsys):
     before = torch.get_num_threads()
     arguments = ["--quick", "--compile=never", "--case", "recipe", "--dtype", "float32"]

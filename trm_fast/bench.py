@@ -21,6 +21,7 @@ import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -182,11 +183,13 @@ def run_cases(
     policies: Sequence[str] = (),
     seconds: float = SECONDS,
     progress: Progress = lambda line: None,
+    keep: Callable[[dict], None] = lambda found: None,
 ) -> dict:
     """Every (case, step) on every number of threads; returns the JSON object of docs/benchmarks.md.
 
     threads: None takes PyTorch's setting and pins nothing.
     progress: is told what comes next: compiling a deep recursion takes minutes.
+    keep: is given the object as it is after each race; a run may be ended early.
 
     Raises:
         ParityError: a contender computes something else; ValueError: no official code there.
@@ -215,6 +218,7 @@ def run_cases(
                     race.run(case.rounds, seconds)
                     result = race.result(cpus)
                 found.append(result | {"seconds": time.perf_counter() - started})
+                keep(report(device, peaks, found))
                 started = time.perf_counter()
         for count in counts:
             peaks.measure(count)
@@ -367,6 +371,7 @@ def measure(given: argparse.Namespace) -> dict:
         policies,
         given.seconds,
         progress,
+        partial(_write, given.json),
     )
     if "memory" in parts:
         found["memory"] = measure_memory(
@@ -392,14 +397,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         say(f"trm-fast bench: {error}", err=True)
         return 2
-    if given.json:
-        dumped = json.dumps(found, indent=1) + "\n"
-        if given.json == "-":
-            say(dumped, end="")
-            return 0
-        Path(given.json).write_text(dumped, encoding="utf-8")
+    if given.json == "-":
+        say(json.dumps(found, indent=1))
+        return 0
+    _write(given.json, found)
     say(text(found))
     return 0
+
+
+def _write(file: str | None, found: dict) -> None:
+    if file and file != "-":
+        Path(file).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@
 
 #include <initializer_list>
 #include <string>
+#include <vector>
 
 namespace trm_fast {
 using torch::headeronly::ScalarType;
@@ -21,6 +22,11 @@ inline std::string shape_text(const Tensor& t) {
   std::string text = "[";
   for (int64_t i = 0; i < t.dim(); ++i) text += (i ? ", " : "") + std::to_string(t.size(i));
   return text + "]";
+}
+
+inline void check_dims(const char* op, const char* name, const Tensor& t, int64_t dims,
+                       const char* wanted) {
+  STD_TORCH_CHECK(t.dim() == dims, op, ": ", name, " is ", shape_text(t), ", expected ", wanted);
 }
 
 // `t` is contiguous, of this shape and dtype, on the device kind that the library serves.
@@ -38,6 +44,10 @@ inline void check_tensor(const char* op, const char* name, const Tensor& t,
   STD_TORCH_CHECK(t.scalar_type() == dtype, op, ": ", name, " has dtype ", (int)t.scalar_type(),
                   ", expected ", (int)dtype);
   STD_TORCH_CHECK(t.is_contiguous(), op, ": ", name, " is not contiguous");
+}
+
+inline Tensor new_floats(const Tensor& like, std::initializer_list<int64_t> shape) {
+  return torch::stable::new_empty(like, std::vector<int64_t>(shape), ScalarType::Float);
 }
 
 }  // namespace trm_fast

@@ -7,7 +7,7 @@ import pytest
 import torch
 from tiny import tiny_config
 
-from trm_fast import backends, reference
+from trm_fast import backends, memory, reference
 from trm_fast.backends import BACKENDS, ROWS, Row
 from trm_fast.config import ModelConfig
 from trm_fast.ops import OP_NAMES
@@ -70,22 +70,29 @@ def test_unknown_name():
 
 
 @pytest.mark.parametrize("name", [b for b in BACKENDS if b != "reference"])
-def test_named_backend_without_rows(name, with_row):
+def test_named_backend_without_an_operation(name, with_row):
+    """The reference serves what a backend does not have, and the report says so."""
+    with_row(name)
+    ops = backends.select(name, CPU, torch.bfloat16)
+    assert ops.inject is fast_inject
+    assert all(getattr(ops, op) is getattr(reference, op) for op in OP_NAMES if op != "inject")
+    said = {c.op: (c.implementation, c.reason) for c in backends.report(name, CPU, torch.bfloat16)}
+    assert said.pop("inject") == (name, "named by the user")
+    assert set(said.values()) == {("reference", f"{name}: has no such operation")}
+
+
+@pytest.mark.parametrize("name", [b for b in BACKENDS if b != "reference"])
+def test_named_backend_that_cannot_serve_raises_with_its_reason(name, with_row):
+    with_row(name, "no such device")
     for function in (backends.select, backends.report):
         with pytest.raises(ValueError) as error:
             function(name, CPU, torch.bfloat16)
         text = str(error.value)
         assert "\n" not in text
-        assert f"backend '{name}' cannot serve {OP_NAMES[0]} on cpu in torch.bfloat16" in text
-        assert f"({name}: not in this version)" in text
-        assert "backend='auto' takes what is there" in text
-
-
-def test_named_backend_that_cannot_serve_raises_with_its_reason(with_row, monkeypatch):
-    monkeypatch.setattr(backends, "OP_NAMES", ("inject",))
-    with_row("triton", "no CUDA device")
-    with pytest.raises(ValueError, match=r"'triton' cannot serve inject .*triton: no CUDA device"):
-        backends.report("triton", CPU, torch.float32)
+        assert text == (
+            f"backend '{name}' cannot serve inject on cpu in torch.bfloat16 ({name}: no such "
+            "device); backend='auto' takes what is there"
+        )
 
 
 def test_auto_takes_the_first_that_serves(with_row):
@@ -101,7 +108,7 @@ def test_auto_says_why_nothing_faster_was_taken(with_row):
     implementation, reason = chosen("auto")
     assert implementation == "reference"
     assert reason == (
-        "triton: needs an NVIDIA GPU; cuda: not in this version; cpp: not in this version"
+        "triton: needs an NVIDIA GPU; cuda: has no such operation; cpp: has no such operation"
     )
     assert backends.select("auto", CPU, torch.float32).inject is reference.inject
 
@@ -204,6 +211,62 @@ def test_shapes_that_triton_does_not_serve(monkeypatch):
     assert "triton: serves no dropout" in said["deep_recursion"]
     assert said["token_mix"] == "the first choice"
     assert "not float64" in reasons(CUDA, torch.float64)["stablemax_loss"]
+
+
+CUDA_OPS = ("embed_reset", "inject", "residual_rmsnorm", "swiglu", "deep_recursion")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("mixer", [{"mlp_t": True}, {"num_heads": 2}], ids=["mlp_t", "attention"])
+def test_the_cuda_library_serves_where_triton_does_not(monkeypatch, mixer, dtype):
+    """Widths of any size; what it does not have comes from the reference."""
+    gpu(monkeypatch, (12, 0))
+    monkeypatch.setattr(backends.library, "unavailable", lambda kind: None)
+    config = ModelConfig.from_dict(tiny_config(hidden_size=48, **mixer))
+    for name in ("auto", "cuda"):
+        ops = backends.select(name, CUDA, dtype, config)
+        said = {c.op: c for c in backends.report(name, CUDA, dtype, config)}
+        for op in OP_NAMES:
+            place = f"trm_fast.extension.{op}" if op in CUDA_OPS else "trm_fast.reference"
+            assert getattr(ops, op).__module__ == place
+            assert said[op].implementation == ("cuda" if op in CUDA_OPS else "reference")
+        assert "cuda: has no such operation" in said["token_mix"].reason
+        named = replace(config, backend=name)
+        assert backends.recursion_engine(CUDA, dtype, named) == "cuda"
+    assert memory.step_bytes(config, 8, "save", "cuda") > memory.step_bytes(
+        config, 8, "recompute", "cuda"
+    )
+
+
+@pytest.mark.parametrize(
+    ("machine", "device", "changes", "reason"),
+    [
+        ({}, CPU, {}, "serves NVIDIA GPUs only"),
+        ({"hip": "6.2"}, CUDA, {}, "serves NVIDIA GPUs only"),
+        ({"capability": (7, 5)}, CUDA, {}, "compute capabilities from 8.0 on, this GPU has 7.5"),
+        ({}, CUDA, {"dropout": 0.1}, "serves no dropout"),
+        ({}, CUDA, {"hidden_size": 48, "num_heads": 4}, "multiple of 8 up to 192, not 48 features"),
+    ],
+)
+def test_where_the_cuda_library_does_not_serve(monkeypatch, machine, device, changes, reason):
+    gpu(monkeypatch, **machine)
+    monkeypatch.setattr(backends.library, "unavailable", lambda kind: None)
+    config = ModelConfig.from_dict(tiny_config(**changes))
+    for function in (backends.select, backends.report):
+        with pytest.raises(ValueError, match=f"backend 'cuda' cannot serve .*{reason}"):
+            function("cuda", device, torch.bfloat16, config)
+
+
+def test_without_a_compiled_cuda_library(monkeypatch):
+    gpu(monkeypatch, triton=False)
+    said = reasons(CUDA)
+    text = "cuda: there is no compiled library (none in this test)"
+    assert all((text in said[op]) == (op in CUDA_OPS) for op in OP_NAMES)
+    with pytest.raises(ValueError, match="'cuda' cannot serve embed_reset .*none in this test"):
+        backends.select("cuda", CUDA, torch.bfloat16)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="cuda: there is no NVIDIA GPU here"):
+        backends.select("cuda", CUDA, torch.bfloat16)
 
 
 def test_table_has_every_op_of_a_backend():

@@ -1,10 +1,11 @@
 """The only place that chooses an implementation for each operation.
 
 A row says which backend implements which operation and, for a device, dtype and model shape, why
-it would not serve. `auto` takes the first row of `BACKENDS` that serves; a backend named by the
-user that cannot serve raises with the reason. Choosing happens when a model is built or moved,
-never inside a kernel. A backend's code is imported when a row of it is first asked for: where
-there is no GPU, Triton is never loaded. Imported by `model.py`, `losses.py` and `info.py`.
+it would not serve. `auto` takes the first row of `BACKENDS` that serves. A backend named by the
+user that cannot serve raises with the reason; what it does not have at all, the reference serves
+("cuda" has the recursion and the state updates only). Choosing happens when a model is built or
+moved, never inside a kernel. A backend's code is imported when a row of it is first asked for:
+where there is no GPU, Triton is never loaded. Imported by `model.py`, `losses.py` and `info.py`.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ BACKENDS = ("triton", "cuda", "cpp", "reference")
 # Operations that the compiled libraries have.
 EXTENSION_OPS = {
     "cpp": OP_NAMES,
-    "cuda": ("embed_reset", "inject", "residual_rmsnorm", "swiglu"),
+    "cuda": ("embed_reset", "inject", "residual_rmsnorm", "swiglu", "deep_recursion"),
 }
 LIBRARIES = {"cpp": "cpu", "cuda": "cuda"}  # backend -> library, which is also the device's type
 
@@ -81,6 +82,16 @@ def _kernel_unsupported(
     return kernel.unsupported(dtype, config)
 
 
+def _no_gpu(device: torch.device) -> str | None:
+    """Why the CUDA library has nothing to run on."""
+    if not torch.cuda.is_available():
+        return "there is no NVIDIA GPU here"
+    major, minor = torch.cuda.get_device_capability(device)
+    if major < 8:  # PyTorch's FlashAttention and fast products of bfloat16 begin there
+        return f"serves compute capabilities from 8.0 on, this GPU has {major}.{minor}"
+    return None
+
+
 def _load_extension(op: str) -> Callable[..., Any]:
     return getattr(importlib.import_module(f"trm_fast.extension.{op}"), op)
 
@@ -91,9 +102,9 @@ def _extension_unsupported(
     kind = LIBRARIES[backend]
     if device.type != kind or (kind == "cuda" and torch.version.hip is not None):
         return "serves CPUs only" if kind == "cpu" else "serves NVIDIA GPUs only"
-    if kind == "cuda" and not torch.cuda.is_available():
-        return "there is no NVIDIA GPU here"
-    reason = importlib.import_module(f"trm_fast.extension.{op}").unsupported(dtype, config)
+    if kind == "cuda" and (reason := _no_gpu(device)):
+        return reason
+    reason = importlib.import_module(f"trm_fast.extension.{op}").unsupported(dtype, config, device)
     if reason is None and (missing := library.unavailable(kind)):
         reason = f"there is no compiled library ({missing})"
     return reason
@@ -116,14 +127,17 @@ ROWS: tuple[Row, ...] = (
 def _choose(
     op: str, name: str, device: torch.device, dtype: torch.dtype, config: ModelConfig | None
 ) -> tuple[Row, str]:
+    rows = {row.backend: row for row in ROWS if row.op == op}
     reasons: list[str] = []
-    for backend in BACKENDS if name == "auto" else (name,):
-        row = next((r for r in ROWS if r.op == op and r.backend == backend), None)
-        reason = row.unsupported(device, dtype, config) if row else "not in this version"
+    for backend in BACKENDS if name == "auto" else (name, "reference"):
+        row = rows.get(backend)
+        reason = row.unsupported(device, dtype, config) if row else "has no such operation"
         if row and reason is None:
             first = "the first choice" if name == "auto" else "named by the user"
             return row, "; ".join(reasons) or first
         reasons.append(f"{backend}: {reason}")
+        if row and name != "auto":
+            break
     raise ValueError(
         f"backend {name!r} cannot serve {op} on {device} in {dtype} ({'; '.join(reasons)}); "
         "backend='auto' takes what is there"
@@ -147,7 +161,7 @@ def select(
         config: shapes of the model, for implementations that serve some of them only.
 
     Raises:
-        ValueError: an unknown name, or a named backend that cannot serve.
+        ValueError: an unknown name, or a named backend that has an operation and cannot serve it.
     """
     _check(name)
     return Ops(**{op: _choose(op, name, device, dtype, config)[0].load() for op in OP_NAMES})

@@ -3,7 +3,7 @@
 Owns the arithmetic only; runs nothing on a device. Imported by `model.py` (policy "auto") and by
 the trainer, which refuses a run that cannot fit before its first step. Each implementation of
 `deep_recursion` has its own counts, tested against the tensors that are really kept; `engine` names
-it: "reference", "triton" or "cpp" (the compiled extension's, on CPUs).
+it, as backends are named: "reference", "triton", "cuda" or "cpp".
 
 Dims legend: B batch, S tokens incl. prefix, D width, F and F_t widths of the two SwiGLUs.
 """
@@ -119,12 +119,44 @@ def _cpp_elements(config: ModelConfig, policy: str) -> int:
     return _cpp_saved(config, policy) + work
 
 
-_SAVED = {"triton": _triton_saved, "cpp": _cpp_saved}
-_WORST = {"reference": _reference_elements, "triton": _triton_elements, "cpp": _cpp_elements}
+def _cuda_tape(config: ModelConfig, with_gate_up: bool) -> int:
+    """Elements per item that the CUDA library keeps of the blocks of one pass."""
+    s, d = config.total_len, config.hidden_size
+    states = 2 if config.mlp_t else 6  # after both halves; q, k, v and attended
+    gate_up = 2 * config.channel_width * s if with_gate_up else 0
+    return config.L_layers * (states * s * d + gate_up)
+
+
+def _cuda_saved(config: ModelConfig, policy: str) -> int:
+    passes, state = config.L_cycles + 1, config.total_len * config.hidden_size
+    tape = 0 if policy == "recompute" else _cuda_tape(config, policy == "save")
+    return passes * (state + tape)
+
+
+def _cuda_elements(config: ModelConfig, policy: str) -> int:
+    """Elements per item that the CUDA library holds at its worst moment, in its backward."""
+    s, d, f = config.total_len, config.hidden_size, config.channel_width
+    # silu(gate) * up's gradient, both halves' (and both halves again); or the mixer's own.
+    channel = s * d + (5 if policy == "light" else 3) * f * s
+    mixer = 2 * s * d + (5 * config.token_width * d if config.mlp_t else 6 * s * d)
+    wide = 1 if config.forward_dtype == "float32" else 2  # the gradient of x is a float32 sum
+    work = (2 + wide) * s * d + max(channel, mixer)
+    if policy == "recompute":
+        work += _cuda_tape(config, with_gate_up=True)
+    return _cuda_saved(config, policy) + work
+
+
+_SAVED = {"triton": _triton_saved, "cuda": _cuda_saved, "cpp": _cpp_saved}
+_WORST = {
+    "reference": _reference_elements,
+    "triton": _triton_elements,
+    "cuda": _cuda_elements,
+    "cpp": _cpp_elements,
+}
 
 
 def engine_saved_elements(config: ModelConfig, policy: str, engine: str) -> int:
-    """Elements per item that an engine's recursion keeps for its backward: "triton" or "cpp"."""
+    """Elements per item that an engine's recursion keeps for its backward; not the reference."""
     return _SAVED[engine](config, policy)
 
 

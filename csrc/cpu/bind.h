@@ -49,8 +49,4 @@ inline DType dtype_of(const char* op, const Tensor& t) {
   return given == ScalarType::Float ? DType::f32 : DType::bf16;
 }
 
-inline Tensor new_floats(const Tensor& like, std::initializer_list<int64_t> shape) {
-  return torch::stable::new_empty(like, std::vector<int64_t>(shape), ScalarType::Float);
-}
-
 }  // namespace trm_fast

@@ -6,15 +6,10 @@
 
 namespace trm_fast {
 
-static void check_count(const char* op, const char* name, const Tensor& t, int64_t dims,
-                        const char* wanted) {
-  STD_TORCH_CHECK(t.dim() == dims, op, ": ", name, " is ", shape_text(t), ", expected ", wanted);
-}
-
 static Tensor inject(const Tensor& z, const Tensor& y, const Tensor& x) {
   const char* op = "inject";
   const DType dtype = dtype_of(op, z);
-  check_count(op, "z", z, 3, "[B, S, D]");
+  check_dims(op, "z", z, 3, "[B, S, D]");
   const int64_t B = z.size(0), S = z.size(1), D = z.size(2);
   check_tensor(op, "z", z, {B, S, D}, z.scalar_type());
   check_tensor(op, "y", y, {B, S, D}, z.scalar_type());
@@ -29,7 +24,7 @@ static Tensor inject(const Tensor& z, const Tensor& y, const Tensor& x) {
 static Tensor swiglu(const Tensor& gate_up) {
   const char* op = "swiglu";
   const DType dtype = dtype_of(op, gate_up);
-  check_count(op, "gate_up", gate_up, 2, "[N, 2F]");
+  check_dims(op, "gate_up", gate_up, 2, "[N, 2F]");
   const int64_t N = gate_up.size(0), F = gate_up.size(1) / 2;
   check_tensor(op, "gate_up", gate_up, {N, 2 * F}, gate_up.scalar_type());
   Tensor out = torch::stable::new_empty(gate_up, std::vector<int64_t>{N, F});
@@ -41,7 +36,7 @@ static Tensor swiglu(const Tensor& gate_up) {
 static Tensor swiglu_bwd(const Tensor& grad, const Tensor& gate_up) {
   const char* op = "swiglu_bwd";
   const DType dtype = dtype_of(op, grad);
-  check_count(op, "grad", grad, 2, "[N, F]");
+  check_dims(op, "grad", grad, 2, "[N, F]");
   const int64_t N = grad.size(0), F = grad.size(1);
   check_tensor(op, "grad", grad, {N, F}, grad.scalar_type());
   check_tensor(op, "gate_up", gate_up, {N, 2 * F}, grad.scalar_type());
@@ -62,7 +57,7 @@ static std::tuple<Tensor, Tensor> residual_rmsnorm(const Tensor& h, const Tensor
   const char* op = "residual_rmsnorm";
   const DType dtype = dtype_of(op, h);
   const bool tokens = along_tokens(op, axis);
-  check_count(op, "h", h, 3, "[B, S, D]");
+  check_dims(op, "h", h, 3, "[B, S, D]");
   const int64_t B = h.size(0), S = h.size(1), D = h.size(2);
   check_tensor(op, "h", h, {B, S, D}, h.scalar_type());
   check_tensor(op, "u", u, {B, S, D}, h.scalar_type());
@@ -79,7 +74,7 @@ static Tensor residual_rmsnorm_bwd(const Tensor& grad, const Tensor& out, const 
   const char* op = "residual_rmsnorm_bwd";
   const DType dtype = dtype_of(op, grad);
   const bool tokens = along_tokens(op, axis);
-  check_count(op, "grad", grad, 3, "[B, S, D]");
+  check_dims(op, "grad", grad, 3, "[B, S, D]");
   const int64_t B = grad.size(0), S = grad.size(1), D = grad.size(2);
   check_tensor(op, "grad", grad, {B, S, D}, grad.scalar_type());
   check_tensor(op, "out", out, {B, S, D}, grad.scalar_type());
@@ -106,7 +101,7 @@ static int64_t first_outside(const Int* tokens, int64_t count, int64_t V) {
 
 // Tokens [B, L], each below V.
 static Tokens checked_tokens(const char* op, const Tensor& tokens, int64_t V) {
-  check_count(op, "tokens", tokens, 2, "[B, L]");
+  check_dims(op, "tokens", tokens, 2, "[B, L]");
   const ScalarType given = tokens.scalar_type();
   const bool wide = given == ScalarType::Long;
   STD_TORCH_CHECK(wide || given == ScalarType::Int, op,
@@ -148,10 +143,10 @@ static std::tuple<Tensor, Tensor, Tensor> embed_reset(
     const Tensor& y_init, const Tensor& z_init, double scale) {
   const char* op = "embed_reset";
   const DType dtype = dtype_of(op, y);
-  check_count(op, "y", y, 3, "[B, S, D]");
-  check_count(op, "embedding", embedding, 2, "[V, D]");
-  check_count(op, "tokens", tokens, 2, "[B, L]");
-  if (rows.has_value()) check_count(op, "rows", *rows, 3, "[B, P, D]");
+  check_dims(op, "y", y, 3, "[B, S, D]");
+  check_dims(op, "embedding", embedding, 2, "[V, D]");
+  check_dims(op, "tokens", tokens, 2, "[B, L]");
+  if (rows.has_value()) check_dims(op, "rows", *rows, 3, "[B, P, D]");
   EmbedReset in{};
   in.B = y.size(0), in.S = y.size(1), in.D = y.size(2);
   in.P = rows.has_value() ? rows->size(1) : 0;
@@ -181,7 +176,7 @@ static Tensor embed_reset_bwd(const Tensor& grad, const Tensor& tokens, int64_t 
                               double factor) {
   const char* op = "embed_reset_bwd";
   const DType dtype = dtype_of(op, grad);
-  check_count(op, "grad", grad, 3, "[B, S, D]");
+  check_dims(op, "grad", grad, 3, "[B, S, D]");
   const int64_t B = grad.size(0), S = grad.size(1), D = grad.size(2);
   check_tensor(op, "grad", grad, {B, S, D}, grad.scalar_type());
   STD_TORCH_CHECK(vocabulary >= 0, op, ": vocabulary is ", vocabulary);
@@ -200,7 +195,7 @@ static Tensor embed_reset_bwd(const Tensor& grad, const Tensor& tokens, int64_t 
 static Tensor embed_reset_positions_bwd(const Tensor& grad, double factor) {
   const char* op = "embed_reset_positions_bwd";
   const DType dtype = dtype_of(op, grad);
-  check_count(op, "grad", grad, 3, "[B, S, D]");
+  check_dims(op, "grad", grad, 3, "[B, S, D]");
   const int64_t B = grad.size(0), S = grad.size(1), D = grad.size(2);
   check_tensor(op, "grad", grad, {B, S, D}, grad.scalar_type());
   Tensor out = new_floats(grad, {S, D});

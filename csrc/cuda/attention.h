@@ -1,8 +1,12 @@
 // Softmax attention and its backward by PyTorch's fused kernels.
 //
-// On CUDA FlashAttention for elements of 16 bits, the memory-efficient kernel for float. Up to 128
-// tokens its gradient to the queries is one sum per element, hence the same on every run; beyond, it
-// is so where PyTorch is told to be deterministic.
+// On CUDA FlashAttention for elements of 16 bits, the memory-efficient kernel for float. Where their
+// backward divides the keys among blocks, the gradient to the queries is added up in whatever order
+// these end, unless PyTorch is told to be deterministic.
+//
+// Both are called as PyTorch's own autograd calls them, past the dispatcher: an undefined tensor
+// stands for "all sequences are of one length" and "no bias", and the random state, which only
+// dropout reads, is memory that nobody has written to.
 //
 // Dims: B batch, S tokens, H heads, K head dim. q, k, v, out: [B, S, H, K], their heads contiguous.
 #pragma once
@@ -49,9 +53,8 @@ inline std::tuple<Tensor, Tensor, Tensor> attention_bwd(const Tensor& grad, cons
                o = heads_first(out);
   AtenTensorHandle dq = nullptr, dk = nullptr, dv = nullptr;
 #ifdef USE_CUDA
-  const Tensor none;  // undefined: sequences of one length, no bias
+  const Tensor none, seed = torch::stable::new_empty(lse, Shape{2}, ScalarType::Long);
   if (q.scalar_type() == ScalarType::Float) {
-    const Tensor seed = torch::stable::new_zeros(lse, Shape{}, ScalarType::Long);
     const int32_t wanted[4] = {1, 1, 1, 0};
     AtenTensorHandle bias = nullptr;
     TORCH_ERROR_CODE_CHECK(aoti_torch_cuda__scaled_dot_product_efficient_attention_backward(
@@ -60,7 +63,6 @@ inline std::tuple<Tensor, Tensor, Tensor> attention_bwd(const Tensor& grad, cons
     if (bias) Tensor{bias};
   } else {
     const int64_t S = q.size(1);
-    const Tensor seed = torch::stable::new_zeros(lse, Shape{2}, ScalarType::UInt64);
     TORCH_ERROR_CODE_CHECK(aoti_torch_cuda__scaled_dot_product_flash_attention_backward(
         d.get(), a.get(), b.get(), c.get(), o.get(), lse.get(), none.get(), none.get(), S, S, 0.0,
         0, seed.get(), seed.get(), nullptr, &dq, &dk, &dv));

@@ -8,8 +8,6 @@
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/macros.h>
 
-#include <vector>
-
 #include "../common.h"
 #include "dtype.h"
 
@@ -38,15 +36,6 @@ inline void check_tensor(const char* op, const char* name, const Tensor& t,
                          const Tensor& like) {
   check_device(op, name, t, like);
   trm_fast::check_tensor(op, name, t, shape, dtype);
-}
-
-inline void check_dims(const char* op, const char* name, const Tensor& t, int64_t dims,
-                       const char* wanted) {
-  STD_TORCH_CHECK(t.dim() == dims, op, ": ", name, " is ", shape_text(t), ", expected ", wanted);
-}
-
-inline Tensor new_floats(const Tensor& like, std::initializer_list<int64_t> shape) {
-  return torch::stable::new_empty(like, std::vector<int64_t>(shape), ScalarType::Float);
 }
 
 // The GPU of `t` is the current one while this lives; `stream` is PyTorch's there.

@@ -141,14 +141,15 @@ static std::vector<Pass> passes_of(const char* op, const std::vector<Tensor>& sa
   return passes;
 }
 
-// ---- memory layouts: states go in and out batch-major, [B, S, D]
+// ---- memory layouts: states go in and out batch-major, [B, S, D]; results are memory of their own,
+// neither an input's nor what is saved
 
 static Tensor to_rows(const Network& net, const Tensor& t) {
   return viewed(net.mlp_t ? in_order(transposed(t)) : t, {net.B * net.S, net.D});
 }
 
 static Tensor to_states(const Network& net, const Tensor& t) {
-  if (!net.mlp_t) return viewed(t, {net.B, net.S, net.D});
+  if (!net.mlp_t) return viewed(torch::stable::clone(t), {net.B, net.S, net.D});
   return in_order(transposed(viewed(t, {net.S, net.B, net.D})));
 }
 
@@ -211,7 +212,7 @@ static std::tuple<Tensor, std::vector<Tensor>> deep_recursion_bwd(
   for (size_t i = s.passes(); i-- > 0;) {
     Pass pass = std::move(passes[i]);
     if (s.recompute()) forward(net, pass.input, pass.tapes.data(), true);
-    d = backward(net, d, pass.input, pass.tapes.data(), grads);
+    d = backward(net, std::move(d), pass.input, pass.tapes.data(), grads);
     if ((int64_t)i < L_cycles) d_x = d_x ? add(*d_x, d) : cast(d, ScalarType::Float);
   }
   for (size_t i = 0; i < weights.size(); ++i)

@@ -68,9 +68,9 @@ static Tensor token_mix_bwd(const Network& net, size_t i, const Tensor& grad, co
   const Tensor d = residual_rmsnorm_bwd(net, grad, tape.mid, tape.mid_rstd, TOKENS);
   const Tensor d_u = by_token(net, d), gate_up = token_gate_up(net, block, h);
   grads.add(WEIGHTS * i + 1, d_u, transposed(token_swiglu(net, block, gate_up)));
-  const Tensor d_a = mm(transposed(block.mixer_out), d_u);
-  const Tensor d_gate_up = viewed(swiglu_bwd(one_row(d_a), one_row(gate_up)),
-                                {block.mixer_in.size(1), net.B * net.D});
+  const Tensor d_gate_up =
+      viewed(swiglu_bwd(one_row(mm(transposed(block.mixer_out), d_u)), one_row(gate_up)),
+             {block.mixer_in.size(1), net.B * net.D});
   grads.add(WEIGHTS * i, d_gate_up, transposed(by_token(net, h)));
   return rows(net, mm_add(block.mixer_in, d_gate_up, d_u));
 }
@@ -116,6 +116,20 @@ static Tensor attention_block_bwd(const Network& net, size_t i, const Tensor& gr
   return mm_add(d_qkv, block.mixer_in, d);
 }
 
+// ---- the channel SwiGLU
+
+// What it makes is gone before the mixer's backward begins.
+static Tensor channel_bwd(const Network& net, size_t i, const Tensor& grad, const Tape& tape,
+                          WeightGrads& grads) {
+  const Block& block = net.blocks[i];
+  const Tensor d = residual_rmsnorm_bwd(net, grad, tape.out, tape.out_rstd, FEATURES);
+  const Tensor gu = tape.gu.defined() ? tape.gu : mm(tape.mid, transposed(block.gate_up));
+  grads.add(WEIGHTS * i + 3, transposed(d), swiglu(gu));
+  const Tensor d_gu = swiglu_bwd(mm(d, block.down), gu);
+  grads.add(WEIGHTS * i + 2, transposed(d_gu), tape.mid);
+  return mm_add(d_gu, block.gate_up, d);
+}
+
 // ---- passes
 
 Tensor forward(const Network& net, Tensor h, Tape* tapes, bool keep_gu) {
@@ -145,17 +159,11 @@ void WeightGrads::add(size_t index, const Tensor& a, const Tensor& b) {
 Tensor backward(const Network& net, Tensor grad, const Tensor& h, const Tape* tapes,
                 WeightGrads& grads) {
   for (size_t i = net.blocks.size(); i-- > 0;) {
-    const Block& block = net.blocks[i];
     const Tape& tape = tapes[i];
-    const Tensor d = residual_rmsnorm_bwd(net, grad, tape.out, tape.out_rstd, FEATURES);
-    const Tensor gu = tape.gu.defined() ? tape.gu : mm(tape.mid, transposed(block.gate_up));
-    grads.add(WEIGHTS * i + 3, transposed(d), swiglu(gu));
-    const Tensor d_gu = swiglu_bwd(mm(d, block.down), gu);
-    grads.add(WEIGHTS * i + 2, transposed(d_gu), tape.mid);
-    const Tensor d_mid = mm_add(d_gu, block.gate_up, d);
+    grad = channel_bwd(net, i, grad, tape, grads);
     const Tensor& input = i ? tapes[i - 1].out : h;
-    grad = net.mlp_t ? token_mix_bwd(net, i, d_mid, input, tape, grads)
-                     : attention_block_bwd(net, i, d_mid, input, tape, grads);
+    grad = net.mlp_t ? token_mix_bwd(net, i, grad, input, tape, grads)
+                     : attention_block_bwd(net, i, grad, input, tape, grads);
   }
   return grad;
 }

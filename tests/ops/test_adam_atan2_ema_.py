@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from extension_checks import check_same_bits
 from kernel_checks import DEVICE, check_registered
-from op_checks import DTYPES
+from op_checks import CPU, DTYPES
 from parity import assert_parity, make_inputs
 
 from trm_fast.extension import adam_atan2_ema_ as compiled
@@ -505,5 +505,5 @@ def test_extension_refuses(extension):
 
 
 def test_extension_says_beforehand_what_it_does_not_serve():
-    assert compiled.unsupported(torch.bfloat16, None) is None
-    assert "not float64" in compiled.unsupported(torch.float64, None)
+    assert compiled.unsupported(torch.bfloat16, None, CPU) is None
+    assert "not float64" in compiled.unsupported(torch.float64, None, CPU)

@@ -5,75 +5,41 @@ CPU's elementwise operations. Which kernels PyTorch takes for products and atten
 differs on a GPU.
 """
 
+import inspect
+import itertools
+import re
+from types import SimpleNamespace
+from unittest import mock
+
 import pytest
 import torch
+from kernel_checks import check_registered
 from op_checks import case_ids
 from recursion_cases import (
     HEADS,
     MIXERS,
     assert_as_good,
+    blocks_of,
     exact_step,
     leaves_for,
     rotary,
     states,
     step,
 )
+from tiny import tiny_config
+from torch._subclasses import FakeTensorMode
+from torch.profiler import ProfilerActivity, profile
 
-from trm_fast.extension import (
-    build,
-    inject,
-    recursion_driver,
-    residual_rmsnorm,
-    swiglu,
-)
-from trm_fast.kernels.registration import register
-from trm_fast.ops import POLICIES
+from trm_fast import memory
+from trm_fast.config import ModelConfig
+from trm_fast.extension import build, recursion_driver
+from trm_fast.extension import deep_recursion as compiled
+from trm_fast.layers import Network
+from trm_fast.ops import POLICIES, Recursion
 
-CALLED = (inject, residual_rmsnorm, swiglu)  # their schemas, by being imported
-SETTINGS = "bool mlp_t, int H_cycles, int L_cycles, int heads, float eps, str policy"
 SHAPES = [(2, 97, 32), (1, 9, 16), (0, 9, 16)]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-
-
-def _fwd_fake(x, y, z, weights, cos, sin, mlp_t, H_cycles, L_cycles, heads, eps, policy):
-    saved = recursion_driver.new_saved(x, weights, mlp_t, L_cycles, heads, policy)
-    return torch.empty_like(y), torch.empty_like(z), saved
-
-
-def _bwd_fake(grad, saved, weights, *rest):
-    return torch.empty_like(grad), [torch.empty_like(w) for w in weights]
-
-
-def _save(ctx, inputs, output):
-    _, _, _, weights, cos, sin, *settings = inputs
-    _, z, saved = output
-    ctx.mark_non_differentiable(z, *saved)
-    ctx.save_for_backward(cos, sin, *weights, *saved)
-    ctx.count, ctx.settings = len(weights), settings
-
-
-def _backward(ctx, grad, *unused):
-    cos, sin, *rest = ctx.saved_tensors
-    d_x, d_weights = BACKWARD(
-        grad.contiguous(), rest[ctx.count :], rest[: ctx.count], cos, sin, *ctx.settings
-    )
-    return d_x, None, None, d_weights, None, None, *(None for _ in ctx.settings)
-
-
-BACKWARD = register(
-    "trm_fast_driver",
-    "deep_recursion_bwd(Tensor grad, Tensor[] saved, Tensor[] weights, Tensor? cos, Tensor? sin,"
-    f" {SETTINGS}) -> (Tensor, Tensor[])",
-    _bwd_fake,
-)
-FORWARD = register(
-    "trm_fast_driver",
-    "deep_recursion(Tensor x, Tensor y, Tensor z, Tensor[] weights, Tensor? cos, Tensor? sin,"
-    f" {SETTINGS}) -> (Tensor, Tensor, Tensor[])",
-    _fwd_fake,
-    save=_save,
-    backward=_backward,
-)
+FORWARD, BACKWARD = compiled.operations("trm_fast_driver", recursion_driver.new_saved)
 
 
 @pytest.fixture(scope="module")
@@ -100,13 +66,11 @@ def driver(request):
     torch.ops.load_library(str(library))
 
 
-def driven(ops, x, y, z, blocks, rotary, r):
-    weights = [t for b in blocks for t in (*b.mixer, b.gate_up, b.down)]
-    mlp_t = hasattr(blocks[0].mixer, "gate_up")
-    cos, sin = rotary or (None, None)
-    settings = (mlp_t, r.H_cycles, r.L_cycles, r.heads, r.eps, r.policy)
-    new_y, new_z, _ = FORWARD(x, y, z, weights, cos, sin, *settings)
-    return new_y, new_z.detach()
+def driven(*args):
+    """The public function, with the driver in place of the CPU's engine."""
+    serves = mock.Mock(return_value=None)  # the sizes are those of a GPU's kernels
+    with mock.patch.multiple(compiled, _fwd=FORWARD, _unsupported_sizes=serves):
+        return compiled.deep_recursion(*args)
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
@@ -144,30 +108,101 @@ def test_attention_without_positions(extension, driver):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
+def arguments(mixer, inputs, flat, policy, rope=True):
+    """Of the registered operations: x, y, z or grad and saved, then the rest."""
+    tables = (None, None)
+    if mixer == "attention" and rope:
+        tables = rotary(inputs[0].shape[1], 8)
+    return *inputs, flat, *tables, mixer == "mlp_t", 2, 2, HEADS, 1e-5, policy
+
+
 @pytest.mark.parametrize("mixer", MIXERS)
 def test_nothing_is_kept_without_a_gradient(mixer, extension, driver):
     flat = [t.detach() for t in leaves_for(mixer, 9, 16)]
     inputs = states(2, 9, 16)
-    tables = rotary(9, 8) if mixer == "attention" else (None, None)
-    common = (*inputs, flat, *tables, mixer == "mlp_t", 2, 2, HEADS, 1e-5)
-    y, z, saved = FORWARD(*common, "none")
-    want_y, want_z, kept = FORWARD(*common, "save")
+    y, z, saved = FORWARD(*arguments(mixer, inputs, flat, "none"))
+    want_y, want_z, kept = FORWARD(*arguments(mixer, inputs, flat, "save"))
     assert saved == []
     assert kept
     assert torch.equal(y, want_y)
     assert torch.equal(z, want_z)
+    blocks, tables = blocks_of(mixer, flat), rotary(9, 8) if mixer == "attention" else None
+    with torch.no_grad():
+        got = driven(None, *inputs, blocks, tables, Recursion(2, 2, HEADS, 1e-5, "save"))
+    assert torch.equal(got[0], want_y)
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_weights_in_the_dtype_of_the_states(mixer, extension, driver):
+    """As good as masters of the same values, whose gradients are float32, rounded."""
+    flat = [t.detach().bfloat16() for t in leaves_for(mixer, 9, 16)]
+    wide = [t.float() for t in flat]
+    inputs = states(2, 9, 16, torch.bfloat16)
+    grad = inputs[0].flip(0)
+    found = []
+    for weights in (flat, wide):
+        given = arguments(mixer, inputs, weights, "light")
+        y, z, saved = FORWARD(*given)
+        d_x, d_weights = BACKWARD(grad, saved, *given[3:])
+        assert [t.dtype for t in d_weights] == [t.dtype for t in weights]
+        found.append([y, z, d_x, *(t.bfloat16() for t in d_weights)])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("mixer", MIXERS)
-def test_what_is_saved_is_foreseen(mixer, policy, extension, driver):
-    flat = [t.detach() for t in leaves_for(mixer, 9, 16)]
-    inputs = states(2, 9, 16, torch.bfloat16)
-    tables = rotary(9, 8) if mixer == "attention" else (None, None)
-    settings = (mixer == "mlp_t", 2, 2, HEADS, 1e-5, policy)
-    *_, saved = FORWARD(*inputs, flat, *tables, *settings)
-    foreseen = recursion_driver.new_saved(inputs[0], flat, settings[0], 2, HEADS, policy)
+def test_registered(mixer, policy, extension, driver):
+    """What is kept is foreseen, the gradients are PyTorch's to find."""
+    flat, inputs = leaves_for(mixer, 9, 16), states(2, 9, 16, torch.bfloat16)
+    given = arguments(mixer, inputs, flat, policy)
+    check_registered(FORWARD, given)
+    given = arguments(mixer, inputs, [t.detach() for t in flat], policy)
+    *_, saved = FORWARD(*given)
+    foreseen = recursion_driver.new_saved(inputs[0], flat, given[6], 2, HEADS, policy)
     assert [(t.shape, t.dtype) for t in saved] == [(t.shape, t.dtype) for t in foreseen]
+    check_registered(BACKWARD, (inputs[1], saved, *given[3:]))
+
+
+def test_all_that_the_driver_calls_is_registered_with_it():
+    folder = build.source_folder() / "cuda"
+    text = "".join((folder / n).read_text() for n in ("deep_recursion.cpp", "network.cpp"))
+    called = set(re.findall(r'"(trm_fast_ext::\w+)"', text))
+    modules = [m for m in vars(recursion_driver).values() if inspect.ismodule(m)]
+    there = [getattr(m, name) for m in modules for name in ("_fwd", "_bwd") if hasattr(m, name)]
+    assert called == {op._schema.name for op in there}
+
+
+def most_held(function):
+    """Bytes of the memory that PyTorch takes inside, at the worst moment."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as taken:
+        function()
+    events = [e for e in taken.profiler.kineto_results.events() if e.name() == "[memory]"]
+    changes = [e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())]
+    return max(itertools.accumulate(changes))
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_the_memory_estimate(mixer, policy, extension, driver):
+    """Against what is kept, and what the backward holds at its worst."""
+    sizes = {"seq_len": 30, "intermediate_size": 96, "token_intermediate_size": 64, "L_layers": 2}
+    changes = {"hidden_size": 16, "num_heads": 2, "L_cycles": 3, "mlp_t": mixer == "mlp_t"}
+    config = ModelConfig.from_dict(tiny_config(**sizes, **changes))
+    weights = [t.detach() for b in Network(config).weights() for t in (*b.mixer, b.gate_up, b.down)]
+    x = torch.randn(64, config.total_len, 16)
+    tables = (None, None) if config.mlp_t else rotary(config.total_len, 8)
+    settings = (config.mlp_t, 1, config.L_cycles, 2, 1e-5, policy)
+    *_, saved = FORWARD(x, x, x, weights, *tables, *settings)
+    kept = sum(t.nbytes for t in saved)
+    bytes_each = 64 * x.element_size()
+    # One float per row and norm, and lse, are not counted.
+    assert kept == pytest.approx(
+        bytes_each * memory.engine_saved_elements(config, policy, "cuda"), rel=0.08
+    )
+    held = most_held(lambda: BACKWARD(x, saved, weights, *tables, *settings)) + kept + x.nbytes
+    need = (memory.step_bytes(config, n, policy, "cuda") for n in (64, 0))
+    states_and_loss = 64 * (6 * x[0].nbytes + 8 * config.seq_len * config.vocab_size * 5)
+    assert held == pytest.approx(next(need) - next(need) - states_and_loss, rel=0.06)
 
 
 def test_refusals(extension, driver):
@@ -198,3 +233,59 @@ def test_refusals(extension, driver):
     for given in (saved[:-1], [*saved, x]):
         with pytest.raises(RuntimeError, match="saved tensors, expected"):
             BACKWARD(y, given, flat, None, None, *settings)
+
+
+# What a GPU would be given, on tensors without memory. (Autograd needs the device itself.)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_what_the_driver_keeps_is_foreseen_on_cuda(mixer, policy, dtype):
+    """Three heads of 8 features, which the CPU's engine does not serve."""
+    sizes = [t.shape for t in leaves_for(mixer, 9, 24)]
+    with FakeTensorMode():
+        masters = [torch.empty(s, device="cuda") for s in sizes]
+        x, y, z = torch.empty(3, 2, 9, 24, dtype=dtype, device="cuda")
+        tables = None if mixer == "mlp_t" else tuple(torch.empty(2, 9, 8, device="cuda"))
+        settings = Recursion(2, 3, 3, 1e-5, policy)
+        with mock.patch.object(compiled, "_fwd", side_effect=compiled._fwd) as called:
+            states = compiled.deep_recursion(
+                None, x, y, z, blocks_of(mixer, masters), tables, settings
+            )
+        given = called.call_args.args
+        *_, saved = compiled._fwd(*given[:-1], policy)
+        backward = torch.ops.trm_fast_ext.deep_recursion_bwd
+        d_x, d_weights = backward(x, saved, *given[3:-1], policy)
+        foreseen = recursion_driver.new_saved(x, masters, mixer == "mlp_t", 3, 3, policy)
+    assert all(a is b for a, b in zip(given[3], masters, strict=True))  # nothing is copied
+    assert [(t.shape, t.dtype) for t in saved] == [(t.shape, t.dtype) for t in foreseen]
+    assert all(t.device.type == "cuda" for t in (*states, *saved, d_x))
+    assert all((t.shape, t.dtype) == (x.shape, dtype) for t in (*states, d_x))
+    assert [(t.shape, t.dtype) for t in d_weights] == [(s, torch.float32) for s in sizes]
+
+
+def test_what_cuda_does_not_serve():
+    """Any width, but heads of PyTorch's attention; the CPU's engine has its own."""
+    cuda, cpu = torch.device("cuda"), torch.device("cpu")
+
+    def said(device, **changes):
+        config = {"hidden_size": 24, "num_heads": 3, "mlp_t": False, "dropout": 0.0} | changes
+        dtype = torch.float16 if device == cuda else torch.float32
+        return compiled.unsupported(dtype, SimpleNamespace(**config), device)
+
+    assert said(cuda) is None
+    assert said(cpu) == "needs a hidden size that is a multiple of 16, not 24"
+    assert said(cuda, hidden_size=192, num_heads=1) is None
+    assert said(cuda, hidden_size=7, mlp_t=True) is None
+    for width, heads in ((24, 2), (200, 1), (25, 3)):
+        text = "needs heads of a size that is a multiple of 8 up to 192, not {} features in {}"
+        assert said(cuda, hidden_size=width, num_heads=heads) == text.format(width, heads)
+        with FakeTensorMode(), pytest.raises(ValueError, match="multiple of 8 up to 192"):
+            x = torch.empty(1, 9, width, device="cuda")
+            blocks = blocks_of("attention", [x] * 4)
+            compiled.deep_recursion(None, x, x, x, blocks, None, Recursion(1, 1, heads, 1e-5))
+    assert "serves no dropout" in said(cuda, dropout=0.1)
+    assert compiled.unsupported(torch.float16, None, cuda) is None
+    assert "not float16" in compiled.unsupported(torch.float16, None, cpu)
+    assert "not float64" in compiled.unsupported(torch.float64, None, cuda)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from extension_checks import check_extension_refusals, check_same_bits, extension_cases
 from kernel_checks import DEVICE, check_fullgraph, check_refusals, check_registered
-from op_checks import EPS, case_ids, cases, check_op, token_major
+from op_checks import CPU, EPS, case_ids, cases, check_op, token_major
 from parity import assert_parity, make_inputs
 
 from trm_fast.extension import rope_attention as compiled
@@ -385,6 +385,6 @@ def test_extension_refuses(extension):
 )
 def test_extension_says_what_it_does_not_serve(size, heads, mlp_t, reason):
     config = SimpleNamespace(hidden_size=size, num_heads=heads, mlp_t=mlp_t, dropout=0.0)
-    found = compiled.unsupported(torch.bfloat16, config)
+    found = compiled.unsupported(torch.bfloat16, config, CPU)
     assert found is None if reason is None else found is not None and re.search(reason, found)
-    assert "not float64" in compiled.unsupported(torch.float64, config)
+    assert "not float64" in compiled.unsupported(torch.float64, config, CPU)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from extension_checks import check_extension_refusals, check_same_bits
 from kernel_checks import DEVICE, check_fullgraph, check_refusals, check_registered
-from op_checks import DTYPES, cases, token_major
+from op_checks import CPU, DTYPES, cases, token_major
 from parity import assert_parity, make_inputs
 
 from trm_fast.extension import stablemax_loss as compiled
@@ -437,5 +437,5 @@ def test_extension_refuses(extension):
 
 
 def test_extension_says_beforehand_what_it_does_not_serve():
-    assert compiled.unsupported(torch.bfloat16, None) is None
-    assert "not float64" in compiled.unsupported(torch.float64, None)
+    assert compiled.unsupported(torch.bfloat16, None, CPU) is None
+    assert "not float64" in compiled.unsupported(torch.float64, None, CPU)

@@ -57,9 +57,12 @@ def batch_major(*states: Tensor) -> tuple[bool, list[Tensor]]:
     return swap, [(t.transpose(0, 1) if swap else t).contiguous() for t in states]
 
 
-def unsupported(dtype: torch.dtype, config: Shape | None) -> str | None:
-    """Why an op without further conditions cannot serve, or None."""
-    return unsupported_dtype(dtype) or (unsupported_width(config.hidden_size) if config else None)
+def unsupported(dtype: torch.dtype, config: Shape | None, device: torch.device) -> str | None:
+    """Why an op without further conditions cannot serve, or None; on a GPU any width is served."""
+    reason = unsupported_dtype(dtype, device)
+    if reason or config is None or device.type == "cuda":
+        return reason
+    return unsupported_width(config.hidden_size)
 
 
 def check(op: str, *reasons: str | None) -> None:

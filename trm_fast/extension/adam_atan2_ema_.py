@@ -31,9 +31,9 @@ _step = register(
 )
 
 
-def unsupported(dtype: torch.dtype, config: Shape | None) -> str | None:
+def unsupported(dtype: torch.dtype, config: Shape | None, device: torch.device) -> str | None:
     """Why the op cannot serve, or None."""
-    return unsupported_dtype(dtype)
+    return unsupported_dtype(dtype, device)
 
 
 def _unequal(lists: Sequence[Sequence[Tensor]]) -> str | None:

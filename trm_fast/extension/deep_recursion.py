@@ -1,9 +1,10 @@
 """deep_recursion: all H x L passes of the network as one operation, with its backward by hand.
 
-Of the last cycle `save` keeps what the backward reads (but for the token mixer's gate and up in the
-last pass: on CPUs the backward makes these again), `light` the same without the products inside
-both SwiGLUs, `recompute` the state before each pass. Source: Jolicoeur-Martineau 2025 (arXiv
-2510.04871), Algorithm 3.
+Of the last cycle `save` keeps what the backward reads (but for the token mixer's gate and up, on
+CUDA in all passes, on CPUs in the last one: the backward makes these again), `light` the same
+without the products inside both SwiGLUs, `recompute` the state before each pass. The CPU's and the
+CUDA library's are two implementations of one schema, which keep other things in other forms.
+Source: Jolicoeur-Martineau 2025 (arXiv 2510.04871), Algorithm 3.
 
 Dims legend: B batch, S tokens incl. prefix, D width, F and F_t inner widths of the two SwiGLUs,
 H heads, K head dim.
@@ -11,13 +12,13 @@ H heads, K head dim.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from trm_fast.extension import rope_attention
+from trm_fast.extension import recursion_driver, rope_attention
 from trm_fast.extension._common import (
     EXTENSION,
     Shape,
@@ -56,13 +57,8 @@ def tape_bytes(
     return sum(round_up(part, 64) for part in states + scales + gate_up)
 
 
-def _saved_fake(
-    x: Tensor,
-    weights: Sequence[Tensor],
-    mlp_t: bool,
-    L_cycles: int,
-    heads: int,
-    policy: str,
+def _cpu_saved(
+    x: Tensor, weights: Sequence[Tensor], mlp_t: bool, L_cycles: int, heads: int, policy: str
 ) -> list[Tensor]:
     if policy == "none":
         return []
@@ -77,22 +73,54 @@ def _saved_fake(
     return states + tapes
 
 
-def _fwd_fake(
-    x: Tensor,
-    y: Tensor,
-    z: Tensor,
-    weights: Sequence[Tensor],
-    cos: Tensor | None,
-    sin: Tensor | None,
-    mlp_t: bool,
-    H_cycles: int,
-    L_cycles: int,
-    heads: int,
-    eps: float,
-    policy: str,
-) -> tuple[Tensor, Tensor, list[Tensor]]:
-    saved = _saved_fake(x, weights, mlp_t, L_cycles, heads, policy)
-    return torch.empty_like(y), torch.empty_like(z), saved
+def new_saved(x: Tensor, *rest: Any) -> list[Tensor]:
+    """Empty tensors like those that the library of x's device keeps."""
+    return (recursion_driver.new_saved if x.device.type == "cuda" else _cpu_saved)(x, *rest)
+
+
+def operations(
+    namespace: str, saved: Callable[..., list[Tensor]]
+) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """Register both directions; `saved` makes empty tensors like those that the forward keeps."""
+
+    def fwd_fake(
+        x: Tensor,
+        y: Tensor,
+        z: Tensor,
+        weights: Sequence[Tensor],
+        cos: Tensor | None,
+        sin: Tensor | None,
+        mlp_t: bool,
+        H_cycles: int,
+        L_cycles: int,
+        heads: int,
+        eps: float,
+        policy: str,
+    ) -> tuple[Tensor, Tensor, list[Tensor]]:
+        kept = saved(x, weights, mlp_t, L_cycles, heads, policy)
+        return torch.empty_like(y), torch.empty_like(z), kept
+
+    def backward(ctx: Any, grad: Tensor, *unused: Any) -> tuple[Any, ...]:
+        cos, sin, *rest = ctx.saved_tensors
+        weights, kept = rest[: ctx.count], rest[ctx.count :]
+        d_x, d_weights = bwd(grad.contiguous(), kept, weights, cos, sin, *ctx.settings)
+        return d_x, None, None, d_weights, None, None, *(None for _ in ctx.settings)
+
+    bwd = register(
+        namespace,
+        "deep_recursion_bwd(Tensor grad, Tensor[] saved, Tensor[] weights, Tensor? cos,"
+        f" Tensor? sin, {_SETTINGS}) -> (Tensor, Tensor[])",
+        _bwd_fake,
+    )
+    fwd = register(
+        namespace,
+        "deep_recursion(Tensor x, Tensor y, Tensor z, Tensor[] weights, Tensor? cos, Tensor? sin,"
+        f" {_SETTINGS}) -> (Tensor, Tensor, Tensor[])",
+        fwd_fake,
+        save=_save,
+        backward=backward,
+    )
+    return fwd, bwd
 
 
 def _bwd_fake(
@@ -103,33 +131,13 @@ def _bwd_fake(
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
     weights, cos, sin, *settings = inputs[3:]
-    _, new_z, saved = output
-    ctx.save_for_backward(cos, sin, *weights, *saved)
+    _, new_z, kept = output
+    ctx.save_for_backward(cos, sin, *weights, *kept)
     ctx.count, ctx.settings = len(weights), settings
-    ctx.mark_non_differentiable(new_z, *saved)
+    ctx.mark_non_differentiable(new_z, *kept)
 
 
-def _backward(ctx: Any, grad: Tensor, *unused: Any) -> tuple[Any, ...]:
-    cos, sin, *rest = ctx.saved_tensors
-    weights, saved = rest[: ctx.count], rest[ctx.count :]
-    d_x, d_weights = _bwd(grad.contiguous(), saved, weights, cos, sin, *ctx.settings)
-    return d_x, None, None, d_weights, None, None, *(None for _ in ctx.settings)
-
-
-_bwd = register(
-    EXTENSION,
-    "deep_recursion_bwd(Tensor grad, Tensor[] saved, Tensor[] weights, Tensor? cos, Tensor? sin,"
-    f" {_SETTINGS}) -> (Tensor, Tensor[])",
-    _bwd_fake,
-)
-_fwd = register(
-    EXTENSION,
-    "deep_recursion(Tensor x, Tensor y, Tensor z, Tensor[] weights, Tensor? cos, Tensor? sin,"
-    f" {_SETTINGS}) -> (Tensor, Tensor, Tensor[])",
-    _fwd_fake,
-    save=_save,
-    backward=_backward,
-)
+_fwd, _ = operations(EXTENSION, new_saved)
 
 
 def deep_recursion(
@@ -149,16 +157,15 @@ def deep_recursion(
         ValueError: a dtype or width that the kernels do not serve, or dropout.
     """
     mlp_t = hasattr(blocks[0].mixer, "gate_up")
-    width = x.shape[-1]
     check(
         "deep_recursion",
-        unsupported_dtype(x.dtype),
-        unsupported_width(width),
+        unsupported_dtype(x.dtype, x.device),
         "serves no dropout" if r.dropout else None,
-        None if mlp_t else rope_attention.unsupported_heads(width, r.heads),
+        _unsupported_sizes(x.shape[-1], None if mlp_t else r.heads, x.device),
     )
+    own = x.dtype if x.device.type == "cuda" else torch.float32  # read as they are
     weights = [
-        t.float().contiguous()
+        (t if t.dtype == own else t.float()).contiguous()
         for block in blocks
         for t in (*block.mixer, block.gate_up, block.down)
     ]
@@ -171,9 +178,21 @@ def deep_recursion(
     return new_y, new_z.detach()
 
 
-def unsupported(dtype: torch.dtype, config: Shape | None) -> str | None:
-    if config is None:
-        return unsupported_dtype(dtype)
+def _unsupported_sizes(width: int, heads: int | None, device: torch.device) -> str | None:
+    """heads: of attention; None for token mixing."""
+    if device.type == "cuda":
+        return None if heads is None else recursion_driver.unsupported_heads(width, heads)
+    return unsupported_width(width) or (
+        None if heads is None else rope_attention.unsupported_heads(width, heads)
+    )
+
+
+def unsupported(dtype: torch.dtype, config: Shape | None, device: torch.device) -> str | None:
+    """Why the op cannot serve, or None."""
+    reason = unsupported_dtype(dtype, device)
+    if config is None or reason:
+        return reason
     if config.dropout:
         return "serves no dropout: the composition of the other operations does"
-    return unsupported_width(config.hidden_size) or rope_attention.unsupported(dtype, config)
+    heads = None if config.mlp_t else config.num_heads
+    return _unsupported_sizes(config.hidden_size, heads, device)

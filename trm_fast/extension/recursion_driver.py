@@ -1,7 +1,7 @@
-"""What the driver of `deep_recursion` on CUDA keeps for its backward.
+"""The driver of `deep_recursion` on CUDA: what it serves, and what it keeps for its backward.
 
-Owns the shapes that a compiler must know of without running csrc/cuda/deep_recursion.cpp. The CPU
-engine keeps other things: `deep_recursion` asks here for tensors on CUDA only.
+Owns what must be known without running csrc/cuda/deep_recursion.cpp, and registers the operations
+that it calls. The CPU engine is another: `deep_recursion` asks here for tensors on CUDA only.
 
 Dims legend: B batch, S tokens incl. prefix, D width, F inner width, E = H*K features of the heads,
 M = B*S rows.
@@ -14,10 +14,22 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-import trm_fast.extension.rotate_qkv  # noqa: F401  (the driver calls it)
+from trm_fast.extension import inject, residual_rmsnorm, rotate_qkv, swiglu  # noqa: F401
 
 WEIGHTS = 4  # of a block: the mixer's two, gate_up, down
 LSE_MULTIPLE = 32  # rows that PyTorch's attention in float32 rounds up to on CUDA
+# What PyTorch's fused attention serves; beyond, the backward of FlashAttention lacks some GPUs.
+HEAD_DIMS = range(8, 193, 8)
+
+
+def unsupported_heads(width: int, heads: int) -> str | None:
+    """Why `heads` heads of states of `width` cannot be served, or None."""
+    head_dim, rest = divmod(width, heads)
+    if not rest and head_dim in HEAD_DIMS:
+        return None
+    most, step = HEAD_DIMS[-1], HEAD_DIMS.step
+    given = f"{width} features in {heads}"
+    return f"needs heads of a size that is a multiple of {step} up to {most}, not {given}"
 
 
 def new_saved(

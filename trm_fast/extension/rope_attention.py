@@ -109,13 +109,13 @@ def _unsupported_table(table: Tensor, tokens: int, head_dim: int) -> str | None:
     return f"needs cos and sin of [{tokens}, {head_dim}] float32, not {given}"
 
 
-def unsupported(dtype: torch.dtype, config: Shape | None) -> str | None:
+def unsupported(dtype: torch.dtype, config: Shape | None, device: torch.device) -> str | None:
     """Why the op cannot serve, or None."""
     if config is None or config.mlp_t:  # token mixing has no heads
-        return unsupported_dtype(dtype)
+        return unsupported_dtype(dtype, device)
     width = config.hidden_size
     return (
-        unsupported_dtype(dtype)
+        unsupported_dtype(dtype, device)
         or unsupported_width(width)
         or unsupported_heads(width, config.num_heads)
     )

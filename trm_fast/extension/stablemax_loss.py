@@ -54,9 +54,9 @@ _fwd = register(
 )
 
 
-def unsupported(dtype: torch.dtype, config: Shape | None) -> str | None:
+def unsupported(dtype: torch.dtype, config: Shape | None, device: torch.device) -> str | None:
     """Why the op cannot serve, or None."""
-    return unsupported_dtype(dtype)
+    return unsupported_dtype(dtype, device)
 
 
 def stablemax_loss(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:

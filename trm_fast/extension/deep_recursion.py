@@ -137,7 +137,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
     ctx.mark_non_differentiable(new_z, *kept)
 
 
-_fwd, _ = operations(EXTENSION, new_saved)
+_fwd, _bwd = operations(EXTENSION, new_saved)
 
 
 def deep_recursion(

@@ -38,7 +38,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--commit", help="recorded where the checkout has lost its .git")
     parser.add_argument("--only", metavar="REGEX", help="items whose names match, and no others")
     parser.add_argument("--tiny", action="store_true", help="dry run: tiny sizes, on the CPU")
-    parser.add_argument("--one", metavar="OP/CASE/DIRECTION", help="one call, for a profiler")
+    parser.add_argument("--one", metavar="OP/CASE/DIRECTION[/BACKEND]", help="one call")
     parser.add_argument("--batch", type=int, help="boards of --one")
     for name in ("--run", "--until", "--after"):  # for the process that measures
         parser.add_argument(name, help=argparse.SUPPRESS)

@@ -15,11 +15,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from trm_fast import reference
+from trm_fast import backends, reference
 from trm_fast.contenders import ParityError
+from trm_fast.extension import library
 from trm_fast.op_cases import case
-from trm_fast.ops import OP_NAMES
-from trm_fast.suite import predictions, records, session, tuning, why
+from trm_fast.ops import OP_NAMES, POLICIES
+from trm_fast.suite import compiled, predictions, records, session, tuning, why
 from trm_fast.suite.predictions import look_up, operation_ms, planned_ms, product_ms
 from trm_fast.suite.session import Item, Session, Skip
 from trm_fast.suite.stages import STAGES
@@ -235,8 +236,59 @@ def test_memory_errors_are_wrong(dry, monkeypatch, errors, wrong):
 
 def test_one_call_of_a_kernel_for_a_profiler(capsys):
     why.run_one("swiglu/channel/both", CPU, 1, tiny=True)
+    with pytest.raises(Skip, match="cuda does not serve swiglu: serves NVIDIA GPUs only"):
+        why.run_one("swiglu/channel/both/cuda", CPU, 1, tiny=True)
     with pytest.raises(ValueError, match="swiglu has the cases channel"):
         why.run_one("swiglu/chanel/both", CPU, 1, tiny=True)
+
+
+# The compiled library
+
+
+def only(monkeypatch, op):
+    """As if the library had one operation."""
+    monkeypatch.setattr(backends, "EXTENSION_OPS", {"cpp": (op,), "cuda": (op,)})
+
+
+def test_every_operation_of_the_library_is_checked_in_every_dtype(dry, monkeypatch, extension):
+    dry.tiny = False
+    only(monkeypatch, "deep_recursion")
+    assert compiled.dtypes(dry) == ("bfloat16", "float32")
+    dry.device = torch.device("cuda")
+    assert compiled.dtypes(dry) == ("bfloat16", "float16", "float32")
+    found = [(case.name, policy) for case, policy in compiled.workloads(dry, "float32", "tiny")]
+    assert found == [(m, f" {p}") for m in ("mlp_t", "attention") for p in POLICIES]
+
+
+def test_a_wrong_operation_of_the_library_is_found(dry, monkeypatch, extension):
+    only(monkeypatch, "swiglu")
+    (row,) = compiled.correct(dry)
+    assert row["name"] == "compiled/swiglu/channel/both fp32"
+    assert 0 <= row["value"] <= 1
+    wrong = {"cpp": lambda gate_up: reference.swiglu(gate_up) * 1.01}
+    monkeypatch.setattr(compiled, "functions", lambda *_: (wrong, {}))
+    with pytest.raises(ParityError, match="cpp, swiglu .channel., both, seed 0: result 0 is off"):
+        list(compiled.correct(dry))
+
+
+def test_what_the_library_registers_is_checked(dry, monkeypatch, extension):
+    only(monkeypatch, "swiglu")
+    names = ["trm_fast_ext::swiglu", "trm_fast_ext::swiglu_bwd"]
+    assert [r["name"] for r in compiled.registered(dry)] == [
+        f"registered/{n}/channel" for n in names
+    ]
+    checked = []
+    monkeypatch.setattr(torch.library, "opcheck", lambda op, args: checked.append((op, len(args))))
+    list(compiled.registered(dry))
+    ops = torch.ops.trm_fast_ext
+    assert checked == [(ops.swiglu.default, 1), (ops.swiglu_bwd.default, 2)]
+
+
+def test_without_the_library(dry, monkeypatch):
+    monkeypatch.setattr(library, "unavailable", lambda kind: f"no compiler for {kind}")
+    for item in (compiled.ready, compiled.correct, compiled.registered):
+        with pytest.raises(Skip, match="no compiled library: no compiler for cpu"):
+            list(item(dry))
 
 
 # The command
@@ -348,6 +400,7 @@ SKIPPED = (
     "left out of the dry run",
     "the dry run has one dtype",
     "no compiled backend serves ",
+    "no compiled library: ",
     "no Triton kernels for ",
 )
 
@@ -373,8 +426,12 @@ def test_the_dry_run_of_every_stage(tmp_path):
         for row in record.get("rows", ())
     }
     errors = [row["value"] for name, row in rows.items() if name.startswith("correct/")]
-    assert errors
+    errors += [row["value"] for name, row in rows.items() if name.startswith("compiled/deep_rec")]
+    assert len(errors) > len(OP_NAMES)
     assert all(0 <= error <= 1 for error in errors)
+    if library.unavailable("cpu") is None:
+        assert rows["registered/trm_fast_ext::deep_recursion_bwd/attention save"]["value"] == 1
+        assert rows["compiled library/attention/loss"]["value"] < 1e-5
     assert rows["ours/mlp_t/step"]["predicted"] == 83
     assert rows["ours/mlp_t/loss"]["value"] < 1e-5
     assert rows["ceilings/copy"]["predicted"] == 3000

@@ -62,6 +62,7 @@ ORDER = [
     ["suite.session"],
     ["suite.ceilings", "suite.truth"],
     ["suite.steps"],
+    ["suite.compiled"],
     ["suite.speed"],
     ["suite.tuning"],
     ["suite.why"],

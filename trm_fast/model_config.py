@@ -69,7 +69,7 @@ class _Network:
     q_logits: int = option("halt logits: 2 (halt, continue) or 1 (halt)", 2, low=1, high=2)
     dropout: float = option("dropout inside the block", 0.0, low=0, high=1, open=")")
     backend: str = option(
-        "implementation of the fused operations",
+        "implementation of the fused operations; what it lacks runs on the reference",
         "auto",
         choices=("auto", "cuda", "triton", "cpp", "reference"),
     )

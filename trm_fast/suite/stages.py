@@ -10,13 +10,14 @@ from functools import partial
 
 from trm_fast.contenders import Contender
 from trm_fast.ops import OP_NAMES
-from trm_fast.suite import ceilings, speed, steps, truth, tuning, why
+from trm_fast.suite import ceilings, compiled, speed, steps, truth, tuning, why
 from trm_fast.suite.session import Item
 
 EAGER = Contender("official eager", official=True)
 COMPILED = Contender("official compiled", official=True, compiled=True)
 PADDED = Contender("official compiled, padded", official=True, compiled=True, padded=112)
 MAIN = ("token_mix/mlp_t", "swiglu_rmsnorm/channel", "rope_attention/sudoku")
+CUDA_LIBRARY = ("deep_recursion/attention", "deep_recursion/mlp_t", "embed_reset/sudoku")
 TUNED = ("token_mix", "swiglu_rmsnorm", "rope_attention", "linear_rmsnorm", "residual_rmsnorm")
 
 A = (
@@ -27,7 +28,10 @@ A = (
     Item("products of all passes", ceilings.all_passes, 30),
     Item("launches", ceilings.launches, 20),
     Item("elementwise", ceilings.elementwise, 20),
+    Item("compiled library", compiled.ready, 240),
     *(Item(f"correct {op}", partial(truth.operation, op=op), 60, gate=True) for op in OP_NAMES),
+    Item("compiled library, correct", compiled.correct, 60, gate=True),
+    Item("compiled library, registered", compiled.registered, 60, gate=True),
     Item("supervision steps mlp_t", partial(truth.supervision_steps, mixer="mlp_t"), 60, gate=True),
     Item(
         "supervision steps attention",
@@ -77,6 +81,15 @@ B = (
         for mixer in ("mlp_t", "attention")
         for policy in ("light", "recompute")
     ),
+    *(
+        Item(
+            f"step {mixer} compiled library",
+            partial(compiled.step, mixer=mixer),
+            60,
+            dry=mixer == "attention",
+        )
+        for mixer in ("mlp_t", "attention")
+    ),
     Item("step mlp_t reference", partial(steps.our_steps, mixer="mlp_t", fused=False), 45),
     *(
         Item(
@@ -105,6 +118,14 @@ C = (
     *(
         Item(f"memory check {op}", partial(why.memory_check, what=f"{op}/both"), 60)
         for op in (*MAIN, "linear_rmsnorm/o_proj", "residual_rmsnorm/tokens", "embed_reset/sudoku")
+    ),
+    *(
+        Item(
+            f"memory check {op}, CUDA library",
+            partial(why.memory_check, what=f"{op}/both/cuda"),
+            120,
+        )
+        for op in CUDA_LIBRARY
     ),
 )
 STAGES = {"A": A, "B": B, "C": C}

@@ -23,6 +23,7 @@ import torch
 from trm_fast.contenders import ParityError
 from trm_fast.op_bench import RUN, make_inputs
 from trm_fast.op_cases import case
+from trm_fast.suite.compiled import function_of
 from trm_fast.suite.records import measurement
 from trm_fast.suite.session import Rows, Session, Skip
 from trm_fast.suite.tuning import triton_function
@@ -49,12 +50,16 @@ LAUNCHES = 8
 
 
 def run_one(what: str, device: torch.device, batch: int | None, tiny: bool) -> None:
-    """One call of the Triton kernels of "OP/CASE/DIRECTION": what a profiler looks at."""
-    op, name, direction = what.split("/")
+    """One call of "OP/CASE/DIRECTION" on the Triton kernels, or of "OP/CASE/DIRECTION/BACKEND":
+    what a profiler looks at."""
+    op, name, direction, *backend = what.split("/")
     dtype = "float32" if tiny else "bfloat16"
     chosen = case(op, name, "tiny" if tiny else "real", batch, dtype)
     session = Session("C", "one", Path(), 0.0, device, tiny)
-    RUN[direction](triton_function(session, chosen), make_inputs(chosen, 0, device))
+    function = (
+        function_of(session, chosen, *backend) if backend else triton_function(session, chosen)
+    )
+    RUN[direction](function, make_inputs(chosen, 0, device))
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 

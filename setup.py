@@ -11,6 +11,7 @@ platform (but of any Python). That takes torch's headers: install torch first, a
 
 import importlib.util
 import os
+import shutil
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -62,6 +63,7 @@ class BuildPy(build_py):
 
     def prebuild(self, build: ModuleType) -> None:
         folder = Path(self.build_lib, "trm_fast", "_lib").absolute()
+        shutil.rmtree(folder, ignore_errors=True)  # what an earlier build of other sources left
         for kind in KINDS:
             targets = build.portable_sets() if kind == "cpu" else build.cuda_architectures()
             library = folder / build.prebuilt_name(kind, targets)

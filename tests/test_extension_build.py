@@ -46,13 +46,17 @@ def test_an_edit_compiles_what_it_must_only(tiny):
 
 def test_the_key_stands_for_everything(tiny, monkeypatch):
     keys = {build.key("cpu", SETS), build.key("cpu", ["avx2"]), build.key("cpu", SETS, ["-g"])}
+    objects = {job.key for job in build.jobs("cpu", SETS)}
+    monkeypatch.setenv("CXX", f"{tiny.compiler} -DMORE")
+    keys.add(build.key("cpu", SETS))
+    assert not objects & {job.key for job in build.jobs("cpu", SETS)}
     monkeypatch.setattr(build, "_macros", lambda command: {"__VERSION__": "99"})
     keys.add(build.key("cpu", SETS))
     monkeypatch.setattr(build, "CXX_FLAGS", (*build.CXX_FLAGS, "-O2"))
     keys.add(build.key("cpu", SETS))
     tiny.write("cpu/more.h", "")
     keys.add(build.key("cpu", SETS))
-    assert len(keys) == 6
+    assert len(keys) == 7
 
 
 def cut(path: Path) -> None:
@@ -122,6 +126,92 @@ def test_a_compiler_that_is_no_program(tiny, monkeypatch):
     Path(tiny.bin / "broken").write_bytes(b"\x7fELF nonsense")
     with pytest.raises(build.BuildError, match="broken cannot be run: .*Exec format"):
         cache.provide("cpu", SETS)
+
+
+@pytest.mark.parametrize("given", ["'c++", '"'])
+def test_a_compiler_that_cannot_be_read(given, tiny, monkeypatch):
+    monkeypatch.setenv("CXX", given)
+    with pytest.raises(build.BuildError, match="CXX cannot be read: No closing quotation"):
+        cache.for_this_machine()
+
+
+def test_a_compiler_that_says_nonsense(tiny, monkeypatch):
+    monkeypatch.setenv("CXX", str(tiny.program("odd", 'echo "#define"; echo "#defi"')))
+    assert build.key("cpu", SETS).startswith("trm_fast_cpu-generic-")
+
+
+def test_a_user_without_a_home(tiny, monkeypatch):
+    def no_home(path):
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("TRM_FAST_CACHE")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "expanduser", no_home)
+    with pytest.raises(build.BuildError, match="TRM_FAST_CACHE can name one: Could not determine"):
+        cache.for_this_machine()
+
+
+def test_later_processes_start_no_compiler(tiny, monkeypatch):
+    path = cache.for_this_machine()
+    build._macros.cache_clear()
+    tiny.calls_file.unlink()
+    assert cache.for_this_machine() == path
+    assert not tiny.calls_file.exists(), "the compiler was started"
+    os.utime(tiny.compiler, (1, 1))
+    assert cache.for_this_machine() == path and tiny.calls_file.exists(), "it is another compiler"
+    tiny.write("cpu/more.h", "")
+    assert cache.for_this_machine() != path
+
+
+def test_a_damaged_library_is_not_taken_from_memory_of_it(tiny):
+    path = cache.for_this_machine()
+    cut(path)
+    assert cache.for_this_machine() == path and answer(path) == 42
+
+
+def test_without_a_compiler_what_is_there_serves(tiny, monkeypatch):
+    path = cache.for_this_machine()
+    monkeypatch.setenv("CXX", "/nowhere/c++")
+    assert cache.for_this_machine() == path
+    monkeypatch.setattr(build, "runnable_sets", lambda: ["avx2"])
+    with pytest.raises(build.BuildError, match="no C\\+\\+ compiler"):
+        cache.for_this_machine()
+    monkeypatch.setattr(build, "runnable_sets", lambda: ["avx2", "generic"])
+    tiny.write("common.h", "#define ANSWER 1\n")
+    with pytest.raises(build.BuildError, match="no C\\+\\+ compiler"):
+        cache.for_this_machine()
+
+
+def test_a_library_with_flags_of_its_own_is_no_other_s(tiny, monkeypatch):
+    cache.provide("cpu", SETS, ["-DMORE"])
+    monkeypatch.setenv("CXX", "/nowhere/c++")
+    with pytest.raises(build.BuildError, match="no C\\+\\+ compiler"):
+        cache.for_this_machine()
+
+
+def test_only_the_user_can_write_to_the_cache(tiny, monkeypatch):
+    before = os.umask(0)
+    try:
+        path = cache.for_this_machine()
+    finally:
+        os.umask(before)
+    assert path.parent.stat().st_mode & 0o777 == 0o700 and path.stat().st_mode & 0o022 == 0
+    path.parent.chmod(0o777)
+    with pytest.raises(build.BuildError, match="not to be trusted: everybody can write to it"):
+        cache.for_this_machine()
+    path.parent.chmod(0o700)
+    monkeypatch.setattr(os, "getuid", lambda: path.stat().st_uid + 1)
+    if path.stat().st_uid != 0:
+        with pytest.raises(build.BuildError, match="not to be trusted: another user's"):
+            cache.for_this_machine()
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can give a file away")
+def test_a_library_of_another_user_is_refused(tiny):
+    path = cache.for_this_machine()
+    os.chown(path, 54321, 54321)
+    with pytest.raises(build.BuildError, match="not to be trusted: another user's"):
+        cache.for_this_machine()
 
 
 def test_a_cache_that_cannot_be_written_to(tiny, monkeypatch):

@@ -97,7 +97,10 @@ def torch_folder() -> Path:
 
 def compiler() -> tuple[str, ...]:
     """The C++ compiler: $CXX, which may hold arguments, else c++."""
-    given = shlex.split(os.environ.get("CXX", "")) or ["c++"]
+    try:
+        given = shlex.split(os.environ.get("CXX", "")) or ["c++"]
+    except ValueError as error:
+        raise BuildError(f"CXX cannot be read: {error}") from None
     found = shutil.which(given[0])
     if found is None:
         raise BuildError(f"no C++ compiler: {given[0]} is not on PATH")
@@ -176,7 +179,7 @@ def _macros(command: tuple[str, ...]) -> dict[str, str]:
     native = ["-march=native"] if _is_x86() else []
     text = run([*command, *native, "-dM", "-E", "-x", "c++", os.devnull])
     defined = (line.split(maxsplit=2)[1:] for line in text.splitlines() if line.startswith("#def"))
-    return {words[0]: "".join(words[1:]) for words in defined}
+    return {words[0]: "".join(words[1:]) for words in defined if words}
 
 
 def _is_x86() -> bool:
@@ -196,12 +199,20 @@ def native_set() -> str:
     """The best instruction set of this machine, by both its compiler and its system."""
     if not _is_x86():
         return "generic"
-    defined, flags = _macros(compiler()), cpu_flags()
-    for name, needs in _MACROS.items():
-        listed = {macro.strip("_").lower().replace("avx512bf", "avx512_bf") for macro in needs}
-        if defined.keys() >= needs and (flags is None or flags >= listed):
-            return name
-    raise AssertionError("generic needs nothing")
+    defined = _macros(compiler())
+    return next(name for name in runnable_sets() if defined.keys() >= _MACROS[name])
+
+
+def runnable_sets() -> list[str]:
+    """What this CPU can run, by its system, best first; all, where that does not tell."""
+    if not _is_x86():
+        return ["generic"]
+    flags = cpu_flags()
+    listed = {
+        name: {macro.strip("_").lower().replace("avx512bf", "avx512_bf") for macro in needs}
+        for name, needs in _MACROS.items()
+    }
+    return [name for name, needs in listed.items() if flags is None or flags >= needs]
 
 
 def portable_sets() -> tuple[str, ...]:
@@ -246,16 +257,36 @@ def key(kind: str, targets: Sequence[str], flags: Sequence[str] = ()) -> str:
     made_by = _identity()
     if kind == "cuda":
         made_by = (*made_by, run([str(cuda_home() / "bin" / "nvcc"), "--version"]))
-    own = digest((source_key(kind), tuple(targets), tuple(flags), made_by))
-    return f"trm_fast_{kind}-{'+'.join(targets)}-{own}"
+    own = digest((tuple(targets), tuple(flags), made_by))
+    return f"trm_fast_{kind}-{'+'.join(targets)}-{_source_mark(kind, flags)}-{own}"
+
+
+def _source_mark(kind: str, flags: Sequence[str] = ()) -> str:
+    """The part of a library's name that says what it was made of."""
+    return digest((source_key(kind), tuple(flags))) if flags else source_key(kind)
+
+
+def any_compilers(kind: str, target: str) -> str:
+    """Pattern of the names of libraries of these sources for one target, whoever compiled them."""
+    return f"trm_fast_{kind}-{target}-{_source_mark(kind)}-*{SUFFIX}"
 
 
 def _identity() -> tuple[str, ...]:
-    """The compiler and what it compiles for."""
-    macros = _macros(compiler())
+    """The compiler with its arguments, and what it compiles for."""
+    command = compiler()
+    macros = _macros(command)
     names = ("__VERSION__", "__clang_version__", "__GNUC__")
     system = (sys.platform, platform.machine(), platform.libc_ver()[0])
-    return (*(macros.get(name, "") for name in names), *system)
+    return (*command[1:], *(macros.get(name, "") for name in names), *system)
+
+
+def machine_key() -> str:
+    """Of sources, compiler and CPU, without starting the compiler: where it is what it was, so is
+    what it would make."""
+    command = compiler()
+    about = os.stat(command[0])
+    made_by = (*command, about.st_size, about.st_mtime_ns)
+    return digest((source_key("cpu"), made_by, sorted(cpu_flags() or ())))
 
 
 @dataclass(frozen=True)

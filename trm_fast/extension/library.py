@@ -97,10 +97,24 @@ def _load_or_say_why(kind: str) -> str:
 def _load(kind: str) -> str:
     capability = torch.cuda.get_device_capability() if _has_gpu(kind) else None
     path = _prebuilt(kind, capability)
-    if path is not None and _try(kind, path) is None:
+    if path is None:
+        return _load_built(kind, capability)
+    error = _try(kind, path)
+    if error is None:
         return PREBUILT_STATE
+    log.info("the prebuilt %s extension does not load: %s", kind, error)
+    try:
+        return _load_built(kind, capability)
+    except build.BuildError as other:
+        reason = f"the prebuilt one does not load ({error.splitlines()[0]}), and {other.reason}"
+        raise type(other)(reason, str(other)) from other
+
+
+def _load_built(kind: str, capability: tuple[int, int] | None) -> str:
     if kind == "cpu":
-        return _build_and_load(kind, [build.native_set()])
+        if _try(kind, cache.for_this_machine()) is None:
+            return BUILT_STATE
+        return _build_and_load(kind, [build.native_set()], anew=True)
     build.cuda_home()  # what is missing most often is said first
     own = [_architecture(capability)] if capability else []
     return _build_and_load(kind, build.cuda_architectures(own))
@@ -125,8 +139,10 @@ def _prebuilt(kind: str, capability: tuple[int, int] | None) -> Path | None:
     return None
 
 
-def _build_and_load(kind: str, targets: Sequence[str], flags: Sequence[str] = ()) -> str:
-    if _try(kind, cache.provide(kind, targets, flags)) is not None:
+def _build_and_load(
+    kind: str, targets: Sequence[str], flags: Sequence[str] = (), anew: bool = False
+) -> str:
+    if anew or _try(kind, cache.provide(kind, targets, flags)) is not None:
         # Made by a compiler or for a torch that are gone, or damaged before it was sealed.
         error = _try(kind, cache.provide(kind, targets, flags, anew=True))
         if error is not None:

@@ -42,6 +42,7 @@ class Shape(Protocol):
     num_heads: int
     mlp_t: bool
     dropout: float
+    quantize: str
 
 
 @inlined

@@ -360,6 +360,7 @@ def deep_recursion(
         unsupported_dtype(x.dtype),
         unsupported_width(width),
         "serves no dropout" if r.dropout else None,
+        None if torch.is_grad_enabled() else unsupported_quantization(r.quantize),
     )
     if not mlp_t:
         check(
@@ -380,11 +381,17 @@ def deep_recursion(
     return new_y, new_z.detach()
 
 
+def unsupported_quantization(name: str) -> str | None:
+    return None if name == "none" else f"has no products in {name} on GPUs"
+
+
 def unsupported(dtype: torch.dtype, config: Shape | None) -> str | None:
     if config is None:
         return unsupported_dtype(dtype)
     if config.dropout:
         return "serves no dropout: the composition of the other operations does"
+    if reason := unsupported_quantization(config.quantize):
+        return reason
     parts = token_mix if config.mlp_t else rope_attention
     return parts.unsupported(dtype, config)
 

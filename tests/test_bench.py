@@ -338,6 +338,7 @@ def test_the_table_shows_ratios_and_reasons_within_120_columns():
         (["--official", "nowhere"], "nowhere: not a checkout of the official code"),
         (["--batch", "0"], "batch_size"),
         (["--dtype", "bfloat"], "forward_dtype"),
+        (["--quantize", "int4"], "cannot quantize to 'int4'; allowed: int8"),
         (["--policy", "safe"], "unknown policy 'safe'; allowed: save, light, recompute"),
     ],
 )
@@ -446,6 +447,20 @@ def test_fused_operations_are_a_contender_named_after_their_backends(monkeypatch
         Contender("cpp, recompute", backend="auto", policy="recompute"),
     ]
     assert found[-1] == Contender("matmuls only", products=True)
+
+
+def test_eight_bits_are_a_contender_of_inference(extension):
+    """Checked against the reference in eight bits, not against the one in floats."""
+    race = bench.set_up(RECIPE, "inference", None, CPU, "never", quantized=["int8"])
+    names = [entry.contender.name for entry in race.entries]
+    assert names == ["reference", "cpp", "cpp, int8", "matmuls only"]
+    entry = race.entries[2]
+    assert (entry.config.quantize, entry.config.backend) == ("int8", "auto")
+    assert set(entry.errors) == {"one_cycle", "loss"}
+    logits = [outcome(race.entries[i])["logits"] for i in (1, 2)]
+    assert not torch.equal(*logits)
+    race = bench.set_up(RECIPE, "train", None, CPU, "never", quantized=["int8"])
+    assert [entry.contender.quantize for entry in race.entries] == ["none"] * 3
 
 
 def test_without_fused_operations_the_reference_has_the_other_policies(monkeypatch):

@@ -23,6 +23,15 @@ def test_the_product_that_is_timed_is_right(m, k, n, dtype, extension):
     assert (rates > 0).all()
 
 
+@pytest.mark.parametrize(("m", "k", "n"), [(1, 16, 16), (13, 48, 80), (97, 96, 48), (230, 16, 64)])
+def test_the_product_of_whole_numbers_is_exact(m, k, n, extension):
+    a, w = (torch.randint(-127, 128, s, dtype=torch.int8) for s in ((m, k), (n, k)))
+    a[0], w[0] = 127, -127
+    out, rates = micro.product(a, w, 1, 2)
+    assert torch.equal(out, a.float() @ w.float().t())
+    assert (rates > 0).all()
+
+
 def test_a_wrong_operand_is_refused(extension):
     a, w = torch.randn(4, 32), torch.randn(48, 32)
     for given, text in (
@@ -55,7 +64,7 @@ def test_a_quick_run(extension):
     assert found["unavailable"] is None
     assert found["instruction_set"] in ("avx512_bf16", "avx512", "avx2", "generic")
     assert [(r["case"], r["dtype"]) for r in found["rows"]] == [
-        (case.name, dtype) for dtype in ("float32", "bfloat16") for case in QUICK
+        (case.name, dtype) for dtype in ("float32", "bfloat16", "int8") for case in QUICK
     ]
     for r in found["rows"]:
         peak = found["peak_gflop_per_s"][r["dtype"]]

@@ -11,6 +11,7 @@ from trm_fast import evaluate as command
 from trm_fast.data.dataset import from_arrays
 from trm_fast.data.format import write_dataset
 from trm_fast.inference import sudoku_rules, supervision_steps
+from trm_fast.loading import load_model
 
 CLUES = "12..34..21..43.."
 TURNED = "4321214334121234"  # another solution grid
@@ -93,6 +94,7 @@ def check(document, want):
     ("arguments", "want", "about"),
     [
         ((), {"seed": 107}, {"weights": "ema", "step": 7, "max_puzzles": None}),
+        ((), {"seed": 107}, {"quantize": "none"}),
         (("--weights", "ema"), {"seed": 107}, {"weights": "ema"}),
         (("--weights", "raw"), {"seed": 7}, {"weights": "raw"}),
         (("--steps", "5"), {"seed": 107, "depth": 5}, {"supervision_steps": 5}),
@@ -122,6 +124,22 @@ def test_the_case_tells_steps_and_weights_apart(data):
     assert len(set(told["accuracy"])) == DEPTH
     assert told["accuracy"] != expected(7, *data[1:])["accuracy"]
     assert 1 < told["best_q_steps"] < DEPTH
+
+
+def test_products_in_eight_bits(measure, run, tmp_path):
+    """By the option, for a run trained without; a run's own setting can be put off."""
+    given = ("--quantize", "int8")
+    document = json.loads(measure("--json", *given)[1])
+    assert document["quantize"] == "int8"
+    (found,), (usual,) = (d["sets"].values() for d in (document, json.loads(measure("--json")[1])))
+    assert found["lm_loss"] == pytest.approx(usual["lm_loss"], rel=0.3)
+    assert found["lm_loss"] != usual["lm_loss"]
+    assert "\nproducts    int8\n" in measure(*given)[1]
+    assert "products" not in measure()[1]
+    own = save_run(tmp_path / "own", data=run.parent, changes={"quantize": "int8"})
+    assert load_model(own)[0].config.quantize == "int8"
+    assert load_model(own, quantize="none")[0].config.quantize == "none"
+    assert measure("--quantize", "int4")[0] == 2
 
 
 def test_run_folders_and_pointers(measure, run):

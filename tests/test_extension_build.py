@@ -293,10 +293,12 @@ def test_the_instruction_set_is_what_compiler_and_system_both_have(monkeypatch):
         monkeypatch.setattr(build, "cpu_flags", lambda: None if listed is None else set(listed))
         return build.native_set()
 
-    assert chosen([*macros, "__AVX512BF16__"], [*flags, "avx512_bf16"]) == "avx512_bf16"
-    assert chosen([*macros, "__AVX512BF16__"], None) == "avx512_bf16"
-    assert chosen([*macros, "__AVX512BF16__"], flags) == "avx512"
-    assert chosen(macros, [*flags, "avx512_bf16"]) == "avx512"
+    best = [*macros, "__AVX512BF16__", "__AVX512VNNI__"]
+    assert chosen(best, [*flags, "avx512_bf16", "avx512_vnni"]) == "avx512_bf16"
+    assert chosen(best, None) == "avx512_bf16"
+    assert chosen(best, flags) == chosen(best, [*flags, "avx512_bf16"]) == "avx512"
+    assert chosen(best[:-1], [*flags, "avx512_bf16", "avx512_vnni"]) == "avx512"
+    assert chosen(macros, [*flags, "avx512_bf16", "avx512_vnni"]) == "avx512"
     assert chosen(macros, ["avx2", "fma"]) == "avx2"
     assert chosen(["__AVX2__"], flags) == "generic"
     monkeypatch.setattr(build, "_is_x86", lambda: False)

@@ -68,6 +68,7 @@ def test_model_config_defaults_are_official_and_ours_are_off():
         "dropout": 0.0,
         "backend": "auto",
         "policy": "auto",
+        "quantize": "none",
     }
     assert config.prefix_len == 16  # puzzle_emb_ndim=0 with puzzle_emb_len=16 is allowed here
     for key in needed:

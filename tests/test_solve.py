@@ -92,6 +92,14 @@ def test_one_broken_answer_of_several_is_status_1(ask):
     assert out.count("breaks the rules in ") == 1
 
 
+def test_products_in_eight_bits(ask):
+    told = [json.loads(ask(CLUES, "--json", *more)[1]) for more in ((), ("--quantize", "int8"))]
+    assert [t["quantize"] for t in told] == ["none", "int8"]
+    usual, given = (t["answers"][0]["confidence"] for t in told)
+    assert given != usual
+    assert given == pytest.approx(usual, abs=0.2)
+
+
 @pytest.mark.parametrize(
     ("arguments", "want"),
     [

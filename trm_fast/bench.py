@@ -131,8 +131,10 @@ def set_up(
     device: torch.device,
     compiling: str = "auto",
     policies: Sequence[str] = (),
+    quantized: Sequence[str] = (),
 ) -> Race:
-    """Build and check all contenders of a case, `policies` in place of the case's own.
+    """Build and check all contenders of a case, `policies` in place of the case's own, and
+    `quantized` for inference.
 
     Raises:
         ParityError: one of them computes something else.
@@ -141,7 +143,8 @@ def set_up(
     absent: dict[str, str] = {}
     losses: dict[ModelConfig, Tensor] = {}
     chosen = (policies or case.policies) if step == "train" else ("save",)
-    for contender in contenders(case, device, compiling, chosen):
+    ways = quantized if step == "inference" else ()
+    for contender in contenders(case, device, compiling, chosen, ways):
         if contender.official and official is None:
             absent[contender.name] = "no official code given: --official PATH"
             continue
@@ -181,6 +184,7 @@ def run_cases(
     compiling: str = "auto",
     peak_size: int | None = None,
     policies: Sequence[str] = (),
+    quantized: Sequence[str] = (),
     seconds: float = SECONDS,
     progress: Progress = lambda line: None,
     keep: Callable[[dict], None] = lambda found: None,
@@ -210,7 +214,7 @@ def run_cases(
             progress(f"{name}: building, parity, warm-up")
             started = time.perf_counter()
             with given_threads(max(threads) if threads else None):
-                race = set_up(case, step, official, device, compiling, policies)
+                race = set_up(case, step, official, device, compiling, policies, quantized)
             for count in counts:
                 with given_threads(count) as cpus:
                     progress(f"{name}: {len(race.entries)} contenders, threads: {count or 'all'}")
@@ -321,6 +325,11 @@ def parser() -> argparse.ArgumentParser:
     add("--dtype", type=_list_of(str), help="in place of the cases' own, such as float32,bfloat16")
     add("--batch", type=_list_of(int), help="batch sizes in place of the cases' own")
     add("--policy", type=_list_of(str), help=f"of our train step: {','.join(POLICIES)}")
+    add(
+        "--quantize",
+        type=_list_of(str),
+        help="also time our inference step with arch.quantize of int8, beside the one without",
+    )
     add("--threads", type=_list_of(positive), help="CPU threads, each in turn; default: 1,2")
     add("--rounds", type=positive, help="timed turns per contender")
     add(
@@ -350,6 +359,9 @@ def measure(given: argparse.Namespace) -> dict:
     policies = given.policy or []
     if wrong := [p for p in policies if p not in POLICIES]:
         raise ValueError(f"unknown policy {wrong[0]!r}; allowed: {', '.join(POLICIES)}")
+    quantized = given.quantize or []
+    if wrong := [q for q in quantized if q != "int8"]:
+        raise ValueError(f"cannot quantize to {wrong[0]!r}; allowed: int8")
     cases = [CASES[name] for name in given.case or CASES]
     cases = [quick(case) for case in cases] if given.quick else cases
     if given.rounds is not None:
@@ -369,6 +381,7 @@ def measure(given: argparse.Namespace) -> dict:
         given.compile,
         size,
         policies,
+        quantized,
         given.seconds,
         progress,
         partial(_write, given.json),
@@ -378,7 +391,8 @@ def measure(given: argparse.Namespace) -> dict:
             chosen, policies, given.official, threads or [1], given.quick, progress
         )
     if "micro" in parts:
-        dtypes = [d for d in micro_bench.DTYPES if d in {c.model.forward_dtype for c, _ in chosen}]
+        of_cases = {*(c.model.forward_dtype for c, _ in chosen), *quantized}
+        dtypes = [d for d in micro_bench.DTYPES if d in of_cases]
         small = (micro_bench.QUICK, dtypes, 1, 1e-5)
         full = (micro_bench.CASES, dtypes)
         found["micro"] = [micro_bench.measure(*(small if given.quick else full))]

@@ -48,7 +48,7 @@ BEYOND_OFFICIAL = """
     grad_clip ema_warmup eval_steps eval_max_puzzles eval_batch_size eval_steps_max resume
     save_interval keep official log_interval logger device threads compile
     arch.loss_type arch.intermediate_size arch.token_intermediate_size arch.intermediate_multiple
-    arch.q_readout arch.q_logits arch.dropout arch.backend arch.policy
+    arch.q_readout arch.q_logits arch.dropout arch.backend arch.policy arch.quantize
 """
 ALIASES = {
     "arch": "arch.name",

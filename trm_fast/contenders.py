@@ -113,6 +113,7 @@ class Contender:
         padded: tokens that the official token MLP is given, the missing ones zeros; 0 for its own.
         backend: of our operations.
         policy: of the recursion's memory; None leaves the configuration's.
+        quantize: of the products with weights; checked against a reference that does the same.
         products: no model, only the step's matrix products.
     """
 
@@ -124,6 +125,7 @@ class Contender:
     backend: str = "reference"
     compiler: str = "inductor"
     policy: str | None = None
+    quantize: str = "none"
     products: bool = False
 
 
@@ -139,6 +141,7 @@ def contenders(
     device: torch.device,
     compiling: str = "auto",
     policies: Sequence[str] = ("save",),
+    quantized: Sequence[str] = (),
 ) -> list[Contender]:
     """The reference first, then the fused operations where there are any for the device.
 
@@ -146,6 +149,7 @@ def contenders(
     fused the reference has the others too. The official code is compiled only where it is run so,
     on CUDA.
 
+    quantized: ways to quantise that what is fused runs with, too.
     compiling: one of COMPILE; "auto" leaves torch.compile out where it takes tens of minutes:
     on the CPU at the official depth, whose unrolled recursion is one C++ program.
     """
@@ -156,6 +160,8 @@ def contenders(
         if name != "reference":
             backend = "auto" if kernels else "reference"
             found.append(Contender(name, backend=backend, policy=policy))
+    for way in quantized if kernels else ():
+        found.append(Contender(f"{kernels}, {way}", backend="auto", policy="save", quantize=way))
     depth = case.model.H_cycles * (case.model.L_cycles + 1) * case.model.L_layers
     quick_enough = device.type == "cuda" or depth <= 8
     compiled = compiling == "always" or (compiling == "auto" and quick_enough)
@@ -277,7 +283,8 @@ def prepare(
     device: torch.device,
 ) -> Entry:
     """Everything built and put on the device; `run` does one step and returns its outcome."""
-    config = replace(config, backend=contender.backend, policy=contender.policy or config.policy)
+    policy = contender.policy or config.policy
+    config = replace(config, backend=contender.backend, policy=policy, quantize=contender.quantize)
     if contender.products:
         return Entry(contender, config, nn.Module(), matmuls(config, step, device))
     head = build(contender, config, official, device)
@@ -309,6 +316,9 @@ def prepare(
 # are compared at one cycle of one update, and only the loss at full depth.
 LIMITS = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 6e-2, torch.float64: 1e-8}
 LOSS_LIMITS = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 2e-2, torch.float64: 1e-5}
+# Of quantised products too: one last bit turns a whole number into the next, and recursion does the
+# rest.
+COARSE = torch.bfloat16
 
 
 def outcome(entry: Entry) -> dict[str, Tensor]:
@@ -354,8 +364,8 @@ def check_parity(
     losses: the reference's at full depth by configuration, known and found; they take long.
     """
     config = replace(entry.config, backend="reference", policy="save")
-    dtype = getattr(torch, config.forward_dtype)
-    reference = Contender("reference", policy="save")
+    dtype = getattr(torch, config.forward_dtype) if config.quantize == "none" else COARSE
+    reference = Contender("reference", policy="save", quantize=config.quantize)
     who = f"{entry.contender.name}, {step} step"
     shallow = replace(config, H_cycles=1, L_cycles=1)
     pair = [prepare(c, shallow, step, official, device) for c in (entry.contender, reference)]

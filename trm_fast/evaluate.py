@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     show_builds()
     try:
         options = _parser().parse_args(argv)
-        loaded = load_or_stop(options.checkpoint, options.weights, options.device)
+        loaded = load_or_stop(options.checkpoint, options)
         source = _source(options, loaded)
         reports = _measure(options, loaded, source)
     except CommandError as error:
@@ -185,6 +185,7 @@ def _document(
         "checkpoint": str(loaded.folder),
         "step": loaded.step,
         "weights": loaded.weights,
+        "quantize": loaded.model.config.quantize,
         "data": list(source.names),
         "split": source.split,
         "max_puzzles": options.max_puzzles,
@@ -200,6 +201,8 @@ def _text(loaded: Loaded, source: Source, reports: dict[str, SetReport]) -> str:
         f"weights     {WEIGHT_NAMES[loaded.weights]}, optimizer step {loaded.step}",
         f"data        {', '.join(source.names)}{split}",
     ]
+    if loaded.model.config.quantize != "none":
+        lines.append(f"products    {loaded.model.config.quantize}")
     for name, report in reports.items():
         lines += ["", *_set_lines(name, report)]
     return "\n".join(lines)

@@ -24,6 +24,7 @@ USAGE, MODEL, UNREADABLE, MISMATCH = 2, 3, 4, 5
 input that has another size or vocabulary than the model."""
 
 WEIGHTS = ("ema", "raw")
+QUANTIZED = ("none", "int8")
 
 
 class CommandError(Exception):
@@ -92,7 +93,11 @@ def find_checkpoint(path: str | os.PathLike[str]) -> Path:
 
 
 def load(
-    path: str | os.PathLike[str], *, weights: str | None = None, device: str = "auto"
+    path: str | os.PathLike[str],
+    *,
+    weights: str | None = None,
+    device: str = "auto",
+    quantize: str | None = None,
 ) -> Loaded:
     """The model of a checkpoint, in evaluation mode, and where it comes from.
 
@@ -100,6 +105,7 @@ def load(
         path: see `find_checkpoint`.
         weights: "ema" or "raw"; None is the moving average where the run kept one.
         device: see `pick_device`.
+        quantize: `arch.quantize` in place of the run's own, "none" or "int8".
 
     Raises:
         ValueError: no checkpoint, a damaged one, no moving average in it, or another device.
@@ -116,6 +122,8 @@ def load(
     values = saved.config.get("model")
     if not isinstance(values, dict):
         raise CheckpointError(f"{folder / 'config.json'}: the model's configuration is missing")
+    if quantize is not None:
+        values = values | {"quantize": quantize}
     try:
         model = Model(ModelConfig.from_dict(values))
     except ValueError as error:
@@ -139,21 +147,27 @@ def _first(error: RuntimeError) -> str:
 
 
 def load_model(
-    path: str | os.PathLike[str], *, weights: str | None = None, device: str = "auto"
+    path: str | os.PathLike[str],
+    *,
+    weights: str | None = None,
+    device: str = "auto",
+    quantize: str | None = None,
 ) -> tuple[Model, dict[str, Any]]:
     """The model and the saved configuration; arguments and errors as `load`."""
-    loaded = load(path, weights=weights, device=device)
+    loaded = load(path, weights=weights, device=device, quantize=quantize)
     return loaded.model, loaded.config
 
 
-def load_or_stop(path: str | os.PathLike[str], weights: str | None, device: str) -> Loaded:
-    """`load` for a command: CommandError with status USAGE (device) or MODEL (all else)."""
+def load_or_stop(path: str | os.PathLike[str], options: argparse.Namespace) -> Loaded:
+    """`load` by the shared options of a command: CommandError with status USAGE (device) or MODEL
+    (all else)."""
+    weights, device, quantize = options.weights, options.device, options.quantize
     try:
         pick_device(device)
     except ValueError as error:
         raise CommandError(USAGE, error) from None
     try:
-        return load(path, weights=weights, device=device)
+        return load(path, weights=weights, device=device, quantize=quantize)
     except (ValueError, OSError) as error:
         raise CommandError(MODEL, error) from None
 
@@ -196,6 +210,12 @@ class Parser(argparse.ArgumentParser):
         )
         self.add_argument(
             "--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: auto)"
+        )
+        self.add_argument(
+            "--quantize",
+            choices=QUANTIZED,
+            help="products in 8 bits, faster on CPUs and less exact, or as usual (default: the "
+            "run's own, none unless arch.quantize was given)",
         )
         self.add_argument("--json", action="store_true", help="one JSON document on stdout")
 

@@ -18,7 +18,7 @@ from trm_fast.timing import on_threads
 
 FLOOR = 0.9  # of the peak: a compiler that spills accumulators halves the rate
 SAMPLE_SECONDS = 3e-3  # long beside the clock's resolution, short beside a neighbour's time slice
-DTYPES = ("float32", "bfloat16")
+DTYPES = ("float32", "bfloat16", "int8")
 
 
 @dataclass(frozen=True)
@@ -83,8 +83,9 @@ def _rates(
     steps = max(1, int(seconds * 1e8))  # a step is some 10 ns
     inputs, times = {}, {}
     for case in cases:
-        a = torch.randn(case.rows, case.inner).to(dtype)
-        w = torch.randn(case.columns, case.inner).to(dtype)
+        scale = 30 if dtype == torch.int8 else 1
+        a = (scale * torch.randn(case.rows, case.inner)).to(dtype)
+        w = (scale * torch.randn(case.columns, case.inner)).to(dtype)
         inputs[case.name] = a, w
         rate = float(micro.product(a, w, 1, 1)[1][0])
         times[case.name] = max(1, int(seconds * rate / case.flops))
@@ -113,8 +114,8 @@ def text(found: dict[str, Any]) -> str:
         return f"microkernels: not measured, no compiled extension: {found['unavailable']}"
     peaks = ", ".join(f"{n} {v:.0f}" for n, v in found["peak_gflop_per_s"].items())
     lines = [
-        f"microkernels ({found['instruction_set']}), one thread, CPU time; multiply-adds in "
-        f"registers in GFLOP/s: {peaks}",
+        f"microkernels ({found['instruction_set']}), one thread, CPU time; peak of "
+        f"multiply-adds in GFLOP/s: {peaks}",
         f"  {'rows x inner x columns':<26}{'dtype':<10}{'GFLOP/s':>9}{'of peak':>9}",
     ]
     for r in found["rows"]:

@@ -132,6 +132,7 @@ class InnerModel(nn.Module):
 
     def _recursion(self, batch: int) -> Recursion:
         config = self.config
+        free = not (self.training or torch.is_grad_enabled())
         return Recursion(
             config.H_cycles,
             config.L_cycles,
@@ -139,6 +140,7 @@ class InnerModel(nn.Module):
             config.rms_norm_eps,
             self._policy(batch),
             config.dropout if self.training else 0.0,
+            config.quantize if free else "none",
         )
 
     def forward(

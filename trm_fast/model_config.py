@@ -78,6 +78,11 @@ class _Network:
         "auto",
         choices=("auto", "save", "light", "recompute"),
     )
+    quantize: str = option(
+        "products of passes without gradient: in 8 bits for faster answers on CPUs, or as usual",
+        "none",
+        choices=("none", "int8"),
+    )
 
     def __post_init__(self) -> None:
         if self.pos_encodings is None:

@@ -54,6 +54,8 @@ class Recursion:
         policy: what the backward of the last cycle keeps: "save" everything it reads, "light"
             without the products inside SwiGLU, "recompute" the states between passes only.
         dropout: probability of dropping an element of a sublayer's output; 0.0 in evaluation.
+        quantize: "int8": where gradients are off and nothing is dropped, products with weights over
+            the features are made in eight bits (`quantize.py`); elsewhere it means nothing.
     """
 
     H_cycles: int
@@ -62,6 +64,7 @@ class Recursion:
     eps: float
     policy: str = "save"
     dropout: float = 0.0
+    quantize: str = "none"
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
+from trm_fast import quantize
 from trm_fast.data.format import IGNORE_LABEL_ID
 from trm_fast.ops import BlockWeights, Ops, Recursion, Rotary, TokenMixWeights
 
@@ -205,9 +206,9 @@ def deep_recursion(
         x, y, z = (t.transpose(0, 1).contiguous().transpose(0, 1) for t in (x, y, z))
     tracked = torch.is_grad_enabled()
     with torch.no_grad():
-        cast = [_cast(block, x.dtype) for block in blocks]
+        free = _free_network(ops, blocks, rotary, r, x.dtype, tracked)
         for _ in range(r.H_cycles - 1 if tracked else r.H_cycles):
-            y, z = latent_cycle(partial(_network, ops, cast, rotary, r), ops, x, y, z, r)
+            y, z = latent_cycle(free, ops, x, y, z, r)
     if tracked:
         y, z = y.detach(), z.detach()  # with one cycle they are still the caller's
         network = partial(_cast_network, ops, blocks, rotary, r)
@@ -215,6 +216,20 @@ def deep_recursion(
             network = partial(_recomputed, network, draws=r.dropout > 0)
         y, z = latent_cycle(network, ops, x, y, z, r)
     return y, z.detach()
+
+
+def _free_network(
+    ops: Ops,
+    blocks: Sequence[BlockWeights],
+    rotary: Rotary | None,
+    r: Recursion,
+    dtype: torch.dtype,
+    tracked: bool,
+) -> Callable[[Tensor], Tensor]:
+    """The network of the cycles without a gradient, whose weights are prepared once."""
+    if r.quantize == "int8" and not tracked and not r.dropout:
+        return partial(quantize.network, ops, [quantize.block(w, dtype) for w in blocks], rotary, r)
+    return partial(_network, ops, [_cast(w, dtype) for w in blocks], rotary, r)
 
 
 def latent_cycle(

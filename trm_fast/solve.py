@@ -94,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         options = _parser().parse_args(argv)
         puzzles = _puzzles(options)
         path = options.model if options.model is not None else newest_run()
-        loaded = load_or_stop(path, options.weights, options.device)
+        loaded = load_or_stop(path, options)
         if options.model is None:
             say(f"answered by {loaded.folder} ({loaded.weights} weights)", err=True)
         _check_sizes(puzzles, loaded)
@@ -235,6 +235,7 @@ def _shown(answers: Sequence[Solved], loaded: Loaded, options: argparse.Namespac
         "checkpoint": str(loaded.folder),
         "optimizer_step": loaded.step,
         "weights": loaded.weights,
+        "quantize": loaded.model.config.quantize,
         "select": options.select,
         "supervision_steps": supervision_depth(loaded, options.steps),
         "answers": [answer.to_dict() for answer in answers],

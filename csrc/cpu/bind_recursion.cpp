@@ -91,6 +91,11 @@ std::vector<int64_t> tape_bytes(DType dtype, const RecursionShape& s) {
   return bytes;
 }
 
+// A sum of 127 * 127 must fit an int32.
+void check_int8_width(const char* op, int64_t width) {
+  STD_TORCH_CHECK(width <= 131072, op, ": eight bits serve widths up to 131072, not ", width);
+}
+
 }  // namespace
 
 static std::tuple<Tensor, Tensor, std::vector<Tensor>> deep_recursion(
@@ -121,6 +126,49 @@ static std::tuple<Tensor, Tensor, std::vector<Tensor>> deep_recursion(
                                  new_y.mutable_data_ptr(), new_z.mutable_data_ptr(), places.data());
   }
   return {new_y, new_z, saved};
+}
+
+// The same without a gradient, products with weights in eight bits.
+static std::tuple<Tensor, Tensor> deep_recursion_int8(
+    const Tensor& x, const Tensor& y, const Tensor& z, const std::vector<Tensor>& weights,
+    const std::optional<Tensor>& cos, const std::optional<Tensor>& sin, bool mlp_t,
+    int64_t H_cycles, int64_t L_cycles, int64_t heads, double eps) {
+  const char* op = "deep_recursion_int8";
+  const DType dtype = dtype_of(op, x);
+  RecursionShape s =
+      shape_of(op, x, weights, cos, sin, mlp_t, H_cycles, L_cycles, heads, eps, "none");
+  s.int8 = true;
+  check_int8_width(op, s.D), check_int8_width(op, s.F);
+  for (const auto& [name, t] : {std::pair{"x", x}, std::pair{"y", y}, std::pair{"z", z}})
+    check_tensor(op, name, t, {s.B, s.S, s.D}, x.scalar_type());
+  Tensor new_y = torch::stable::empty_like(y), new_z = torch::stable::empty_like(z);
+  if (s.B > 0) {
+    const auto blocks = pointers(weights);
+    const TorchHost host;
+    kernels().deep_recursion_fwd(host, dtype, s, x.const_data_ptr(), y.const_data_ptr(),
+                                 z.const_data_ptr(), blocks.data(), floats(cos), floats(sin),
+                                 new_y.mutable_data_ptr(), new_z.mutable_data_ptr(), nullptr);
+  }
+  return {new_y, new_z};
+}
+
+// a [N, E], w [D, E] float -> a w^T by eight bits.
+static Tensor int8_linear(const Tensor& a, const Tensor& w) {
+  const char* op = "int8_linear";
+  const DType dtype = dtype_of(op, a);
+  STD_TORCH_CHECK(a.dim() == 2 && w.dim() == 2, op, ": a and w are [N, E] and [D, E]");
+  const int64_t N = a.size(0), D = w.size(0), E = w.size(1);
+  STD_TORCH_CHECK(D > 0 && E > 0 && D % 16 == 0 && E % 16 == 0, op,
+                  ": widths must be positive multiples of 16");
+  check_int8_width(op, E);
+  check_tensor(op, "a", a, {N, E}, a.scalar_type());
+  check_tensor(op, "w", w, {D, E}, ScalarType::Float);
+  Tensor out = torch::stable::new_empty(a, std::vector<int64_t>{N, D}, a.scalar_type());
+  const TorchHost host;
+  if (N > 0)
+    kernels().int8_linear(host, dtype, a.const_data_ptr(), (const float*)w.const_data_ptr(),
+                          out.mutable_data_ptr(), N, D, E);
+  return out;
 }
 
 static std::tuple<Tensor, std::vector<Tensor>> deep_recursion_bwd(
@@ -168,5 +216,7 @@ static std::tuple<Tensor, std::vector<Tensor>> deep_recursion_bwd(
 
 STABLE_TORCH_LIBRARY_IMPL(trm_fast_ext, CPU, m) {
   m.impl("deep_recursion", TORCH_BOX(&trm_fast::deep_recursion));
+  m.impl("deep_recursion_int8", TORCH_BOX(&trm_fast::deep_recursion_int8));
+  m.impl("int8_linear", TORCH_BOX(&trm_fast::int8_linear));
   m.impl("deep_recursion_bwd", TORCH_BOX(&trm_fast::deep_recursion_bwd));
 }

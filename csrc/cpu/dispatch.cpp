@@ -30,7 +30,8 @@ static const Kernels* best() {
                       __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
                       __builtin_cpu_supports("avx512vl");
 #ifdef TRM_HAS_avx512_bf16
-  if (avx512 && __builtin_cpu_supports("avx512bf16")) return &avx512_bf16::table;
+  if (avx512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni"))
+    return &avx512_bf16::table;
 #endif
 #ifdef TRM_HAS_avx512
   if (avx512) return &avx512::table;

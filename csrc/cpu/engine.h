@@ -23,11 +23,13 @@ struct Engine {
     channels = allocate<Channel<Mode>>(host, s.blocks);
     mixers = allocate<Mixer>(host, s.blocks);
     for (int64_t l = 0; l < s.blocks; ++l) {
-      channels[l] = Channel<Mode>::make(host, weights[l].gate_up, weights[l].down, s.D, s.F, forwards,
-                                        backwards);
+      channels[l] = s.int8 ? Channel<Mode>::make_int8(host, weights[l].gate_up, weights[l].down, s.D,
+                                                      s.F)
+                           : Channel<Mode>::make(host, weights[l].gate_up, weights[l].down, s.D, s.F,
+                                                 forwards, backwards);
       mixers[l] = Mixer::make(host, s, weights[l], cos, sin, forwards || Mixer::REMADE, backwards);
     }
-    scratch = ChannelScratch<Mode>::make(users, s.D, channels[0].P);
+    scratch = ChannelScratch<Mode>::make(users, s.D, channels[0].P, s.int8);
     Mixer::make_scratch(users, s, backwards, mixers);
   }
 

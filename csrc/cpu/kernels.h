@@ -41,6 +41,7 @@ struct RecursionShape {
   float eps;
   bool mlp_t;
   Policy policy;
+  bool int8;  // products with weights in eight bits (int8.h); with the policy none only
 };
 
 // Identifiers of tokens, int32 or int64.
@@ -165,6 +166,11 @@ struct StepSettings {
                          const void* out, const float* lse, const float* cos, const float* sin,    \
                          void* d_qkv, int64_t B, int64_t S, int64_t H, int64_t K))
 
+#define TRM_INT8_KERNELS(X)                                                                        \
+  /* out [N,D] = a w^T by eight bits, a [N,E], w [D,E] float */                                    \
+  X(int8_linear, (const Host& host, DType dtype, const void* a, const float* w, void* out,         \
+                  int64_t N, int64_t D, int64_t E))
+
 #define TRM_RECURSION_KERNELS(X)                                                                   \
   /* saved: L+1 states [B,S,D], and per pass and block the bytes that deep_recursion_tape_bytes */ \
   /* tells (save and light only); null with the policy none. cos, sin [S,K] float or null */       \
@@ -183,7 +189,11 @@ struct StepSettings {
   X(micro_rate_peak, (DType dtype, int64_t steps, int64_t count, double* rates))                   \
   X(micro_rate_product, (const Host& host, DType dtype, const void* a, const void* w, void* out,   \
                          int64_t M, int64_t N, int64_t K, int64_t times, int64_t count,            \
-                         double* rates))
+                         double* rates))                                                           \
+  /* the same of whole numbers: int8.h */                                                          \
+  X(int8_rate_peak, (int64_t steps, int64_t count, double* rates))                                 \
+  X(int8_rate_product, (const Host& host, const int8_t* a, const int8_t* w, float* out, int64_t M, \
+                        int64_t N, int64_t K, int64_t times, int64_t count, double* rates))
 
 #define TRM_CPU_KERNELS(X)   \
   TRM_ELEMENTWISE_KERNELS(X) \
@@ -191,6 +201,7 @@ struct StepSettings {
   TRM_LINEAR_KERNELS(X)      \
   TRM_TOKEN_KERNELS(X)       \
   TRM_ATTENTION_KERNELS(X)   \
+  TRM_INT8_KERNELS(X)        \
   TRM_RECURSION_KERNELS(X)   \
   TRM_BENCH_KERNELS(X)
 

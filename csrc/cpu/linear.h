@@ -2,6 +2,7 @@
 #pragma once
 #include "gemm.h"
 #include "host.h"
+#include "int8.h"
 
 namespace trm_fast {
 namespace TRM_ISA {
@@ -13,15 +14,17 @@ template <class Mode>
 struct LinearScratch {
   float* y;
   typename Mode::E* a;
+  Int8Rows int8;
 
   // One per thread, for outputs of width D and inputs of width E.
-  static LinearScratch* make(const Host& host, int64_t D, int64_t E) {
+  static LinearScratch* make(const Host& host, int64_t D, int64_t E, bool int8 = false) {
     auto* all = allocate<LinearScratch>(host, host.threads);
     for (int i = 0; i < host.threads; ++i) {
       all[i].y = allocate<float>(host, ROWS * D);
       all[i].a = sizeof(typename Mode::T) == sizeof(typename Mode::E)
                      ? nullptr
                      : allocate<typename Mode::E>(host, ROWS * E);
+      all[i].int8 = int8 ? Int8Rows::make(host, ROWS, E) : Int8Rows{};
     }
     return all;
   }

@@ -98,6 +98,13 @@ INL void micro(const word* a, int64_t lda, int64_t step, const word* b, int64_t 
   micro_add<PAIRS, MR, NV>(a, lda, step, b, ldb, K, c);
 }
 
+// c = A B by the operands of a Mode; int8.h has its own.
+template <class Mode, int MR, int NV>
+INL void block(Mode, const word* a, int64_t lda, int64_t step, const word* b, int64_t ldb, int64_t K,
+               vf (&c)[MR][NV]) {
+  micro<Mode::pairs, MR, NV>(a, lda, step, b, ldb, K, c);
+}
+
 // One panel against M rows of A: `epilogue(first row, skip, c)` gets each block of sums, MR x NV
 // vectors; its first `skip` rows were given before (only where M is small).
 template <class Mode, int NV, class Epilogue>
@@ -107,7 +114,7 @@ SEPARATE void panel_rows(const word* a, int64_t lda, int64_t step, const word* b
   if (M < MOST - 1) {  // too few for a block
     for (int64_t m = 0; m < M; ++m) {
       vf c[1][NV];
-      micro<Mode::pairs, 1, NV>(a + m * lda, lda, step, b, ldb, K, c);
+      block(Mode{}, a + m * lda, lda, step, b, ldb, K, c);
       epilogue(m, 0, c);
     }
     return;
@@ -121,11 +128,11 @@ SEPARATE void panel_rows(const word* a, int64_t lda, int64_t step, const word* b
     const int64_t m = smaller<int64_t>(done, M - rows);
     if (rows == MOST) {
       vf c[MOST][NV];
-      micro<Mode::pairs, MOST, NV>(a + m * lda, lda, step, b, ldb, K, c);
+      block(Mode{}, a + m * lda, lda, step, b, ldb, K, c);
       epilogue(m, (int)(done - m), c);
     } else {
       vf c[MOST - 1][NV];
-      micro<Mode::pairs, MOST - 1, NV>(a + m * lda, lda, step, b, ldb, K, c);
+      block(Mode{}, a + m * lda, lda, step, b, ldb, K, c);
       epilogue(m, (int)(done - m), c);
     }
     done = m + rows;

@@ -24,6 +24,7 @@ struct AttentionMixer {
   float eps;
   const float *cos, *sin;
   word *qkv, *out, *qkv_back, *out_back;
+  Int8Weight int8_qkv, int8_out;  // in place of the forward's, where panels is not null
   LinearScratch<Mode>* rows;
   AttentionScratch<Mode>* scratch;
 
@@ -33,7 +34,10 @@ struct AttentionMixer {
     AttentionMixer m{};
     m.S = s.S, m.D = D, m.heads = s.heads, m.eps = s.eps;
     m.cos = cos, m.sin = sin;
-    if (forwards) {
+    if (forwards && s.int8) {
+      m.int8_qkv = Int8Weight::make(host, w.mixer[0], 3 * D, D);
+      m.int8_out = Int8Weight::make(host, w.mixer[1], D, D);
+    } else if (forwards) {
       m.qkv = allocate<word>(host, 3 * size);
       m.out = allocate<word>(host, size);
       pack_linear<Mode>(host, w.mixer[0], 3 * D, D, m.qkv);
@@ -49,7 +53,7 @@ struct AttentionMixer {
   }
   static void make_scratch(const Host& host, const RecursionShape& s, bool backwards,
                            AttentionMixer* all) {
-    auto* rows = LinearScratch<Mode>::make(host, s.D, 3 * s.D);
+    auto* rows = LinearScratch<Mode>::make(host, s.D, 3 * s.D, s.int8);
     auto* scratch = AttentionScratch<Mode>::make(host, s.S, s.D / s.heads, backwards);
     for (int64_t l = 0; l < s.blocks; ++l) all[l].rows = rows, all[l].scratch = scratch;
   }
@@ -75,6 +79,9 @@ struct AttentionMixer {
     exec.step([&](int64_t slot, int64_t item, int64_t part, int64_t parts) {
       const Range r = share(S, part, parts);
       const int64_t at = (item * S + r.begin) * D;
+      if (int8_qkv.panels)
+        return int8_linear_rows(in + at, int8_qkv, t.qkv + 3 * at, r.end - r.begin, 3 * D, D,
+                                rows[slot].int8);
       linear_rows<Mode>(in + at, qkv, nullptr, t.qkv + 3 * at, r.end - r.begin, 3 * D, D,
                         rows[slot].a);
     });
@@ -87,6 +94,10 @@ struct AttentionMixer {
     exec.step([&](int64_t slot, int64_t item, int64_t part, int64_t parts) {
       const Range r = share(S, part, parts);
       const int64_t row = item * S + r.begin, at = row * D;
+      if (int8_out.panels)
+        return int8_linear_rmsnorm_rows(t.attended + at, int8_out, in + at, t.mixed + at,
+                                        t.mixed_rstd + row, r.end - r.begin, D, D, eps, rows[slot].y,
+                                        rows[slot].int8);
       linear_rmsnorm_rows<Mode>(t.attended + at, out, in + at, t.mixed + at, t.mixed_rstd + row,
                                 r.end - r.begin, D, D, eps, rows[slot]);
     });

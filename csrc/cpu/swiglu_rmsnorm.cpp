@@ -5,21 +5,13 @@
 namespace trm_fast {
 namespace TRM_ISA {
 
-// Which row of gate_up [2 F, D] column n of the packed operand is: half of each panel are gates, the
-// other half the ups that belong to them. -1 for padding.
-INL int64_t interleaved_row(int64_t n, int64_t F, int64_t P) {
-  const int64_t v = n / VL, panel = v / MAX_NV * MAX_NV;
-  const int64_t half = panel_vectors(2 * P / VL - panel) / 2, j = v - panel;
-  const int64_t f = (panel / 2 + j % half) * VL + n % VL;
-  return f < F ? f + (j < half ? 0 : F) : -1;
-}
-
 template <class Mode>
 template <class W>
 Channel<Mode> Channel<Mode>::make(const Host& host, const W* gate_up, const W* down, int64_t D,
                                   int64_t F, bool forwards, bool backwards) {
   const int64_t P = round_up(F, INNER), per = Mode::per_word;
-  Channel c{D, F, P, nullptr, nullptr, nullptr, nullptr};
+  Channel c{};
+  c.D = D, c.F = F, c.P = P;
   if (forwards) {
     c.gate_up = allocate<word>(host, D / per * 2 * P);
     c.down = allocate<word>(host, P / per * D);
@@ -56,7 +48,18 @@ Channel<Mode> Channel<Mode>::make(const Host& host, const W* gate_up, const W* d
 }
 
 template <class Mode>
-ChannelScratch<Mode>* ChannelScratch<Mode>::make(const Host& host, int64_t D, int64_t P) {
+Channel<Mode> Channel<Mode>::make_int8(const Host& host, const float* gate_up, const float* down,
+                                       int64_t D, int64_t F) {
+  const int64_t P = round_up(F, INNER);
+  Channel c{};
+  c.D = D, c.F = F, c.P = P;
+  c.int8_gate_up = trm_fast::TRM_ISA::int8_gate_up(host, gate_up, D, F, P);
+  c.int8_down = trm_fast::TRM_ISA::int8_down(host, down, D, F, P);
+  return c;
+}
+
+template <class Mode>
+ChannelScratch<Mode>* ChannelScratch<Mode>::make(const Host& host, int64_t D, int64_t P, bool int8) {
   using E = typename Mode::E;
   constexpr bool converts = sizeof(typename Mode::T) != sizeof(E);
   auto* all = allocate<ChannelScratch>(host, host.threads);
@@ -65,6 +68,7 @@ ChannelScratch<Mode>* ChannelScratch<Mode>::make(const Host& host, int64_t D, in
     all[i].operand = converts ? allocate<E>(host, ROWS * D) : nullptr;
     all[i].y = allocate<float>(host, ROWS * D);
     all[i].gu = allocate<typename Mode::T>(host, ROWS * 2 * P);
+    all[i].int8 = int8 ? Int8Rows::make(host, ROWS, larger(D, P)) : Int8Rows{};
   }
   return all;
 }
@@ -96,6 +100,9 @@ void channel_rows(const Channel<Mode>& w, const typename Mode::T* x, typename Mo
                   typename Mode::T* gu, float* rstd, int64_t rows, float eps,
                   const ChannelScratch<Mode>& scratch) {
   const int64_t D = w.D, P = w.P, Pw = words<Mode>(P);
+  if (w.int8_down.panels)
+    return int8_channel_rows(w.int8_gate_up, w.int8_down, x, out, rstd, rows, D, P, eps, scratch.gu,
+                             scratch.y, scratch.int8);
   for (int64_t first = 0; first < rows; first += ROWS) {
     const int64_t count = smaller(ROWS, rows - first);
     gate_up_rows<Mode>(w, x + first * D, scratch.h, gu ? gu + first * 2 * P : nullptr, count,
@@ -209,7 +216,9 @@ static void backward(const Host& host, const void* dy_, const void* x_, const vo
 #define TRM_INSTANTIATE(Mode)                                                                       \
   template Channel<Mode> Channel<Mode>::make<float>(const Host&, const float*, const float*,       \
                                                     int64_t, int64_t, bool, bool);                  \
-  template ChannelScratch<Mode>* ChannelScratch<Mode>::make(const Host&, int64_t, int64_t);         \
+  template Channel<Mode> Channel<Mode>::make_int8(const Host&, const float*, const float*, int64_t, \
+                                                  int64_t);                                         \
+  template ChannelScratch<Mode>* ChannelScratch<Mode>::make(const Host&, int64_t, int64_t, bool);   \
   template void channel_rows<Mode>(const Channel<Mode>&, const Mode::T*, Mode::T*, Mode::T*,        \
                                    float*, int64_t, float, const ChannelScratch<Mode>&);            \
   template void channel_gradient_rows<Mode>(                                                        \

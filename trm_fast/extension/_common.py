@@ -20,6 +20,7 @@ class Shape(Protocol):
     num_heads: int
     mlp_t: bool
     dropout: float
+    quantize: str
 
 
 def round_up(size: int, multiple: int = ALIGNMENT) -> int:

@@ -36,14 +36,14 @@ _AVX512_FLAGS = (
 )
 # What one copy of the CPU kernels is compiled for, best first, and how the compiler is told.
 INSTRUCTION_SETS: dict[str, tuple[str, ...]] = {
-    "avx512_bf16": (*_AVX512_FLAGS, "-mavx512bf16"),
+    "avx512_bf16": (*_AVX512_FLAGS, "-mavx512bf16", "-mavx512vnni"),
     "avx512": _AVX512_FLAGS,
     "avx2": ("-mavx2", "-mfma"),
     "generic": (),
 }
 # What the compiler defines under -march=native, and Linux lists of the CPU, where a set can run.
 _MACROS = {
-    "avx512_bf16": {*_AVX512, "__AVX512BF16__"},
+    "avx512_bf16": {*_AVX512, "__AVX512BF16__", "__AVX512VNNI__"},
     "avx512": {*_AVX512},
     "avx2": {"__AVX2__", "__FMA__"},
     "generic": set[str](),
@@ -209,7 +209,7 @@ def runnable_sets() -> list[str]:
         return ["generic"]
     flags = cpu_flags()
     listed = {
-        name: {macro.strip("_").lower().replace("avx512bf", "avx512_bf") for macro in needs}
+        name: {re.sub("avx512(bf|vnni)", r"avx512_\1", m.strip("_").lower()) for m in needs}
         for name, needs in _MACROS.items()
     }
     return [name for name, needs in listed.items() if flags is None or flags >= needs]

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trm_fast.extension import recursion_driver, rope_attention
+from trm_fast.extension import int8, recursion_driver, rope_attention
 from trm_fast.extension._common import (
     EXTENSION,
     Shape,
@@ -154,11 +154,13 @@ def deep_recursion(
     The other operations of the table are not used: their kernels are called directly.
 
     Raises:
-        ValueError: a dtype or width that the kernels do not serve, or dropout.
+        ValueError: a dtype or width that the kernels do not serve, dropout, or int8 on a GPU.
     """
     mlp_t = hasattr(blocks[0].mixer, "gate_up")
+    in_int8 = r.quantize == "int8" and not torch.is_grad_enabled()
     check(
         "deep_recursion",
+        _unsupported_int8(x.device) if in_int8 else None,
         unsupported_dtype(x.dtype, x.device),
         "serves no dropout" if r.dropout else None,
         _unsupported_sizes(x.shape[-1], None if mlp_t else r.heads, x.device),
@@ -170,12 +172,20 @@ def deep_recursion(
         for t in (*block.mixer, block.gate_up, block.down)
     ]
     cos, sin = (t.contiguous() for t in rotary) if rotary and not mlp_t else (None, None)
-    tracked = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *weights))
-    new_y, new_z, _ = _fwd(
+    given = (
         x.contiguous(), y.detach().contiguous(), z.detach().contiguous(), weights, cos, sin, mlp_t,
-        r.H_cycles, r.L_cycles, r.heads, r.eps, r.policy if tracked else "none",
+        r.H_cycles, r.L_cycles, r.heads, r.eps,
     )  # fmt: skip
+    if in_int8:
+        check("deep_recursion", *(int8.unsupported_inner(t.shape[1]) for t in weights))
+        return int8.deep_recursion_int8(*given)
+    tracked = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *weights))
+    new_y, new_z, _ = _fwd(*given, r.policy if tracked else "none")
     return new_y, new_z.detach()
+
+
+def _unsupported_int8(device: torch.device) -> str | None:
+    return "has no products in int8 on GPUs" if device.type == "cuda" else None
 
 
 def _unsupported_sizes(width: int, heads: int | None, device: torch.device) -> str | None:
@@ -194,5 +204,7 @@ def unsupported(dtype: torch.dtype, config: Shape | None, device: torch.device) 
         return reason
     if config.dropout:
         return "serves no dropout: the composition of the other operations does"
+    if config.quantize == "int8" and (reason := _unsupported_int8(device)):
+        return reason
     heads = None if config.mlp_t else config.num_heads
     return _unsupported_sizes(config.hidden_size, heads, device)

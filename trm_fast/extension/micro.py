@@ -28,7 +28,12 @@ def _peak_fake(like: Tensor, steps: int, count: int) -> Tensor:
 
 
 def _product_fake(a: Tensor, w: Tensor, times: int, count: int) -> tuple[Tensor, Tensor]:
-    return a.new_empty(len(a), len(w)), a.new_empty(count, dtype=torch.float64)
+    dtype = torch.float32 if a.dtype == torch.int8 else a.dtype
+    return a.new_empty(len(a), len(w), dtype=dtype), a.new_empty(count, dtype=torch.float64)
+
+
+def _unserved_dtype(dtype: torch.dtype) -> str | None:
+    return None if dtype == torch.int8 else unsupported_dtype(dtype)
 
 
 _peak = register(
@@ -45,26 +50,26 @@ def peak(dtype: torch.dtype, steps: int, count: int) -> Tensor:
     """FLOP/s [count] of `steps` rounds of independent multiply-adds in registers.
 
     In bfloat16 of the instruction that multiplies pairs, where the CPU has it; else of float32, in
-    which the kernels then compute.
+    which the kernels then compute. In int8 of the instruction that adds products of whole numbers.
 
     Raises:
         ValueError: a dtype that the kernels do not serve.
     """
-    check("micro_rate_peak", unsupported_dtype(dtype))
+    check("micro_rate_peak", _unserved_dtype(dtype))
     return _peak(torch.empty(0, dtype=dtype), steps, count)
 
 
 def product(a: Tensor, w: Tensor, times: int, count: int) -> tuple[Tensor, Tensor]:
     """a [M,K], w [N,K] -> a @ w.T [M,N], and the FLOP/s [count] of `times` such products each.
 
-    Operands are packed before the clock starts.
+    Operands are packed before the clock starts. Of int8, from -127 on, the result is float32.
 
     Raises:
         ValueError: a dtype, width or shapes that the kernel does not serve.
     """
     check(
         "micro_rate_product",
-        unsupported_dtype(a.dtype),
+        _unserved_dtype(a.dtype),
         unsupported_width(a.shape[-1], "width of a"),
         unsupported_width(len(w), "number of columns"),
         mismatch("w", w, (len(w), a.shape[-1]), a),

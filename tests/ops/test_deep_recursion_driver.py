@@ -196,6 +196,22 @@ def test_all_that_the_driver_calls_is_registered_with_it():
     assert called == {op._schema.name for op in there}
 
 
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_what_is_summed_over_the_passes_is_float32(mixer, extension, driver):
+    """Of 2 blocks and 3 passes: the gradients of 8 weights; of 2 that see the question, its own."""
+    flat = [t.detach() for t in leaves_for(mixer, 9, 16)]
+    given = arguments(mixer, states(2, 9, 16, torch.bfloat16), flat, "save")
+    y, _, saved = FORWARD(*given)
+    with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as seen:
+        BACKWARD(y, saved, *given[3:])
+    sums = [e for e in seen.profiler.kineto_results.events() if e.name() == "aten::sub"]
+    assert [e.dtypes()[0] for e in sums] == ["float"] * (8 * 2 + 1)
+    # Nor is a term of theirs rounded.
+    *_, saved = FORWARD(*given[:8], 0, *given[9:])
+    _, d_weights = BACKWARD(y, saved, *given[3:8], 0, *given[9:])
+    assert not any(torch.equal(g, g.bfloat16().float()) for g in d_weights)
+
+
 def most_held(function):
     """Bytes of the memory that PyTorch takes inside, at the worst moment."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as taken:

@@ -310,7 +310,8 @@ def test_what_cuda_does_not_serve():
     cuda, cpu = torch.device("cuda"), torch.device("cpu")
 
     def said(device, **changes):
-        config = {"hidden_size": 24, "num_heads": 3, "mlp_t": False, "dropout": 0.0} | changes
+        config = {"hidden_size": 24, "num_heads": 3, "mlp_t": False, "dropout": 0.0}
+        config |= {"quantize": "none"} | changes
         dtype = torch.float16 if device == cuda else torch.float32
         return compiled.unsupported(dtype, SimpleNamespace(**config), device)
 
@@ -326,6 +327,7 @@ def test_what_cuda_does_not_serve():
             blocks = blocks_of("attention", [x] * 4)
             compiled.deep_recursion(None, x, x, x, blocks, None, Recursion(1, 1, heads, 1e-5))
     assert "serves no dropout" in said(cuda, dropout=0.1)
+    assert "no products in int8 on GPUs" in said(cuda, quantize="int8")
     assert compiled.unsupported(torch.float16, None, cuda) is None
     assert "not float16" in compiled.unsupported(torch.float16, None, cpu)
     assert "not float64" in compiled.unsupported(torch.float64, None, cuda)

@@ -22,13 +22,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--instruction-set",
         metavar="NAME",
         default=None,
-        help="tests/ops: run on the extension compiled for avx512_bf16, avx512, avx2 or generic",
+        help="run on the extension compiled for avx512_bf16, avx512, avx2 or generic",
     )
     parser.addoption(
         "--extension-flags",
         metavar="FLAGS",
         default="",
-        help="tests/ops: more compiler flags for that, in one word",
+        help="more compiler flags for that, in one word",
     )
 
 

@@ -51,6 +51,17 @@ def fixed_seed() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def chosen_library(request: pytest.FixtureRequest) -> None:
+    """What --instruction-set and --extension-flags ask for, instead of this machine's best."""
+    name = request.config.getoption("--instruction-set")
+    if name is not None:
+        from trm_fast.extension import library
+
+        flags = request.config.getoption("--extension-flags").split()
+        assert library.load_for_tests([name], flags) == name
+
+
 @pytest.fixture
 def extension() -> None:
     """The test runs on the compiled CPU library. Where it cannot be built the test is skipped with

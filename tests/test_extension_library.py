@@ -9,6 +9,7 @@ import sys
 import zipfile
 
 import pytest
+import sanitize
 import torch
 from extension_builds import ROOT, tiny
 
@@ -183,8 +184,8 @@ from trm_fast.extension import library
 from trm_fast.extension.linear_rmsnorm import linear_rmsnorm
 from trm_fast.reference import linear_rmsnorm as reference
 name = sys.argv[1]
-# Less optimised, it compiles in a third of the time.
-assert library.load_for_tests([name], ["-O1"]) == library.instruction_set() == name
+# Not optimised, it compiles in a sixth of the time.
+assert library.load_for_tests([name], ["-O0"]) == library.instruction_set() == name
 torch.manual_seed(0)
 for dtype, limit in ((torch.float32, 2e-5), (torch.bfloat16, 4e-2)):
     for B, S, D, E in ((2, 97, 48, 96), (1, 3, 16, 16), (0, 5, 32, 16)):
@@ -213,6 +214,18 @@ def test_every_instruction_set_computes_the_same(name):
     command = [sys.executable, "-c", COMPARE, name]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_memory_checks_run_on_every_operation_unless_told_which():
+    for given, tests in (
+        ([], ["tests/ops"]),
+        (["-x", "--durations=5"], ["-x", "--durations=5", "tests/ops"]),
+        (["-x", "tests/ops/test_swiglu.py::test_empty"], None),
+    ):
+        command = sanitize.command("avx2", given)
+        options = ["--instruction-set", "avx2", "--extension-flags", " ".join(sanitize.FLAGS)]
+        assert command[: len(sanitize.TESTS) + 5] == [sys.executable, *sanitize.TESTS, *options]
+        assert command[len(sanitize.TESTS) + 5 :] == (tests or given)
 
 
 UNTOUCHED = """

@@ -11,6 +11,12 @@
 
 #include "bind.h"
 
+#ifdef __has_feature  // clang's way to tell what GCC defines
+#if __has_feature(address_sanitizer) && !defined(__SANITIZE_ADDRESS__)
+#define __SANITIZE_ADDRESS__
+#endif
+#endif
+
 namespace trm_fast {
 
 // Blocks that no operation uses at the moment.

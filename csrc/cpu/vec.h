@@ -18,7 +18,7 @@
 #define TRM_ISA generic
 #endif
 #define INL __attribute__((always_inline)) inline
-#define SEPARATE __attribute__((noinline)) static  // compilers take long over large functions
+#define SEPARATE __attribute__((noinline, unused)) static  // compilers take long over large ones
 #define UNROLL _Pragma("GCC unroll 16")
 
 namespace trm_fast {

@@ -81,8 +81,8 @@ FUSED_LOSSES = {"loss", "metric/lm_loss"}
 # Errors in units of the limits that the reference is held to. Its operations are the official ones;
 # other kernels are another draw of rounding, which a deep recursion amplifies by chance: three
 # instruction sets gave 0.6 to 1.9 on the same three steps. One pass is held to the strict rule in
-# tests/ops.
-FUSED_FACTOR = 2.5
+# tests/ops. A tensor of a few numbers, the gradient of a bias, does not average: 7.4 at worst.
+FUSED_FACTOR, FUSED_FACTOR_OF_FEW = 2.5, 10.0
 
 
 def compare(recording: Recording, backend: str = "reference", **changes: Any) -> list[Row]:
@@ -92,7 +92,6 @@ def compare(recording: Recording, backend: str = "reference", **changes: Any) ->
     assert weights_digest(head.model, case) == recording.weights, "other weights than recorded"
     floor = L2_FLOORS[getattr(torch, case.own_config["forward_dtype"])]
     low = case.own_config["forward_dtype"] != "float32"
-    factor = 1.0 if backend == "reference" else FUSED_FACTOR
     rows = []
     for step, batch in enumerate(recording.batches):
         carry = carry_before(recording, step, head)
@@ -110,7 +109,9 @@ def compare(recording: Recording, backend: str = "reference", **changes: Any) ->
                 assert want.numel() == SKETCH_SIZE < got.numel(), (name, got.shape, want.shape)
                 got = compact(got, 0)
             limit = 2.0 * recording.errors[step][name] + floor if case.oracle else L2_LIMIT
-            rows.append(Row(step, name, relative_l2(got, want), factor * limit))
+            if backend != "reference":
+                limit *= FUSED_FACTOR if want.numel() > 2 else FUSED_FACTOR_OF_FEW
+            rows.append(Row(step, name, relative_l2(got, want), limit))
         wrong = {
             name: (str(value.dtype), recording.dtypes[name])
             for name, value in made.items()

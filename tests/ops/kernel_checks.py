@@ -60,8 +60,15 @@ def check_refusals(function: Callable[..., torch.Tensor], inputs: Sequence[torch
         torch.autograd.grad(function(*given).square().sum(), given[:1], create_graph=True)
 
 
-def check_fullgraph(function: Callable[..., torch.Tensor], inputs: Sequence[Any]) -> None:
-    """Compiled as one graph, `function` gives what it gives eagerly, and the same gradients."""
+def check_fullgraph(
+    function: Callable[..., torch.Tensor], inputs: Sequence[Any], backend: str = "aot_eager"
+) -> None:
+    """Compiled as one graph, `function` gives what it gives eagerly, and the same gradients.
+
+    What becomes of an operation of ours is decided before the compiler's backend: "aot_eager"
+    traces and differentiates the graph as "inductor" does, and runs it as it is. The tests of
+    linear_rmsnorm take "inductor", which spends seconds on each graph.
+    """
 
     def values(f: Callable[..., torch.Tensor]) -> list[torch.Tensor]:
         given = [
@@ -74,7 +81,7 @@ def check_fullgraph(function: Callable[..., torch.Tensor], inputs: Sequence[Any]
         wanted = [t for t in given if isinstance(t, torch.Tensor) and t.requires_grad]
         return [out.detach(), *torch.autograd.grad(out.square().sum(), wanted)]
 
-    compiled = torch.compile(function, fullgraph=True, dynamic=False)
+    compiled = torch.compile(function, fullgraph=True, dynamic=False, backend=backend)
     # The cache on disk does not know of a changed operation of ours.
     with torch._inductor.config.patch(force_disable_caches=True):
         found = values(compiled)

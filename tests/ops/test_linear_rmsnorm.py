@@ -121,7 +121,7 @@ def test_kernel_is_registered():
     check_registered(kernel._fwd, rows)
     _, total, ssq = (t.detach() for t in kernel._fwd(*rows))
     check_registered(kernel._bwd, [total, rows[0].detach(), w.detach(), total, ssq, EPS])
-    check_fullgraph(lambda *t: kernel.linear_rmsnorm(*t, EPS), inputs((1, 6, 32, 48)))
+    check_fullgraph(lambda *t: kernel.linear_rmsnorm(*t, EPS), inputs((1, 6, 32, 48)), "inductor")
 
 
 def test_kernel_refuses():
@@ -160,7 +160,7 @@ def test_extension_is_registered(extension):
     check_registered(compiled._fwd, rows)
     out, rstd = (t.detach() for t in compiled._fwd(*rows))
     check_registered(compiled._bwd, [out, rows[0].detach(), w.detach(), out, rstd])
-    check_fullgraph(lambda *t: compiled.linear_rmsnorm(*t, EPS), inputs((1, 6, 32, 48)))
+    check_fullgraph(lambda *t: compiled.linear_rmsnorm(*t, EPS), inputs((1, 6, 32, 48)), "inductor")
 
 
 def test_extension_refuses(extension):

@@ -24,7 +24,9 @@ SHAPES = [(4, 64, 32, 32), (2, 97, 256, 512), (1, 97, 64, 33), (0, 97, 64, 128)]
 KERNEL_SHAPES = [(2, 97, 48, 33), (1, 5, 16, 96), (0, 97, 64, 64)]
 
 # For the extension: a width that no vector divides evenly, fewer rows than a block, inner tails.
-EXTENSION_SHAPES = [(2, 97, 48, 96), (1, 3, 16, 16), (2, 64, 272, 80), (0, 97, 64, 64)]
+# The third is more rows than a weight's gradient takes at a time.
+EXTENSION_SHAPES = [(2, 97, 48, 96), (1, 3, 16, 16), (12, 97, 16, 32), (2, 64, 272, 80)]
+EXTENSION_SHAPES += [(0, 97, 64, 64)]
 
 
 def formula(a, w, h):

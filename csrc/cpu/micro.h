@@ -47,7 +47,11 @@ INL int64_t words(int64_t k) {
 // of rows from MOST * (MOST - 1) on divides into blocks without waste.
 #if defined(__AVX512F__) || defined(__aarch64__)
 constexpr int MAX_NV = 4;
+#if defined(__clang__)  // broadcasts into registers: GCC's 28 sums and 4 operands leave it none
+constexpr int most_rows(int nv) { return nv == 4 ? 6 : nv == 3 ? 9 : 14; }
+#else
 constexpr int most_rows(int nv) { return nv == 4 ? 7 : nv == 3 ? 9 : 14; }
+#endif
 #else
 constexpr int MAX_NV = 2;  // 16 registers
 constexpr int most_rows(int nv) { return nv == 2 ? 6 : 8; }

@@ -24,6 +24,29 @@ inline std::string shape_text(const Tensor& t) {
   return text + "]";
 }
 
+inline std::string dtype_text(ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::Float: return "float32";
+    case ScalarType::BFloat16: return "bfloat16";
+    case ScalarType::Half: return "float16";
+    case ScalarType::Double: return "float64";
+    case ScalarType::Int: return "int32";
+    case ScalarType::Long: return "int64";
+    case ScalarType::Bool: return "bool";
+    case ScalarType::Byte: return "uint8";
+    default: return "number " + std::to_string((int)dtype);
+  }
+}
+
+// `t` is on the kind of device that this library serves.
+inline void check_device(const char* op, const char* name, const Tensor& t) {
+#ifdef USE_CUDA
+  STD_TORCH_CHECK(t.is_cuda(), op, ": ", name, " is not on a GPU");
+#else
+  STD_TORCH_CHECK(t.is_cpu(), op, ": ", name, " is not on the CPU");
+#endif
+}
+
 inline void check_dims(const char* op, const char* name, const Tensor& t, int64_t dims,
                        const char* wanted) {
   STD_TORCH_CHECK(t.dim() == dims, op, ": ", name, " is ", shape_text(t), ", expected ", wanted);
@@ -41,8 +64,9 @@ inline void check_tensor(const char* op, const char* name, const Tensor& t,
     ++i;
   }
   STD_TORCH_CHECK(same, op, ": ", name, " is ", shape_text(t), ", expected ", wanted, "]");
-  STD_TORCH_CHECK(t.scalar_type() == dtype, op, ": ", name, " has dtype ", (int)t.scalar_type(),
-                  ", expected ", (int)dtype);
+  STD_TORCH_CHECK(t.scalar_type() == dtype, op, ": ", name, " has dtype ",
+                  dtype_text(t.scalar_type()), ", expected ", dtype_text(dtype));
+  check_device(op, name, t);
   STD_TORCH_CHECK(t.is_contiguous(), op, ": ", name, " is not contiguous");
 }
 

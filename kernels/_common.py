@@ -19,6 +19,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from trm_fast.kernels.registration import refuse_forward_mode
+
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MAX_WIDTH = 1024  # features of a token: one row of them is a tile
 ALIGNMENT = 16  # elements that sizes in memory are multiples of: tensor maps need 16 bytes
@@ -133,7 +135,9 @@ def unsupported_width(width: int) -> str | None:
 
 
 def mismatch(name: str, t: Tensor, shape: Sequence[int], like: Tensor) -> str | None:
-    """Why argument `name` is not of `shape` and the dtype of `like`, or None."""
+    """Why argument `name` is not of `shape` and the dtype and device of `like`, or None."""
+    if t.device != like.device:
+        return f"needs {name} on {like.device}, not on {t.device}"
     if t.shape == tuple(shape) and t.dtype == like.dtype:
         return None
     wanted, given = (str(d).removeprefix("torch.") for d in (like.dtype, t.dtype))
@@ -146,7 +150,8 @@ def unsupported(dtype: torch.dtype, config: Shape | None) -> str | None:
 
 
 def check(op: str, *reasons: str | None) -> None:
-    """ValueError with the first reason that is not None."""
+    """ValueError with the first reason that is not None; refuses forward-mode derivatives."""
+    refuse_forward_mode(op)
     for reason in reasons:
         if reason is not None:
             raise ValueError(f"{op} of the triton backend {reason}")

@@ -6,7 +6,7 @@ Owns `register`; used once per op and backend: `trm_fast_triton::<op>` for the k
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -46,7 +46,7 @@ def register(
         torch.library.impl(qualified, "default", _counted(forward, mutates))
     elif mutates:
         _count_compiled(namespace, name, mutates)
-    torch.library.register_fake(qualified, fake)
+    torch.library.register_fake(qualified, _of_one_device(qualified, fake))
     if backward is not None:
         torch.library.register_autograd(
             qualified, _once(qualified, backward), setup_context=_sparing(save)
@@ -103,6 +103,37 @@ def _once(name: str, backward: Callable[..., Any]) -> Callable[..., Any]:
     def once(ctx: Any, *grads: Any) -> Any:
         if torch.is_grad_enabled():
             raise RuntimeError(f"{name} is once_differentiable: no second derivatives")
+        if next(_tensors(grads), None) is None:  # nothing downstream gave one
+            needs = ctx.needs_input_grad
+            return tuple([None] * len(n) if isinstance(n, list | tuple) else None for n in needs)
         return backward(ctx, *grads)
 
     return once
+
+
+def _of_one_device(name: str, fake: Callable[..., Any]) -> Callable[..., Any]:
+    """`fake`, which answers for meta tensors too: with one of them among real ones PyTorch would
+    take its empty results for real."""
+
+    def checked(*args: Any) -> Any:
+        devices = {str(t.device) for t in _tensors(args)}
+        if len(devices) > 1:
+            raise RuntimeError(f"{name} was given tensors on {', '.join(sorted(devices))}")
+        return fake(*args)
+
+    return checked
+
+
+def _tensors(args: Any) -> Iterator[torch.Tensor]:
+    for value in args:
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif isinstance(value, list | tuple):
+            yield from _tensors(value)
+
+
+def refuse_forward_mode(op: str) -> None:
+    """NotImplementedError where forward derivatives are asked for: they would be silently zero."""
+    if torch.autograd.forward_ad._current_level >= 0:
+        reason = "no forward-mode derivatives; those of backend='reference' are PyTorch's"
+        raise NotImplementedError(f"{op}: {reason}")

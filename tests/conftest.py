@@ -9,7 +9,7 @@ import os
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -63,11 +63,16 @@ def chosen_library(request: pytest.FixtureRequest) -> None:
 
 
 @pytest.fixture
-def extension() -> None:
-    """The test runs on the compiled CPU library. Where it cannot be built the test is skipped with
-    the reason; CI sets TRM_FAST_EXT=require, which fails instead."""
+def extension() -> Iterator[None]:
+    """The test runs on the compiled CPU library, whose allocations are poisoned like Python's.
+    Where it cannot be built the test is skipped with the reason; CI sets TRM_FAST_EXT=require,
+    which fails instead."""
     from trm_fast.extension import library
 
     reason = library.unavailable("cpu")
     if reason is not None:
         pytest.skip(f"no compiled extension: {reason}")
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)  # fills what is allocated in C++ with NaN
+    yield
+    torch.use_deterministic_algorithms(before)

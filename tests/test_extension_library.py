@@ -13,8 +13,10 @@ import sanitize
 import torch
 from extension_builds import ROOT, tiny
 
+from trm_fast import memory
 from trm_fast.console import show_builds
 from trm_fast.extension import build, library
+from trm_fast.extension.swiglu_rmsnorm import swiglu_rmsnorm
 
 __all__ = ["tiny"]
 
@@ -292,3 +294,18 @@ def test_what_is_to_be_prebuilt_is_checked():
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.stderr == "TRM_FAST_PREBUILD is cpu, cuda or cpu,cuda, not 'cpu,gpu'\n"
     assert done.returncode == 1
+
+
+def test_memory_is_kept_for_the_next_step_and_given_back(extension):
+    library.release_memory()
+    assert library.kept_memory() == 0
+    gate_up, down = torch.randn(64, 32), torch.randn(32, 32)
+    swiglu_rmsnorm(torch.randn(2, 3, 32), gate_up, down, 1e-5)
+    kept = library.kept_memory()
+    assert kept > 0
+    swiglu_rmsnorm(torch.randn(2, 3, 32), gate_up, down, 1e-5)
+    assert library.kept_memory() == kept
+    before = memory.free_bytes(torch.device("cpu"))
+    library.release_memory()
+    assert library.kept_memory() == 0
+    assert abs(memory.free_bytes(torch.device("cpu")) - before) < 2**30

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from trm_fast.config import ModelConfig
+from trm_fast.extension import library
 from trm_fast.ops import POLICIES
 
 GIB = 2**30
@@ -183,7 +184,7 @@ def free_bytes(device: torch.device) -> int:
         return torch.cuda.mem_get_info(device)[0] + reusable
     if device.type == "mps":
         return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
-    return _free_host_bytes()
+    return _free_host_bytes() + library.kept_memory()
 
 
 def _free_host_bytes() -> int:

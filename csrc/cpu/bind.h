@@ -45,7 +45,7 @@ Tensor new_pooled(std::vector<int64_t> shape, ScalarType dtype);
 inline DType dtype_of(const char* op, const Tensor& t) {
   const ScalarType given = t.scalar_type();
   STD_TORCH_CHECK(given == ScalarType::Float || given == ScalarType::BFloat16, op,
-                  ": expected float32 or bfloat16, got dtype ", (int)given);
+                  ": expected float32 or bfloat16, not ", dtype_text(given));
   return given == ScalarType::Float ? DType::f32 : DType::bf16;
 }
 

@@ -105,7 +105,7 @@ static Tokens checked_tokens(const char* op, const Tensor& tokens, int64_t V) {
   const ScalarType given = tokens.scalar_type();
   const bool wide = given == ScalarType::Long;
   STD_TORCH_CHECK(wide || given == ScalarType::Int, op,
-                  ": tokens are int32 or int64, got dtype ", (int)given);
+                  ": tokens are int32 or int64, not ", dtype_text(given));
   const int64_t B = tokens.size(0), L = tokens.size(1);
   check_tensor(op, "tokens", tokens, {B, L}, given);
   const void* data = tokens.const_data_ptr();
@@ -131,8 +131,9 @@ static StateView state_view(const char* op, const char* name, const Tensor& t, i
                             int64_t D, ScalarType dtype) {
   STD_TORCH_CHECK(t.dim() == 3 && t.size(0) == B && t.size(1) == S && t.size(2) == D, op, ": ",
                   name, " is ", shape_text(t), ", expected [", B, ", ", S, ", ", D, "]");
-  STD_TORCH_CHECK(t.scalar_type() == dtype, op, ": ", name, " has dtype ", (int)t.scalar_type(),
-                  ", expected ", (int)dtype);
+  STD_TORCH_CHECK(t.scalar_type() == dtype, op, ": ", name, " has dtype ",
+                  dtype_text(t.scalar_type()), ", expected ", dtype_text(dtype));
+  check_device(op, name, t);
   STD_TORCH_CHECK(D <= 1 || t.stride(2) == 1, op, ": rows of ", name, " are not contiguous");
   return {t.const_data_ptr(), t.stride(0), t.stride(1)};
 }

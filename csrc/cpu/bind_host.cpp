@@ -1,5 +1,6 @@
 // Threads and memory for the kernels.
 #include <stdlib.h>
+#include <string.h>
 #ifdef __linux__
 #include <sys/mman.h>
 #endif
@@ -40,21 +41,29 @@ class Pool {
 #ifdef MADV_HUGEPAGE
     if (large) madvise(start, bytes, MADV_HUGEPAGE);
 #endif
+    if (EXACT) memset(start, 0xff, bytes);  // a NaN of every dtype, where it is used unwritten
     return {start, bytes};
   }
 
-  void give(const std::vector<TorchHost::Block>& blocks) {
+  void give(TorchHost::Block block) noexcept {
     std::lock_guard<std::mutex> guard(lock_);
-    for (const auto& block : blocks) {
+    try {
       free_.emplace(block.bytes, block.start);
       kept_ += block.bytes;
+    } catch (...) {  // no memory to note it
+      free(block.start);
     }
-    while (kept_ > (EXACT ? 0 : MOST_KEPT)) {
-      const auto largest = std::prev(free_.end());
-      kept_ -= largest->first;
-      free(largest->second);
-      free_.erase(largest);
-    }
+    shrink(EXACT ? 0 : MOST_KEPT);
+  }
+
+  size_t kept() const noexcept {
+    std::lock_guard<std::mutex> guard(lock_);
+    return kept_;
+  }
+
+  void release() noexcept {
+    std::lock_guard<std::mutex> guard(lock_);
+    shrink(0);
   }
 
  private:
@@ -64,7 +73,17 @@ class Pool {
   static constexpr bool EXACT = false;
 #endif
   static constexpr size_t HUGE = 2u << 20, MOST_KEPT = 512u << 20;
-  std::mutex lock_;
+
+  void shrink(size_t most) noexcept {
+    while (kept_ > most) {
+      const auto largest = std::prev(free_.end());
+      kept_ -= largest->first;
+      free(largest->second);
+      free_.erase(largest);
+    }
+  }
+
+  mutable std::mutex lock_;
   std::multimap<size_t, void*> free_;
   size_t kept_ = 0;
 };
@@ -87,7 +106,9 @@ TorchHost::TorchHost() {
   owner = this;
 }
 
-TorchHost::~TorchHost() { pool().give(taken_); }
+TorchHost::~TorchHost() {
+  for (const Block& block : taken_) pool().give(block);
+}
 
 void* TorchHost::take(const Host* host, size_t bytes) {
   auto& taken = static_cast<TorchHost*>(host->owner)->taken_;
@@ -107,7 +128,16 @@ Tensor new_pooled(std::vector<int64_t> shape, ScalarType dtype) {
   const auto block = pool().take(std::max<size_t>((size_t)count * width, 64));
   const torch::stable::Device cpu(torch::headeronly::DeviceType::CPU);
   return torch::stable::from_blob(block.start, shape, strides, cpu, dtype,
-                                  [block](void*) { pool().give({block}); });
+                                  [block](void*) { pool().give(block); });
 }
 
+
 }  // namespace trm_fast
+
+// Of the pool, in bytes; and give it back to the system.
+extern "C" __attribute__((visibility("default"))) int64_t trm_fast_kept_memory() {
+  return (int64_t)trm_fast::pool().kept();
+}
+extern "C" __attribute__((visibility("default"))) void trm_fast_release_memory() {
+  trm_fast::pool().release();
+}

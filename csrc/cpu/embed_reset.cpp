@@ -76,6 +76,7 @@ static void embedding_gradient(const Host& host, const void* grad_, Tokens token
                                int64_t B, int64_t S, int64_t P, int64_t D, int64_t V, float factor) {
   const T* grad = (const T*)grad_;
   const int64_t L = S - P, count = B * L, table = V * D;
+  if (table == 0) return;
   // Not so many that their tables cost more than the sums.
   const int64_t chunk = larger(larger<int64_t>(256, 4 * V), ceil_div(count, 32));
   const int64_t chunks = larger<int64_t>(1, ceil_div(count, chunk));

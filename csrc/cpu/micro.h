@@ -64,6 +64,13 @@ INL int panel_vectors(int64_t left) {
   return (int)smaller<int64_t>(left, 4);
 }
 
+// Rows of bf16 are read as words too: they need not be aligned as such.
+INL word load_word(const word* p) {
+  word w;
+  memcpy(&w, p, sizeof w);
+  return w;
+}
+
 template <bool PAIRS>
 INL vf multiply_add(vf c, vf a, vf b) {
 #if defined(__AVX512BF16__)
@@ -86,7 +93,7 @@ INL void micro_add(const word* a, int64_t lda, int64_t step, const word* b, int6
     vf row[NV];
     UNROLL for (int j = 0; j < NV; ++j) row[j] = load(b + j * VL);
     UNROLL for (int i = 0; i < MR; ++i) {
-      const vf ai = splat(a[i * lda]);
+      const vf ai = splat(load_word(a + i * lda));
       UNROLL for (int j = 0; j < NV; ++j) c[i][j] = multiply_add<PAIRS>(c[i][j], ai, row[j]);
     }
     a += step;

@@ -136,7 +136,10 @@ static void forward(const Host& host, const void* h_, const void* u_, void* out_
       const int64_t at = begin * D;
       norm_features(h + at, u + at, out + at, rstd + begin, end - begin, D, eps);
     });
-  if (S == 0) return;
+  if (S == 0) {  // no rows to take a mean of
+    if (B * D > 0) memset(rstd, 0, (size_t)(B * D) * sizeof(float));
+    return;
+  }
   each_columns(host, B, D, [&](int64_t item, int64_t n, auto count, auto part) {
     const int64_t at = item * S * D + n;
     norm_columns<T, decltype(count)::value>(h + at, u + at, out + at, rstd + item * D + n, S, D, eps, part);

@@ -61,7 +61,7 @@ INL vf power_of_two(vf x) {
     p = p * r + 6.931469440e-1f;
   }
   p = p * r + 1.f;
-  return as<vf>(as<vi>(p) + (as<vi>(shifted) << 23));
+  return select(x == x, as<vf>(as<vi>(p) + (as<vi>(shifted) << 23)), x);
 }
 
 // The logarithm to base 2 of a positive normal x, to an ulp or two.

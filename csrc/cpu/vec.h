@@ -232,7 +232,8 @@ INL vf sigmoid(vf x) {
     return (vf)_mm512_maskz_rcp14_ps(0xffff, (__m512)(1.f + p));
   }
 #endif
-  return reciprocal(1.f + exp(-x));
+  // Below what exp takes it would stay above 0, and a large x times that is no longer small.
+  return select(x < -88.f, vf{}, reciprocal(1.f + exp(-x)));
 }
 
 // Gradients of h = silu(g) * u to g and u from dh, and h itself.

@@ -20,8 +20,8 @@ inline DType dtype_of(const char* op, const Tensor& t) {
     case ScalarType::BFloat16: return DType::bf16;
     case ScalarType::Half: return DType::f16;
     default:
-      STD_TORCH_CHECK(false, op, ": expected float32, bfloat16 or float16, got dtype ",
-                      (int)t.scalar_type());
+      STD_TORCH_CHECK(false, op, ": expected float32, bfloat16 or float16, not ",
+                      dtype_text(t.scalar_type()));
   }
 }
 

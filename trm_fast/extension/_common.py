@@ -8,6 +8,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from trm_fast.kernels.registration import refuse_forward_mode
+
 EXTENSION = "trm_fast_ext"
 DTYPES = (torch.float32, torch.bfloat16)
 ALIGNMENT = 16  # widths are whole vectors
@@ -43,7 +45,9 @@ def unsupported_width(width: int, name: str = "hidden size") -> str | None:
 
 
 def mismatch(name: str, t: Tensor, shape: Sequence[int], like: Tensor) -> str | None:
-    """Why argument `name` is not of `shape` and the dtype of `like`, or None."""
+    """Why argument `name` is not of `shape` and the dtype and device of `like`, or None."""
+    if t.device != like.device:
+        return f"needs {name} on {like.device}, not on {t.device}"
     if t.shape == tuple(shape) and t.dtype == like.dtype:
         return None
     wanted, given = (str(d).removeprefix("torch.") for d in (like.dtype, t.dtype))
@@ -67,7 +71,8 @@ def unsupported(dtype: torch.dtype, config: Shape | None, device: torch.device) 
 
 
 def check(op: str, *reasons: str | None) -> None:
-    """ValueError with the first reason that is not None."""
+    """ValueError with the first reason that is not None; refuses forward-mode derivatives."""
+    refuse_forward_mode(op)
     for reason in reasons:
         if reason is not None:
             raise ValueError(f"{op} of the compiled extension {reason}")

@@ -62,6 +62,23 @@ def instruction_set() -> str | None:
         return _instruction_set(_paths["cpu"]) if "cpu" in _paths else None
 
 
+def kept_memory() -> int:
+    """Bytes that the CPU library keeps for its next call, and no tensor uses."""
+    with _lock:
+        if "cpu" not in _paths:
+            return 0
+        ask = ctypes.CDLL(str(_paths["cpu"])).trm_fast_kept_memory
+        ask.restype = ctypes.c_int64
+        return int(ask())
+
+
+def release_memory() -> None:
+    """Give what `kept_memory` counts back to the system; the next step takes it anew."""
+    with _lock:
+        if "cpu" in _paths:
+            ctypes.CDLL(str(_paths["cpu"])).trm_fast_release_memory()
+
+
 def load_for_tests(targets: Sequence[str], flags: Sequence[str] = ()) -> str:
     """Build and load a CPU library of these instruction sets, with these compiler flags, instead of
     the one that `unavailable` would take. Only before that: a process loads one. Returns the

@@ -14,9 +14,20 @@
 #include <string>
 #include <vector>
 
+// What went wrong in a call of PyTorch, from torch 2.13 on; null before.
+extern "C" __attribute__((weak)) const char* torch_exception_get_what_without_backtrace();
+
 namespace trm_fast {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
+
+// The result of PyTorch's `what`, by the C interface: an error with its reason where it failed.
+inline void check_call(const char* what, int32_t code) {
+  const char* why = code != 0 && torch_exception_get_what_without_backtrace
+                        ? torch_exception_get_what_without_backtrace()
+                        : "PyTorch printed the reason";
+  STD_TORCH_CHECK(code == 0, what, ": ", why);
+}
 
 inline std::string shape_text(const Tensor& t) {
   std::string text = "[";

@@ -28,7 +28,7 @@ template <class... Args>
 std::vector<Tensor> call(const char* name, const char* overload, size_t count, const Args&... args) {
   std::vector<StableIValue> stack{torch::stable::detail::from(args)...};
   if (stack.size() < count) stack.resize(count);
-  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, overload, stack.data(), TORCH_ABI_VERSION));
+  check_call(name, torch_call_dispatcher(name, overload, stack.data(), TORCH_ABI_VERSION));
   std::vector<Tensor> results;
   for (size_t i = 0; i < count; ++i)
     results.push_back(torch::stable::detail::to<Tensor>(stack[i]));
@@ -59,7 +59,7 @@ inline Tensor zeros_like(const Tensor& t) {
 // a + b, in the wider dtype of the two.
 inline Tensor add(const Tensor& a, const Tensor& b) {
   AtenTensorHandle sum = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_aten_subtract_Tensor(a.get(), b.get(), -1.0, &sum));
+  check_call("add", aoti_torch_aten_subtract_Tensor(a.get(), b.get(), -1.0, &sum));
   return Tensor(sum);
 }
 
@@ -68,8 +68,8 @@ inline Tensor mm(const Tensor& a, const Tensor& b) { return call("aten::mm", "",
 // a @ b + c, rounded once.
 inline Tensor mm_add(const Tensor& a, const Tensor& b, const Tensor& c) {
   Tensor out = torch::stable::empty_like(c);
-  TORCH_ERROR_CODE_CHECK(
-      TRM_DEVICE_SHIM(addmm_out)(out.get(), c.get(), a.get(), b.get(), 1.0, 1.0));
+  check_call("addmm",
+             TRM_DEVICE_SHIM(addmm_out)(out.get(), c.get(), a.get(), b.get(), 1.0, 1.0));
   return out;
 }
 

@@ -29,17 +29,20 @@ inline Attended attention(const Tensor& q, const Tensor& k, const Tensor& v) {
   AtenTensorHandle rest[5] = {};
   int64_t most[2];
   if (q.scalar_type() == ScalarType::Float) {
-    TORCH_ERROR_CODE_CHECK(aoti_torch_cuda__scaled_dot_product_efficient_attention(
+    check_call("attention",
+               aoti_torch_cuda__scaled_dot_product_efficient_attention(
         a.get(), b.get(), c.get(), nullptr, 1, 0.0, 0, nullptr, &out, &lse, &rest[0], &rest[1]));
   } else {
-    TORCH_ERROR_CODE_CHECK(aoti_torch_cuda__scaled_dot_product_flash_attention(
+    check_call("attention",
+               aoti_torch_cuda__scaled_dot_product_flash_attention(
         a.get(), b.get(), c.get(), 0.0, 0, 0, nullptr, &out, &lse, &rest[0], &rest[1], &most[0],
         &most[1], &rest[2], &rest[3], &rest[4]));
   }
   for (AtenTensorHandle unused : rest)
     if (unused) Tensor{unused};  // takes it over, and lets go of it
 #else
-  TORCH_ERROR_CODE_CHECK(aoti_torch_cpu__scaled_dot_product_flash_attention_for_cpu(
+  check_call("attention",
+             aoti_torch_cpu__scaled_dot_product_flash_attention_for_cpu(
       a.get(), b.get(), c.get(), 0.0, 0, nullptr, nullptr, &out, &lse));
 #endif
   return {tokens_first(out), in_order(Tensor(lse))};
@@ -57,18 +60,21 @@ inline std::tuple<Tensor, Tensor, Tensor> attention_bwd(const Tensor& grad, cons
   if (q.scalar_type() == ScalarType::Float) {
     const int32_t wanted[4] = {1, 1, 1, 0};
     AtenTensorHandle bias = nullptr;
-    TORCH_ERROR_CODE_CHECK(aoti_torch_cuda__scaled_dot_product_efficient_attention_backward(
+    check_call("the gradient of attention",
+               aoti_torch_cuda__scaled_dot_product_efficient_attention_backward(
         d.get(), a.get(), b.get(), c.get(), none.get(), o.get(), lse.get(), seed.get(), seed.get(),
         0.0, wanted, 4, 0, nullptr, &dq, &dk, &dv, &bias));
     if (bias) Tensor{bias};
   } else {
     const int64_t S = q.size(1);
-    TORCH_ERROR_CODE_CHECK(aoti_torch_cuda__scaled_dot_product_flash_attention_backward(
+    check_call("the gradient of attention",
+               aoti_torch_cuda__scaled_dot_product_flash_attention_backward(
         d.get(), a.get(), b.get(), c.get(), o.get(), lse.get(), none.get(), none.get(), S, S, 0.0,
         0, seed.get(), seed.get(), nullptr, &dq, &dk, &dv));
   }
 #else
-  TORCH_ERROR_CODE_CHECK(aoti_torch_cpu__scaled_dot_product_flash_attention_for_cpu_backward(
+  check_call("the gradient of attention",
+             aoti_torch_cpu__scaled_dot_product_flash_attention_for_cpu_backward(
       d.get(), a.get(), b.get(), c.get(), o.get(), lse.get(), 0.0, 0, nullptr, nullptr, &dq, &dk,
       &dv));
 #endif

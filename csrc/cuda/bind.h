@@ -43,7 +43,8 @@ class Launch {
  public:
   explicit Launch(const Tensor& t) : guard_(t.get_device_index()) {
     void* current = nullptr;
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &current));
+    check_call("the current stream",
+               aoti_torch_get_current_cuda_stream(t.get_device_index(), &current));
     stream = static_cast<cudaStream_t>(current);
   }
   cudaStream_t stream;

@@ -89,6 +89,15 @@ def test_values_and_gradients_under_every_policy(mixer, shape, dtype, extension,
         assert all(torch.equal(a, b) for a, b in zip(found["save"], found[other], strict=True))
 
 
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_autocast_changes_nothing(mixer, extension, driver):
+    flat, inputs = leaves_for(mixer, 9, 16), states(2, 9, 16)
+    want = step(mixer, inputs, flat, function=driven)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = step(mixer, inputs, flat, function=driven)
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
 @pytest.mark.parametrize("cycles", [(1, 0), (1, 3), (3, 1)], ids=["H1-L0", "H1-L3", "H3-L1"])
 @pytest.mark.parametrize("mixer", MIXERS)
 def test_other_cycles(mixer, cycles, extension, driver):

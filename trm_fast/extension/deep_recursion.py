@@ -103,7 +103,8 @@ def operations(
     def backward(ctx: Any, grad: Tensor, *unused: Any) -> tuple[Any, ...]:
         cos, sin, *rest = ctx.saved_tensors
         weights, kept = rest[: ctx.count], rest[ctx.count :]
-        d_x, d_weights = bwd(grad.contiguous(), kept, weights, cos, sin, *ctx.settings)
+        with _as_asked(grad.device):
+            d_x, d_weights = bwd(grad.contiguous(), kept, weights, cos, sin, *ctx.settings)
         return d_x, None, None, d_weights, None, None, *(None for _ in ctx.settings)
 
     bwd = register(
@@ -180,8 +181,14 @@ def deep_recursion(
         check("deep_recursion", *(int8.unsupported_inner(t.shape[1]) for t in weights))
         return int8.deep_recursion_int8(*given)
     tracked = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *weights))
-    new_y, new_z, _ = _fwd(*given, r.policy if tracked else "none")
+    with _as_asked(x.device):
+        new_y, new_z, _ = _fwd(*given, r.policy if tracked else "none")
     return new_y, new_z.detach()
+
+
+def _as_asked(device: torch.device) -> Any:
+    """Without autocast: PyTorch's operations inside the CUDA driver would take other dtypes."""
+    return torch.autocast(device.type, enabled=False)
 
 
 def _unsupported_int8(device: torch.device) -> str | None:

@@ -20,6 +20,7 @@ from golden.recording import Recording, is_exact, unflatten, weights_digest
 from parity import L2_FLOORS, L2_LIMIT, relative_l2
 from safetensors.torch import load_file
 
+from trm_fast.extension import library
 from trm_fast.losses import ACTLossHead
 from trm_fast.model import Model
 
@@ -81,8 +82,9 @@ FUSED_LOSSES = {"loss", "metric/lm_loss"}
 # Errors in units of the limits that the reference is held to. Its operations are the official ones;
 # other kernels are another draw of rounding, which a deep recursion amplifies by chance: three
 # instruction sets gave 0.6 to 1.9 on the same three steps. One pass is held to the strict rule in
-# tests/ops. A tensor of a few numbers, the gradient of a bias, does not average: 7.4 at worst.
-FUSED_FACTOR, FUSED_FACTOR_OF_FEW = 2.5, 10.0
+# tests/ops. Without fused multiply-adds one gradient of a bias, two numbers that do not average,
+# comes to 7.4.
+FUSED_FACTOR, FUSED_FACTOR_OF_FEW = 2.5, {"generic": 10.0}
 
 
 def compare(recording: Recording, backend: str = "reference", **changes: Any) -> list[Row]:
@@ -110,7 +112,8 @@ def compare(recording: Recording, backend: str = "reference", **changes: Any) ->
                 got = compact(got, 0)
             limit = 2.0 * recording.errors[step][name] + floor if case.oracle else L2_LIMIT
             if backend != "reference":
-                limit *= FUSED_FACTOR if want.numel() > 2 else FUSED_FACTOR_OF_FEW
+                few = FUSED_FACTOR_OF_FEW.get(library.instruction_set() or "", FUSED_FACTOR)
+                limit *= FUSED_FACTOR if want.numel() > 2 else few
             rows.append(Row(step, name, relative_l2(got, want), limit))
         wrong = {
             name: (str(value.dtype), recording.dtypes[name])

@@ -19,6 +19,7 @@ from recursion_cases import (
 )
 
 from trm_fast.extension import deep_recursion as compiled
+from trm_fast.extension import library
 from trm_fast.ops import POLICIES, Recursion
 
 # Heads of 16 features. Odd tokens, widths of whole and of broken panels, one board.
@@ -29,9 +30,10 @@ CASES = [
     ((4, 9, 16), 3, (2, 1)),
 ]
 IDS = case_ids("B S D", [case[0] for case in CASES])
-# Errors beside PyTorch's: several narrow blocks amplify rounding by chance. Over seeds and
-# instruction sets the ratio was 0.5 to 5 where D = 16, and 0.8 to 1.4 where it is 32.
-FACTORS = {16: 6}
+# Errors beside PyTorch's: several narrow blocks amplify rounding by chance. Over seeds the ratio
+# was 0.8 to 1.4 where D = 32, and 0.5 to 5 where it is 16; without fused multiply-adds the draw of
+# these tests is one of the larger ones.
+FACTORS = {("generic", 16): 6}
 pytestmark = pytest.mark.usefixtures("extension")
 
 
@@ -52,7 +54,10 @@ def test_values_and_gradients(mixer, shape, layers, cycles, policy):
     options = {"H_cycles": cycles[0], "L_cycles": cycles[1], "heads": heads, "policy": policy}
     got = extension_step(mixer, inputs, flat, **options)
     plain = step(mixer, inputs, flat, **options)
-    exact, factor = exact_step(mixer, inputs, flat, heads, *cycles), FACTORS.get(shape[2], 2)
+    exact, factor = (
+        exact_step(mixer, inputs, flat, heads, *cycles),
+        FACTORS.get((library.instruction_set(), shape[2]), 2),
+    )
     assert_as_good(got, plain, exact, torch.float32, factor)
 
 

@@ -12,6 +12,7 @@ H heads, K head dim.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -188,7 +189,8 @@ def deep_recursion(
 
 def _as_asked(device: torch.device) -> Any:
     """Without autocast: PyTorch's operations inside the CUDA driver would take other dtypes."""
-    return torch.autocast(device.type, enabled=False)
+    known = torch.amp.is_autocast_available(device.type)  # not of meta tensors, which get refused
+    return torch.autocast(device.type, enabled=False) if known else contextlib.nullcontext()
 
 
 def _unsupported_int8(device: torch.device) -> str | None:

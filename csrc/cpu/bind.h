@@ -5,6 +5,7 @@
 #pragma once
 #include <torch/csrc/stable/ops.h>
 
+#include <optional>
 #include <vector>
 
 #include "../common.h"
@@ -41,6 +42,11 @@ inline const Kernels& kernels() {
 // An empty tensor from the pool, to which its memory goes back: for what is kept until the backward
 // of every step, whose fresh pages would cost a tenth of the step.
 Tensor new_pooled(std::vector<int64_t> shape, ScalarType dtype);
+
+// A table of floats, or null where there is none.
+inline const float* floats(const std::optional<Tensor>& t) {
+  return t.has_value() ? (const float*)t->const_data_ptr() : nullptr;
+}
 
 inline DType dtype_of(const char* op, const Tensor& t) {
   const ScalarType given = t.scalar_type();

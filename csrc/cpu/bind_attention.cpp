@@ -31,10 +31,6 @@ static AttentionShape attention_shape(const char* op, const Tensor& qkv, const T
   return {B, S, heads, K};
 }
 
-static const float* floats(const Table& table) {
-  return table.has_value() ? (const float*)table->const_data_ptr() : nullptr;
-}
-
 static std::tuple<Tensor, Tensor> rope_attention(const Tensor& qkv, const Table& cos,
                                                  const Table& sin, int64_t heads) {
   const char* op = "rope_attention";

@@ -152,11 +152,11 @@ static std::tuple<Tensor, Tensor, Tensor> embed_reset(
   in.B = y.size(0), in.S = y.size(1), in.D = y.size(2);
   in.P = rows.has_value() ? rows->size(1) : 0;
   in.scale = (float)scale;
-  const int64_t V = embedding.size(0);
-  in.embedding = source(op, "embedding", embedding, {V, in.D});
+  in.V = embedding.size(0);
+  in.embedding = source(op, "embedding", embedding, {in.V, in.D});
   if (rows.has_value()) in.rows = source(op, "rows", *rows, {in.B, in.P, in.D});
   if (positions.has_value()) in.positions = source(op, "positions", *positions, {in.S, in.D});
-  in.tokens = checked_tokens(op, tokens, V);
+  in.tokens = checked_tokens(op, tokens, in.V);
   check_tensor(op, "tokens", tokens, {in.B, in.S - in.P}, tokens.scalar_type());
   check_tensor(op, "halted", halted, {in.B}, ScalarType::Bool);
   in.halted = (const bool*)halted.const_data_ptr();

@@ -75,10 +75,6 @@ std::vector<BlockWeights> pointers(const std::vector<Tensor>& weights) {
   return all;
 }
 
-const float* floats(const std::optional<Tensor>& t) {
-  return t.has_value() ? (const float*)t->const_data_ptr() : nullptr;
-}
-
 // Bytes of each saved tape: one per pass and block, with the policies that keep them.
 std::vector<int64_t> tape_bytes(DType dtype, const RecursionShape& s) {
   std::vector<int64_t> bytes;

@@ -7,8 +7,6 @@
 namespace trm_fast {
 namespace TRM_ISA {
 
-constexpr float POSITION_SCALE = 0.707106781f;  // keeps the variance of token + position a token's
-
 INL int64_t token_at(Tokens tokens, int64_t n) {
   return tokens.wide ? ((const int64_t*)tokens.data)[n] : ((const int32_t*)tokens.data)[n];
 }

@@ -8,11 +8,10 @@
 // vocabulary, N = B*S rows. Pointers to tensors are void: their type is the DType's, contiguous.
 #pragma once
 #include <stddef.h>
-#include <stdint.h>
+
+#include "../types.h"
 
 namespace trm_fast {
-
-enum class DType : int { f32 = 0, bf16 = 1 };
 
 // What a kernel asks of the process it runs in.
 struct Host {
@@ -42,33 +41,6 @@ struct RecursionShape {
   bool mlp_t;
   Policy policy;
   bool int8;  // products with weights in eight bits (int8.h); with the policy none only
-};
-
-// Identifiers of tokens, int32 or int64.
-struct Tokens {
-  const void* data;
-  bool wide;
-};
-// A contiguous tensor of either dtype; data is null where there is none.
-struct Source {
-  const void* data;
-  DType dtype;
-};
-// A state whose rows are contiguous: elements from one item and one token to the next.
-struct StateView {
-  const void* data;
-  int64_t item, token;
-};
-// Of P puzzle rows and then S - P tokens. tokens [B, S - P] below V, rows [B, P, D], embedding
-// [V, D], positions [S, D] or none, halted [B], y and z [B, S, D], y_init and z_init [D].
-struct EmbedReset {
-  Tokens tokens;
-  Source rows, embedding, positions;
-  const bool* halted;
-  StateView y, z;
-  Source y_init, z_init;
-  float scale;
-  int64_t B, S, P, D;
 };
 
 // One parameter of an optimizer step, and what belongs to it: each of `count` elements and of its

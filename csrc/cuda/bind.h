@@ -9,7 +9,7 @@
 #include <torch/csrc/stable/macros.h>
 
 #include "../common.h"
-#include "dtype.h"
+#include "kernels.h"
 
 namespace trm_fast {
 namespace cuda {

@@ -8,8 +8,6 @@
 namespace trm_fast {
 namespace cuda {
 
-constexpr float POSITION_SCALE = 0.707106781f;  // keeps the variance of token + position a token's
-
 constexpr int CHUNK_THREADS = 64;  // a row of 512 elements of 16 bits
 constexpr int CHUNK_BYTES = 48 << 10;
 constexpr int AHEAD = 8;          // tokens whose gradients are loaded before the first is added

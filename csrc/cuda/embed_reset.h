@@ -1,40 +1,12 @@
 // embed_reset: question states from tokens, puzzle rows and positions; states that start anew; and
 // the gradients to the embedding and the positions.
 #pragma once
-#include "dtype.h"
+#include "kernels.h"
 
 namespace trm_fast {
 namespace cuda {
 
-// A contiguous tensor of any of the dtypes; data is null where there is none.
-struct Source {
-  const void* data;
-  DType dtype;
-};
-// Identifiers of tokens, int32 or int64.
-struct Tokens {
-  const void* data;
-  bool wide;
-};
-// A state whose rows are contiguous: elements from one item and one token to the next.
-struct StateView {
-  const void* data;
-  int64_t item, token;
-};
-// Of P puzzle rows and then S - P tokens: tokens [B, S - P], rows [B, P, D] or none, embedding
-// [V, D], positions [S, D] or none, halted [B], y and z [B, S, D], y_init and z_init [D]. The
-// sources are float or of the states' dtype. A token outside the vocabulary shows as NaN.
-struct EmbedReset {
-  Tokens tokens;
-  Source rows, embedding, positions;
-  const bool* halted;
-  StateView y, z;
-  Source y_init, z_init;
-  float scale;
-  int64_t B, S, P, V, D;
-};
-
-// x, y, z [B,S,D]
+// x, y, z [B,S,D]. A token outside the vocabulary shows as NaN.
 cudaError_t embed_reset_fwd(DType dtype, const EmbedReset& in, void* x, void* y, void* z,
                             cudaStream_t stream);
 

@@ -1,6 +1,6 @@
 // inject: z + (y + x), how the recursion shows the latent state the question and the answer.
 #pragma once
-#include "dtype.h"
+#include "kernels.h"
 
 namespace trm_fast {
 namespace cuda {

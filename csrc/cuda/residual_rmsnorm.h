@@ -2,7 +2,7 @@
 //
 // Formula, t = h + u, r = 1 / sqrt(mean(t^2) + eps): y = r t, dt = r (dy - y mean(dy y)).
 #pragma once
-#include "dtype.h"
+#include "kernels.h"
 
 namespace trm_fast {
 namespace cuda {

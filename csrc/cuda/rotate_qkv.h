@@ -2,7 +2,7 @@
 //
 // Formula, of the halves x1, x2 of a head: (x1 cos1 - x2 sin1, x2 cos2 + x1 sin2).
 #pragma once
-#include "dtype.h"
+#include "kernels.h"
 
 namespace trm_fast {
 namespace cuda {

@@ -1,6 +1,6 @@
 // swiglu: silu(gate) * up, of rows whose first half is the gate.
 #pragma once
-#include "dtype.h"
+#include "kernels.h"
 
 namespace trm_fast {
 namespace cuda {

@@ -8,7 +8,7 @@
 
 #include <initializer_list>
 
-#include "dtype.h"
+#include "kernels.h"
 
 namespace trm_fast {
 namespace cuda {

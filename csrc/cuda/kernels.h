@@ -7,12 +7,5 @@
 // vocabulary, N rows. All sizes and offsets are 64 bits wide; any of them may be 0.
 #pragma once
 #include <cuda_runtime_api.h>
-#include <stdint.h>
 
-namespace trm_fast {
-namespace cuda {
-
-enum class DType : int { f32 = 0, bf16 = 1, f16 = 2 };
-
-}  // namespace cuda
-}  // namespace trm_fast
+#include "../types.h"

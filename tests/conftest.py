@@ -4,6 +4,7 @@ The environment is set before torch is imported: OpenMP reads it when its first 
 Triton decides about its interpreter when it is first imported (torch.compile imports it).
 """
 
+import logging
 import os
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -42,6 +43,15 @@ def poison_fresh_memory(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(torch, name, poisoned(getattr(torch, name)))
     for name in ("new_empty", "new_empty_strided"):
         monkeypatch.setattr(torch.Tensor, name, poisoned(getattr(torch.Tensor, name)))
+
+
+@pytest.fixture(autouse=True)
+def log_of_builds() -> Iterator[None]:
+    """Commands that a test calls in this process show the log; the next test starts without."""
+    yield
+    log = logging.getLogger("trm_fast.extension")
+    log.handlers.clear()
+    log.setLevel(logging.NOTSET)
 
 
 @pytest.fixture(autouse=True)

@@ -36,16 +36,10 @@ def test_built_and_loaded_without_a_word(tiny, capfd, recwarn, caplog):
 
 
 @pytest.fixture
-def command(monkeypatch):
+def command():
     """As in a process of a command."""
-    log = logging.getLogger("trm_fast.extension")
-    monkeypatch.setattr(log, "handlers", [])
-    monkeypatch.setattr(log, "level", log.level)
-    monkeypatch.setattr(log, "propagate", True)
     show_builds()
     show_builds()  # as `main` does, called again
-    yield
-    log.setLevel(logging.NOTSET)  # also empties the logger's cache of levels
 
 
 def test_commands_say_what_is_built(tiny, capfd, command):

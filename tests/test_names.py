@@ -46,7 +46,8 @@ def test_nothing_else_is_in_those_places():
     files = {path.stem.removeprefix("test_") for path in (TESTS / "ops").glob("test_*.py")}
     # An operation's tests may fill more than one file: test_<op>_<part>.py.
     parts = {f for f in files for op in OP_NAMES if f.startswith(f"{op}_")}
-    assert files - (parts - set(OP_NAMES)) == set(OP_NAMES)
+    of_all = {"extension_contract"}  # what holds for every operation of a backend
+    assert files - (parts - set(OP_NAMES)) - of_all == set(OP_NAMES)
 
 
 def test_the_table_documents_every_op_with_the_arguments_of_its_reference():

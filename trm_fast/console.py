@@ -44,7 +44,6 @@ def show_builds() -> None:
     if not any(isinstance(handler, _OnStandardError) for handler in log.handlers):
         log.addHandler(_OnStandardError())
         log.setLevel(logging.INFO)
-        log.propagate = False
 
 
 def program() -> str:

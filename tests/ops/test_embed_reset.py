@@ -433,10 +433,10 @@ def test_extension_compiles(extension):
 WRONG = [
     (0, lambda t: t.to(torch.uint8), "tokens of int32 and int64, not uint8", "tokens are int32 or"),
     (0, lambda t: t[:, :2], "needs y of", r"tokens is \[2, 2\], expected \[2, 3\]"),
-    (1, lambda t: t.half(), "serves float32 and bfloat16, not float16", "got dtype"),
+    (1, lambda t: t.half(), "serves float32 and bfloat16, not float16", "bfloat16, not float16"),
     (1, lambda t: t[:1], None, "rows is"),
     (2, lambda t: t[:, :3], None, r"embedding is \[11, 3\], expected \[11, 8\]"),
-    (2, lambda t: t.double(), "not float64", "got dtype"),
+    (2, lambda t: t.double(), "not float64", "bfloat16, not float64"),
     (3, lambda t: t[:4], None, r"positions is \[4, 8\], expected \[5, 8\]"),
     (4, lambda t: t.int(), "needs halted of .2. bool", "halted has dtype"),
     (4, lambda t: t[:1], "needs halted of", "halted is"),

@@ -346,10 +346,13 @@ def test_extension_refuses(extension):
     for heads, rotary, text in (
         (4, None, "needs a head size that is a multiple of 16 up to 128, not 8"),
         (5, None, "takes q, k and v of 5 heads, not 96 features"),
+        (0, None, "needs 1 head or more, not 0"),
         (2, tables(5, 16), r"needs cos and sin of \[4, 16\] float32, not \[5, 16\] float32"),
     ):
         with pytest.raises(ValueError, match=f"rope_attention of the compiled extension .*{text}"):
             compiled.rope_attention(qkv, rotary, heads)
+    with pytest.raises(ValueError, match=r"needs q, k and v of \[B, S, 3HK\], not \[4, 96\]"):
+        compiled.rope_attention(qkv[0], None, 2)
     cos, sin = tables(4, 16)
     for given, text in (
         ((qkv[0], cos, sin, 2), r"qkv is \[4, 96\], expected \[B, S, 3\*H\*K\]"),

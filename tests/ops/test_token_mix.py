@@ -246,6 +246,8 @@ def test_extension_refuses(extension):
     s, gate_up, down = inputs((1, 8, 32, 16))
     with pytest.raises(ValueError, match="needs w_gate_up of"):
         compiled.token_mix(s, gate_up[:, :4], down, EPS)
+    with pytest.raises(ValueError, match="needs tokens to mix, not 8 by 0"):
+        compiled.token_mix(s, gate_up[:0], down[:, :0], EPS)
     for given, text in (
         ((s, gate_up[:16], down), r"gate_up is \[16, 8\], expected \[32, 8\]"),
         ((s, gate_up, down.bfloat16()), "down has dtype"),

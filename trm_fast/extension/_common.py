@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from trm_fast.kernels.registration import refuse_forward_mode
+from trm_fast.kernels.registration import refuse_forward_mode, register
 
 EXTENSION = "trm_fast_ext"
 DTYPES = (torch.float32, torch.bfloat16)
@@ -68,6 +68,49 @@ def unsupported(dtype: torch.dtype, config: Shape | None, device: torch.device) 
     if reason or config is None or device.type == "cuda":
         return reason
     return unsupported_width(config.hidden_size)
+
+
+def register_gated(
+    op: str, forward_fake: Callable[..., tuple[Tensor, Tensor, Tensor]]
+) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """Both directions of rms_norm(h + W_down(silu(g) * u)), along the features or the tokens.
+
+    The forward returns the result, 1 / rms, and gate and up (empty unless `keep`).
+    """
+
+    def backward_fake(
+        grad: Tensor,
+        h: Tensor,
+        gate_up: Tensor,
+        down: Tensor,
+        out: Tensor,
+        rstd: Tensor,
+        gu: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return torch.empty_like(h), torch.empty_like(gate_up), torch.empty_like(down)
+
+    def save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.save_for_backward(*inputs[:3], *output)
+        ctx.mark_non_differentiable(*output[1:])
+
+    def backward(ctx: Any, grad: Tensor, *unused: Tensor) -> tuple[Tensor | None, ...]:
+        return *bwd(grad.contiguous(), *ctx.saved_tensors), None, None
+
+    bwd = register(
+        EXTENSION,
+        f"{op}_bwd(Tensor grad, Tensor h, Tensor gate_up, Tensor down, Tensor out, Tensor rstd,"
+        " Tensor gu) -> (Tensor, Tensor, Tensor)",
+        backward_fake,
+    )
+    fwd = register(
+        EXTENSION,
+        f"{op}(Tensor h, Tensor gate_up, Tensor down, float eps, bool keep)"
+        " -> (Tensor, Tensor, Tensor)",
+        forward_fake,
+        save=save,
+        backward=backward,
+    )
+    return fwd, bwd
 
 
 def check(op: str, *reasons: str | None) -> None:

@@ -78,10 +78,12 @@ def rope_attention(qkv: Tensor, rotary: tuple[Tensor, Tensor] | None, heads: int
     Raises:
         ValueError: a dtype, head size or table that the kernel does not serve.
     """
-    head_dim, rest = divmod(qkv.shape[-1], 3 * heads)
+    head_dim, rest = divmod(qkv.shape[-1], 3 * max(1, heads))
     check(
         "rope_attention",
         unsupported_dtype(qkv.dtype),
+        None if qkv.dim() == 3 else f"needs q, k and v of [B, S, 3HK], not {list(qkv.shape)}",
+        None if heads > 0 else f"needs 1 head or more, not {heads}",
         f"takes q, k and v of {heads} heads, not {qkv.shape[-1]} features" if rest else None,
         _unsupported_head(head_dim),
         *(_unsupported_table(t, qkv.shape[1], head_dim) for t in rotary or ()),

@@ -13,6 +13,7 @@ import pytest
 import trm_fast
 from trm_fast import __main__ as shell
 from trm_fast import console
+from trm_fast.extension.build import BuildError
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -142,6 +143,23 @@ def test_say_outlives_its_reader():
     process.stderr.close()
     assert process.wait() == 0
     assert err == b"still here\n"
+
+
+@pytest.mark.parametrize(
+    ("raised", "status", "text"),
+    [
+        (KeyboardInterrupt(), 130, "interrupted\n"),
+        (BuildError("no C++ compiler"), 2, "trm-fast: no C++ compiler\n"),
+    ],
+    ids=["interrupt", "no extension"],
+)
+def test_what_ends_a_command_early_is_one_line(raised, status, text, monkeypatch, capsys):
+    def main(argv):
+        raise raised
+
+    monkeypatch.setattr(shell, "import_module", lambda module: types.SimpleNamespace(main=main))
+    assert shell.main(["info"]) == status
+    assert capsys.readouterr() == ("", text)
 
 
 def test_info_as_text():

@@ -16,6 +16,8 @@ from trm_fast import checkpoint, train
 from trm_fast.data import sudoku_generator
 from trm_fast.data.format import one_puzzle_per_group, write_dataset
 from trm_fast.data.sudoku_generator import generate, sudoku_metadata
+from trm_fast.extension import library
+from trm_fast.extension.build import BuildError
 from trm_fast.progress import read_metrics
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -285,3 +287,24 @@ def test_the_configuration_of_a_run_serves_for_another(here):
 def test_weights_that_are_not_there_name_the_setting(here, capfd):
     assert run("load_checkpoint=nowhere") == 2
     assert "load_checkpoint: nowhere" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("raised", "status", "text"),
+    [
+        (KeyboardInterrupt(), 130, "interrupted; nothing was trained\n"),
+        (BuildError("no C++ compiler"), 2, "trm-fast train: no C++ compiler\n"),
+    ],
+    ids=["interrupt", "no extension"],
+)
+def test_the_extension_comes_before_everything_else(
+    raised, status, text, tmp_path, monkeypatch, capsys
+):
+    def unavailable(kind):
+        raise raised
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(library, "unavailable", unavailable)
+    assert train.main(["steps=1", "device=cpu"]) == status
+    assert capsys.readouterr() == ("", text)
+    assert list(tmp_path.iterdir()) == []

@@ -10,6 +10,7 @@ from importlib import import_module
 
 from trm_fast import __version__
 from trm_fast.console import say
+from trm_fast.extension.build import BuildError
 from trm_fast.options import did_you_mean
 
 __all__ = ["main"]
@@ -57,7 +58,14 @@ def _data(args: list[str]) -> int:
 
 
 def _run(module: str, args: list[str]) -> int:
-    return int(import_module(module).main(args))
+    try:
+        return int(import_module(module).main(args))
+    except BuildError as error:  # TRM_FAST_EXT=require, or another word there
+        say(f"trm-fast: {error}", err=True)
+        return 2
+    except KeyboardInterrupt:
+        say("interrupted", err=True)
+        return 130
 
 
 def _unknown(kind: str, given: str, allowed: list[str]) -> int:

@@ -372,7 +372,7 @@ def measure(given: argparse.Namespace) -> dict:
     threads = given.threads or default_threads(device)
     parts = given.part or (PARTS if device.type == "cpu" else PARTS[:1])
     size = 64 if given.quick else None
-    progress: Progress = (lambda line: None) if given.quick else (lambda line: say(line, err=True))
+    progress: Progress = partial(say, err=True)
     found = run_cases(
         chosen if "steps" in parts else [],
         threads,

@@ -19,8 +19,11 @@ from trm_fast.checkpoint import CheckpointError
 from trm_fast.config import TrainConfig
 from trm_fast.console import program, say
 from trm_fast.data.sudoku_generator import default_job_data
+from trm_fast.extension import library
+from trm_fast.extension.build import BuildError
 from trm_fast.inference import SetReport
 from trm_fast.interop import write_official
+from trm_fast.loading import pick_device
 from trm_fast.overrides import emit_yaml
 from trm_fast.progress import MetricsError, MetricsWriter, StatusLine, make_loggers, read_metrics
 from trm_fast.runs import Place, RunLock, latest, place
@@ -135,6 +138,14 @@ def train(config: TrainConfig) -> int:
         say(f"trm-fast train: WORLD_SIZE={world}, but this version trains in one process", err=True)
         return 2
     try:
+        _build_first(config)
+    except BuildError as error:
+        say(f"trm-fast train: {error}", err=True)
+        return 2
+    except KeyboardInterrupt:
+        say("interrupted; nothing was trained", err=True)
+        return 130
+    try:
         with_data = _with_data(config)
         if config.seeds == 1:
             return _run(with_data)[0]
@@ -151,6 +162,16 @@ def train(config: TrainConfig) -> int:
     except KeyboardInterrupt:
         say("interrupted; what came after the last checkpoint is not saved", err=True)
         return 130
+
+
+def _build_first(config: TrainConfig) -> None:
+    """The compiled extension, before anything of the run is there: that may take a minute."""
+    try:
+        device = pick_device(config.device)
+    except ValueError:  # not there: said when the run begins
+        return
+    if device.type == "cpu" and config.arch.backend in ("auto", "cpp"):
+        library.unavailable("cpu")
 
 
 def _with_data(config: TrainConfig) -> TrainConfig:
@@ -226,6 +247,16 @@ def _run_locked(spot: Place, splits: Splits, total: int, signals: Signals) -> tu
     return 128 + signals.received if signals.received else 0, trainer
 
 
+def _engine(trainer: Trainer) -> str:
+    """Whose recursion runs, and why not a faster one where that is plain PyTorch."""
+    (row,) = (r for r in trainer.model.backend_report() if r.op == "deep_recursion")
+    if row.implementation != "reference" or trainer.config.arch.backend == "reference":
+        return row.implementation
+    mine = {"cpu": "cpp: ", "cuda": "triton: "}.get(trainer.device.type, " ")
+    why = next((r for r in row.reason.split("; ") if r.startswith(mine)), "")
+    return f"plain PyTorch; {why}" if why else "plain PyTorch"
+
+
 def _announce(trainer: Trainer, spot: Place) -> None:
     parameters = sum(p.numel() for p in trainer.model.parameters())
     say(f"run folder  {spot.run_dir}")
@@ -235,7 +266,7 @@ def _announce(trainer: Trainer, spot: Place) -> None:
         say(f"going on    from step {trainer.step}{ends} ({begins})")
     say(
         f"model       {parameters:,} parameters, {trainer.config.arch.forward_dtype}, "
-        f"on {trainer.device}"
+        f"on {trainer.device} ({_engine(trainer)})"
     )
     say(
         f"training    {trainer.total_steps} steps of {trainer.config.global_batch_size} boards, "

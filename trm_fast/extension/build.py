@@ -75,6 +75,10 @@ class NothingToBuildWith(BuildError):
     """Nothing is wrong, there is just nothing to build for or with: no GPU, no CUDA toolkit."""
 
 
+class BadMode(BuildError, ValueError):
+    """TRM_FAST_EXT is none of the modes."""
+
+
 # ---- what is there
 
 

@@ -127,7 +127,9 @@ def _build(
     kind: str, library: Path, targets: Sequence[str], flags: Sequence[str], anew: bool
 ) -> None:
     name, seconds = kind.upper(), build.estimate(kind, targets)
-    log.info("building the %s extension for %s, once: about %d s", name, " ".join(targets), seconds)
+    # A warning, since Python shows it unasked: a minute without a word looks like a fault.
+    what = f"building the {name} extension for {' '.join(targets)}, once: about {seconds} s"
+    log.warning("%s", what)
     objects = library.parent / "objects"
     objects.mkdir(exist_ok=True)
     start = time.monotonic()

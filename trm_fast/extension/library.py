@@ -46,6 +46,8 @@ def unavailable(kind: str) -> str | None:
 def state(kind: str) -> str:
     """ "prebuilt" (in the installed package), "built" (here, into the cache), or `unavailable`'s
     reason. Loads the library as that does."""
+    if kind not in build.KINDS:
+        raise ValueError(f"kind is one of {', '.join(build.KINDS)}, not {kind!r}")
     with _lock:
         if kind in _errors:
             raise _errors[kind]
@@ -93,7 +95,7 @@ def load_for_tests(targets: Sequence[str], flags: Sequence[str] = ()) -> str:
 def _load_or_say_why(kind: str) -> str:
     mode = os.environ.get("TRM_FAST_EXT") or "auto"
     if mode not in MODES:
-        raise ValueError(f"TRM_FAST_EXT is one of {', '.join(MODES)}, not {mode!r}")
+        raise build.BadMode(f"TRM_FAST_EXT is one of {', '.join(MODES)}, not {mode!r}")
     if mode == "off":
         return "TRM_FAST_EXT=off"
     try:

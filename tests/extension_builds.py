@@ -4,6 +4,7 @@ Imported by tests/test_extension_*.py.
 """
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 from trm_fast.extension import build, library
 
 ROOT = Path(__file__).resolve().parent.parent
+BUILDING = re.compile(r"building the CPU extension for \w+, once: about \d+ s\n")
 
 DISPATCH = """
 #include "../common.h"

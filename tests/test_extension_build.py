@@ -8,14 +8,13 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from extension_builds import Tiny, tiny
+from extension_builds import BUILDING, Tiny, tiny
 
 from trm_fast.extension import build, cache
 
 __all__ = ["tiny"]
 
 SETS = ["generic"]
-BUILDING = re.compile(r"building the CPU extension for generic, once: about \d+ s\n")
 PROVIDE = "print(cache.provide('cpu', ['generic']))"
 
 

@@ -33,7 +33,8 @@ from trm_fast.contenders import (
     outcome,
     prepare,
 )
-from trm_fast.floor import matmuls, useful_flops
+from trm_fast.floor import matmuls
+from trm_fast.flops import step_flops
 from trm_fast.workloads import CASES, Case, plan, quick
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -95,42 +96,14 @@ def test_a_plan_can_be_narrowed():
     assert CASES["official"].of("float32", 1).rounds == 3 * case.rounds
 
 
-def test_useful_flops_of_the_official_steps():
-    """342 and 205 GFLOP: 35 and 21 passes of two blocks of 610 MFLOP per board, 8 boards."""
-    config = CASES["official"].model
-    block = 2 * 97 * 512 * 3 * (1536 + 512)
-    head = 2 * 97 * 512 * 11
-    assert useful_flops(config, "train") == 8 * (35 * 2 * block + 3 * head)
-    assert useful_flops(config, "inference") == 8 * (21 * 2 * block + head)
-
-
-def test_useful_flops_of_attention():
-    config = replace(CASES["attention"].model, H_cycles=1, L_cycles=1, L_layers=1, batch_size=1)
-    block = 2 * (4 * 97 * 512**2 + 2 * 97 * 97 * 512 + 3 * 97 * 512 * 1536)
-    assert useful_flops(config, "inference") == 2 * block + 2 * 97 * 512 * 11
-
-
-@pytest.mark.parametrize("name", ["official", "recipe"])
-@pytest.mark.parametrize(("step", "products"), [("train", 3), ("inference", 1)])
-def test_the_flops_are_those_that_run(name, step, products):
-    """As PyTorch counts them; only the halting head is left out."""
-    config = quick(CASES[name]).model
-    entry = prepare(Contender("reference"), config, step, None, CPU)
-    with FlopCounterMode(display=False) as counter:
-        entry.run()
-    q_head = 2 * config.batch_size * config.hidden_size * config.q_logits
-    want = useful_flops(config, step) + products * q_head
-    assert counter.get_total_flops() == want
-
-
 @pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("step", ["train", "inference"])
+@pytest.mark.parametrize("step", ["train", "inference", "solve"])
 def test_the_matmuls_are_those_of_the_step(name, step):
     config = quick(CASES[name]).model
     run = matmuls(config, step, CPU)
     with FlopCounterMode(display=False) as counter:
         run()
-    assert counter.get_total_flops() == useful_flops(config, step)
+    assert counter.get_total_flops() == step_flops(config, step)
 
 
 def test_the_matmuls_are_a_row_without_parity(monkeypatch):
@@ -153,7 +126,7 @@ def test_the_own_width_contender_has_the_official_rounding():
     assert (config.channel_width, config.token_width) == (256, 256)
     config = effective_config(CASES["recipe"], Contender("official", official=True))
     assert (config.channel_width, config.token_width) == (96, 96)
-    assert useful_flops(effective_config(CASES["recipe"], own), "train") / useful_flops(
+    assert step_flops(effective_config(CASES["recipe"], own), "train") / step_flops(
         config, "train"
     ) == pytest.approx(256 / 96, rel=0.05)
 
@@ -282,7 +255,7 @@ def test_the_json_of_a_quick_run_without_the_official_code(capsys):
     assert reference["runs"] == 4
     assert 0 < reference["wall_ms"]["min"] <= reference["wall_ms"]["median"]
     assert 0 <= reference["cpu_ms"]["min"] <= reference["cpu_ms"]["median"]
-    flops = useful_flops(replace(RECIPE.model, batch_size=3), "train")
+    flops = step_flops(replace(RECIPE.model, batch_size=3), "train")
     assert reference["useful_gflop"] == pytest.approx(flops / 1e9)
     assert reference["fraction_of_peak"] == pytest.approx(
         reference["gflop_per_s"] / found["peak_gflop_per_s"]["1"]["float32"]

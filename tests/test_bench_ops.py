@@ -16,7 +16,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from trm_fast import backends, op_bench, op_cases, reference
 from trm_fast.backends import Row
 from trm_fast.contenders import ParityError
-from trm_fast.op_cases import case, cases, network, parameter_shapes, recursion_flops
+from trm_fast.flops import recursion_flops
+from trm_fast.op_cases import case, cases, network, parameter_shapes
 from trm_fast.ops import OP_NAMES
 
 ROOT = Path(__file__).resolve().parent.parent

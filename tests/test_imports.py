@@ -40,7 +40,7 @@ ORDER = [
     ["extension"],
     ["quantize"],
     ["reference"],
-    ["memory"],
+    ["memory", "flops"],
     ["backends"],
     ["layers", "recursion"],
     ["model"],

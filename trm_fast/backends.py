@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from trm_fast import reference
+from trm_fast import flops, reference
 from trm_fast.config import ModelConfig, did_you_mean
 from trm_fast.extension import library
 from trm_fast.ops import OP_NAMES, Ops
@@ -164,7 +164,9 @@ def select(
         ValueError: an unknown name, or a named backend that has an operation and cannot serve it.
     """
     _check(name)
-    return Ops(**{op: _choose(op, name, device, dtype, config)[0].load() for op in OP_NAMES})
+    loaded = {op: _choose(op, name, device, dtype, config)[0].load() for op in OP_NAMES}
+    flops.register_if_counting()
+    return Ops(**loaded)
 
 
 def recursion_engine(device: torch.device, dtype: torch.dtype, config: ModelConfig) -> str:
@@ -185,6 +187,7 @@ def refusing(error: ValueError) -> Ops:
 def table(backend: str) -> Ops:
     """Every operation of one backend, wherever it serves; for tests and benchmarks."""
     rows = {row.op: row.load() for row in ROWS if row.backend == backend}
+    flops.register_if_counting()
     return Ops(**rows)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from trm_fast.contenders import OWN_WIDTH, PRODUCTS, Entry
-from trm_fast.floor import useful_flops
+from trm_fast.flops import step_flops
 from trm_fast.timing import basis, summary
 
 BASES = ("reference", "official", OWN_WIDTH, PRODUCTS)
@@ -27,7 +27,7 @@ _HEADS = {
 
 def row(entry: Entry, step: str, device: torch.device) -> dict:
     """One line of the results."""
-    flops = useful_flops(entry.config, step)
+    flops = step_flops(entry.config, step)
     rate = flops / min(getattr(entry, basis(device))) / 1e9
     return {
         "contender": entry.contender.name,

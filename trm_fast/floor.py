@@ -1,8 +1,8 @@
-"""The matrix products of a step: how many operations they are, and PyTorch doing nothing else.
+"""The matrix products of a step, and PyTorch doing nothing else.
 
 What the "matmuls only" contender runs: `torch.mm` on operands that lie contiguous and into results
 that exist already, so neither allocation nor anything element-wise is in it; that is less than any
-code on PyTorch's matrix products can do. Imported by `contenders.py` and `bench_report.py`.
+code on PyTorch's matrix products can do. Imported by `contenders.py`.
 
 Dims legend: B batch, S tokens incl. prefix, D width, F and F_t widths of the two SwiGLUs, V
 vocabulary, K head dim; n rows, i inner width, o output width of one product.
@@ -15,20 +15,6 @@ from collections.abc import Callable
 import torch
 
 from trm_fast.config import ModelConfig
-
-
-def useful_flops(config: ModelConfig, step: str) -> float:
-    """Multiplications and additions of the matrix products of one step, nothing recomputed."""
-    s, d = config.total_len, config.hidden_size
-    channel = 3 * s * d * config.channel_width
-    mixer = 3 * s * d * config.token_width if config.mlp_t else 4 * s * d * d + 2 * s * s * d
-    block_pass = 2 * config.batch_size * config.L_layers * (channel + mixer)
-    head = 2 * config.batch_size * s * d * config.vocab_size
-    with_gradient = config.L_cycles + 1
-    passes = config.H_cycles * with_gradient
-    if step == "train":
-        return float((passes + 2 * with_gradient) * block_pass + 3 * head)
-    return float(passes * block_pass + head)
 
 
 class _Linear:
@@ -75,7 +61,8 @@ class _Attention:
 
 def matmuls(config: ModelConfig, step: str, device: torch.device) -> Callable[[], None]:
     """A function that does the step's matrix products: every pass forward; for "train" also the
-    gradients of inputs and weights of the last cycle's passes. The halting head is left out."""
+    gradients of inputs and weights of the last cycle's passes; for "solve" all forward passes
+    halt_max_steps times. `flops.step_flops` counts them."""
     b, s, d, dtype = (
         *(config.batch_size, config.total_len, config.hidden_size),
         getattr(torch, config.forward_dtype),
@@ -96,17 +83,21 @@ def matmuls(config: ModelConfig, step: str, device: torch.device) -> Callable[[]
             layers += [linear(b * s, d, d)]
         layers += [linear(b * s, d, 2 * config.channel_width)]
         layers += [linear(b * s, config.channel_width, d)]
-    head = linear(b * s, d, config.vocab_size)
+    heads = [linear(b * s, d, config.vocab_size), linear(b, d, config.q_logits)]
+    repeats = config.halt_max_steps if step == "solve" else 1
     with_gradient = config.L_cycles + 1
 
     @torch.no_grad()
     def run() -> None:
-        for _ in range(config.H_cycles * with_gradient):
-            for one in layers:
-                one.forward()
-        head.forward()
+        for _ in range(repeats):
+            for _ in range(config.H_cycles * with_gradient):
+                for one in layers:
+                    one.forward()
+            for head in heads:
+                head.forward()
         if step == "train":
-            head.backward()
+            for head in heads:
+                head.backward()
             for _ in range(with_gradient):
                 for one in reversed(layers):
                     one.backward()

@@ -3,10 +3,10 @@
 Owns the sizes, the inputs and the counts of the per-operation benchmarks. Imported by `op_bench.py`
 and `suite`.
 
-FLOPs are those of the matrix products, two per multiplication and addition, nothing recomputed; a
-backward does twice the forward's, attention's core two and a half times (its scores have to be made
-again). Bytes are the fewest that must move: every input read once, every result written once, a
-saved tensor once in each direction only where it is neither.
+FLOPs are those of the matrix products (`flops.py`), two per multiplication and addition; in the
+backward of attention its scores, which have to be made again, count too. Bytes are the fewest that
+must move: every input read once, every result written once, a saved tensor once in each direction
+only where it is neither.
 
 Dims legend: B batch, P prefix tokens, L puzzle tokens, S = P + L tokens, D width, H heads, K head
 dim, E input width, F and F_t inner widths of the two SwiGLUs, V vocabulary, N = B*S rows.
@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from trm_fast.config import ModelConfig
+from trm_fast.flops import attention, gated, recursion_flops, weight_shapes
 from trm_fast.ops import AttentionWeights, BlockWeights, Recursion, TokenMixWeights
 from trm_fast.reference import FEATURES, TOKENS
 from trm_fast.workloads import OFFICIAL
@@ -206,7 +207,7 @@ def swiglu_rmsnorm(c: ModelConfig) -> OpCase:
     b, s, d, state, width = _sizes(c)
     f_in = c.channel_width
     weight = 3 * d * f_in * width
-    flops = 6.0 * b * s * d * f_in
+    flops = float(gated((b, s, d), (d, f_in)))
 
     def draw(t: Draw) -> list[Tensor]:
         return [t(b, s, d), t(2 * f_in, d, scale=d**-0.5), t(d, f_in, scale=f_in**-0.5)]
@@ -227,7 +228,7 @@ def token_mix(c: ModelConfig) -> OpCase:
     b, s, d, state, width = _sizes(c)
     f_in = c.token_width
     weight = 3 * s * f_in * width
-    flops = 6.0 * b * d * s * f_in
+    flops = float(gated((b, s, d), (s, f_in)))
 
     def draw(t: Draw) -> list[Tensor]:
         return [t(b, s, d), t(2 * f_in, s, scale=s**-0.5), t(s, f_in, scale=f_in**-0.5)]
@@ -246,7 +247,7 @@ def token_mix(c: ModelConfig) -> OpCase:
 
 def rope_attention(c: ModelConfig, name: str) -> OpCase:
     b, s, d, state, _ = _sizes(c)
-    core = 4.0 * b * s * s * d
+    core = float(attention(b, s, d))
     tables = _tables(c)
 
     def call(f: Callable[..., Any], t: list[Tensor]) -> Any:
@@ -300,41 +301,17 @@ def stablemax_loss(c: ModelConfig) -> OpCase:
     )
 
 
-def _weight_shapes(c: ModelConfig) -> list[tuple[int, int]]:
-    """Of one block: mixer first, as `BlockWeights` has them."""
-    s, d = c.total_len, c.hidden_size
-    mixer = [(2 * c.token_width, s), (s, c.token_width)] if c.mlp_t else [(3 * d, d), (d, d)]
-    return [*mixer, (2 * c.channel_width, d), (d, c.channel_width)]
-
-
 def parameter_shapes(c: ModelConfig) -> list[tuple[int, ...]]:
     """All that the optimizer of the weights updates."""
     d, v = c.hidden_size, c.vocab_size
     heads: list[tuple[int, ...]] = [(v, d), (v, d), (c.q_logits, d), (c.q_logits,)]
-    return heads + [shape for _ in range(c.L_layers) for shape in _weight_shapes(c)]
-
-
-def _layer_flops(c: ModelConfig) -> tuple[float, float]:
-    """Products with weights and of the attention's core, of one layer, forward."""
-    b, s, d = c.batch_size, c.total_len, c.hidden_size
-    rows = b * d if c.mlp_t else b * s
-    products = sum(2.0 * rows * math.prod(shape) for shape in _weight_shapes(c)[:2])
-    channel = sum(2.0 * b * s * math.prod(shape) for shape in _weight_shapes(c)[2:])
-    return products + channel, 0.0 if c.mlp_t else 4.0 * b * s * s * d
-
-
-def recursion_flops(c: ModelConfig) -> tuple[float, float]:
-    """All cycles forward; and with the backward of the last one."""
-    products, core = _layer_flops(c)
-    with_gradient = c.L_cycles + 1
-    forward = c.H_cycles * with_gradient * c.L_layers * (products + core)
-    return forward, forward + with_gradient * c.L_layers * (2 * products + 2.5 * core)
+    return heads + [shape for _ in range(c.L_layers) for shape in weight_shapes(c)]
 
 
 def deep_recursion(c: ModelConfig) -> OpCase:
     b, s, d, state, _ = _sizes(c)
-    shapes = _weight_shapes(c) * c.L_layers
-    per_block = len(_weight_shapes(c))
+    shapes = weight_shapes(c) * c.L_layers
+    per_block = len(weight_shapes(c))
     weights = 4 * sum(math.prod(shape) for shape in shapes)
     kind = TokenMixWeights if c.mlp_t else AttentionWeights
     policy = "save" if c.policy == "auto" else c.policy

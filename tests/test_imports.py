@@ -41,7 +41,7 @@ ORDER = [
     ["quantize"],
     ["reference"],
     ["memory", "flops"],
-    ["backends"],
+    ["backends", "fits"],
     ["layers", "recursion"],
     ["model"],
     ["losses", "optim", "ema"],

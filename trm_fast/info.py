@@ -1,6 +1,7 @@
 """`trm-fast info`: versions, devices, threads, and which implementation serves which op, and why.
 
-Owns gathering and showing these facts. Imported by `__main__.py` only.
+With `--memory` what fits GPUs of which size (`fits.py`). Owns gathering and showing these facts.
+Imported by `__main__.py` only.
 """
 
 import argparse
@@ -13,7 +14,7 @@ from typing import Any
 
 import torch
 
-from trm_fast import __version__, backends
+from trm_fast import __version__, backends, fits, memory
 from trm_fast.console import say, show_builds
 from trm_fast.extension import library
 
@@ -151,11 +152,27 @@ def _text(facts: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def _memory(found: list[fits.Fit]) -> str:
+    usable = f"{fits.USABLE:.0%} of the memory counted as usable"
+    lines = [f"most boards of a training step on a GPU, computed, {usable}", "", fits.text(found)]
+    if torch.cuda.is_available():
+        total = torch.cuda.get_device_properties(0).total_memory / memory.GIB
+        lines += ["", f"the GPU here has {total:.1f} GiB"]
+    return "\n".join(lines)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print the facts as text, or with `--json` as one JSON object. Returns 0."""
+    """Print the facts as text, or with `--json` as JSON. Returns 0."""
     parser = argparse.ArgumentParser(prog="trm-fast info", description=__doc__.splitlines()[0])
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument(
+        "--memory", action="store_true", help="what fits GPUs of 6 to 80 GB, computed"
+    )
     options = parser.parse_args(argv)
+    if options.memory:
+        found = fits.table()
+        say(json.dumps(fits.to_json(found), indent=2) if options.json else _memory(found))
+        return 0
     show_builds()
     facts = gather()
     say(json.dumps(facts, indent=2) if options.json else _text(facts))

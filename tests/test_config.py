@@ -128,6 +128,7 @@ def test_train_config_defaults_are_cfg_pretrain_and_ours_change_nothing():
         "device": "auto",
         "threads": None,
         "compile": False,
+        "profile": False,
     }
     assert {*official, *ours, "arch"} == {f.name for f in dataclasses.fields(TrainConfig)}
 
@@ -214,6 +215,7 @@ CASES = {
         [(n, "an integer in [1, 1024] or null") for n in (0, 1025)],
     ),
     "compile": SWITCH,
+    "profile": SWITCH,
     "preset": ([("arc1", "arc1"), (None, None)], [("arc3", "one of sudoku-mini, sudoku-extreme")]),
 }
 

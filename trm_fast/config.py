@@ -46,7 +46,7 @@ LOSS_HEAD = "losses@ACTLossHead"
 BEYOND_OFFICIAL = """
     preset generate augment curriculum grad_accum steps seeds max_skipped optimizer muon_lr
     grad_clip ema_warmup eval_steps eval_max_puzzles eval_batch_size eval_steps_max resume
-    save_interval keep official log_interval logger device threads compile
+    save_interval keep official log_interval logger device threads compile profile
     arch.loss_type arch.intermediate_size arch.token_intermediate_size arch.intermediate_multiple
     arch.q_readout arch.q_logits arch.dropout arch.backend arch.policy arch.quantize
 """
@@ -182,6 +182,9 @@ class TrainConfig:
     device: str = option("auto, cpu, cuda, cuda:N or mps", "auto", section="Machine")
     threads: int | None = option("CPU threads; null: PyTorch's choice", None, low=1, high=1024)
     compile: bool = option("run the step through torch.compile", False)
+    profile: bool = option(
+        "record where the time of a few steps goes, in the run's folder profile", False
+    )
 
     arch: ArchConfig = dataclasses.field(default_factory=ArchConfig)
 

@@ -1,0 +1,216 @@
+"""`profile=true`: what is counted, which files there are, and that no failure ends a training."""
+
+import gzip
+import json
+
+import pytest
+import torch
+from tiny import MIXERS, tiny_batch, tiny_model
+
+from trm_fast import profiling
+from trm_fast.flops import step_flops
+from trm_fast.losses import ACTLossHead
+from trm_fast.profiling import FOLDER, OpCounts, StepProfile
+
+CPU = torch.device("cpu")
+SIZES = {"hidden_size": 32, "L_cycles": 1}
+
+
+@pytest.fixture(autouse=True)
+def known_peak(monkeypatch):
+    """1 TFLOP/s and 10 GB/s, instead of measuring them."""
+    monkeypatch.setattr(profiling, "matmul_peak", lambda dtype, device, size: 1000.0)
+    monkeypatch.setattr(profiling, "copy_peak", lambda device, size: 10.0)
+
+
+def training(**changes):
+    """A function that does one training step, and its useful operations as PyTorch counts them."""
+    model = tiny_model(**SIZES, **changes)
+    head, batch = ACTLossHead(model, "stablemax_cross_entropy"), tiny_batch()
+    carry = head.initial_carry(batch)
+
+    def step():
+        head.zero_grad()
+        head(return_keys=[], carry=carry, batch=batch)[1].backward()
+
+    return step, step_flops(model.config, "train", 4, scores_again=True)
+
+
+def profiled(folder, count, **changes):
+    said = []
+    step, useful = training(**changes)
+    with StepProfile(folder, CPU, torch.float32, useful, 1, 2, tell=said.append) as profile:
+        for _ in range(count):
+            step()
+            profile.step()
+    return profile, said, useful
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpp"])
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_the_table_of_a_small_model(mixer, backend, tmp_path, extension):
+    profile, said, useful = profiled(tmp_path, 6, **MIXERS[mixer], backend=backend)
+    assert profile.done
+    assert said == [f"profile of 2 steps: {tmp_path / FOLDER / 'ops.txt'}"]
+    assert sorted(p.name for p in (tmp_path / FOLDER).iterdir()) == [
+        *("ops.json", "ops.txt", "trace.json.gz")
+    ]
+    found = json.loads((tmp_path / FOLDER / "ops.json").read_text(encoding="utf-8"))
+    ops = {row["name"]: row for row in found["ops"]}
+    assert sum(row["gflop"] for row in ops.values()) * 1e9 == pytest.approx(useful)
+    assert sum(row["share"] for row in ops.values()) == pytest.approx(1)
+    assert [row["ms"] for row in found["ops"]] == sorted(
+        (r["ms"] for r in ops.values()), reverse=True
+    )
+    name = "trm_fast_ext::deep_recursion" if backend == "cpp" else "aten::mm"
+    row = ops[name]
+    assert row["calls"] == (1 if backend == "cpp" else int(row["calls"]))
+    assert row["tflop_per_s"] == pytest.approx(row["gflop"] / row["ms"])
+    assert row["fraction_of_matmul"] == pytest.approx(row["tflop_per_s"])
+    assert row["fraction_of_copy"] == pytest.approx(row["mb"] / row["ms"] / 10)
+    assert (found["steps"], found["dtype"], found["peaks"]) == (
+        *(2, "float32", "measured, torch.mm and a copy"),
+    )
+    assert found["mfu"] == pytest.approx(useful / found["step_ms"] / 1e9)
+    assert found["kernels"] == []
+
+
+def test_the_trace_and_the_text_can_be_read(tmp_path):
+    profiled(tmp_path, 6, backend="reference")
+    with gzip.open(tmp_path / FOLDER / "trace.json.gz", "rt", encoding="utf-8") as file:
+        names = {event.get("name") for event in json.load(file)["traceEvents"]}
+    assert "aten::mm" in names
+    assert sum(str(name).startswith("ProfilerStep") for name in names) == 2
+    lines = (tmp_path / FOLDER / "ops.txt").read_text(encoding="utf-8").splitlines()
+    assert lines[0].startswith("2 training steps on ")
+    assert "useful GFLOP, MFU" in lines[0]
+    assert lines[1] == "peaks (measured, torch.mm and a copy): 1 TFLOP/s, 10 GB/s"
+    assert lines[4].split()[:3] == ["calls", "ms", "share"]
+    assert max(map(len, lines)) <= 130
+
+
+def test_bytes_are_arguments_and_results_once():
+    a, b = torch.ones(4, 8), torch.ones(8, 2)
+    with OpCounts() as counts:
+        c = a @ b
+        c.t()
+        c.add_(1.0)
+        torch.ones(3).expand(5, 3).sum()
+    found = {name: (c.calls, c.bytes, c.flops) for name, c in counts.found.items()}
+    assert found["aten::mm"] == (1, 4 * (32 + 16 + 8), 2 * 4 * 8 * 2)
+    assert found["aten::t"] == (1, 0, 0)
+    assert found["aten::add_"] == (1, 4 * 2 * 8, 0)
+    assert found["aten::expand"] == (1, 0, 0)
+    assert found["aten::sum"] == (1, 4 * (3 + 1), 0)
+
+
+def test_an_op_whose_formula_fails_counts_without_it(monkeypatch):
+    def broken(*args, **kwargs):
+        raise AssertionError("shapes")
+
+    with OpCounts() as counts:
+        counts.formulas = {torch.ops.aten.mm: broken}
+        torch.ones(2, 2) @ torch.ones(2, 2)
+    assert (counts.found["aten::mm"].calls, counts.found["aten::mm"].flops) == (1, 0)
+
+
+def test_without_counts_there_are_times_of_everything(tmp_path):
+    step, useful = training(backend="reference")
+    with StepProfile(tmp_path, CPU, torch.float32, useful, 0, 1, counted=False) as profile:
+        for _ in range(4):
+            step()
+            profile.step()
+    found = json.loads((tmp_path / FOLDER / "ops.json").read_text(encoding="utf-8"))
+    rows = {row["name"]: row for row in found["ops"]}
+    assert rows["aten::mm"]["gflop"] is None
+    assert "aten::matmul" in rows  # calls others, and has what is left
+    assert sum(row["share"] for row in rows.values()) == pytest.approx(1)
+
+
+@pytest.mark.parametrize("error", [PermissionError(13, "denied"), OSError(28, "No space left")])
+def test_a_folder_that_cannot_be_written_is_one_line(error, tmp_path, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(profiling.Path, "mkdir", refuse)
+    profile, said, _ = profiled(tmp_path, 8, backend="reference")
+    assert profile.done
+    assert said == [f"no profile: {error}"]
+
+
+def test_a_disk_that_fills_up_leaves_no_half_of_a_trace(tmp_path, monkeypatch):
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(profiling.shutil, "copyfileobj", full)
+    _, said, _ = profiled(tmp_path, 8, backend="reference")
+    assert said == ["no profile: [Errno 28] No space left on device"]
+    assert list((tmp_path / FOLDER).iterdir()) == []
+
+
+def test_a_profiler_that_cannot_start_is_one_line(tmp_path, monkeypatch):
+    def refuse(self):
+        raise RuntimeError("another profiler is running\nand more")
+
+    monkeypatch.setattr(torch.profiler.profile, "start", refuse)
+    _, said, _ = profiled(tmp_path, 8, backend="reference")
+    assert said == ["no profile: another profiler is running"]
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 3, 4])
+def test_a_short_run_says_how_many_steps_it_takes(count, tmp_path):
+    profile, said, _ = profiled(tmp_path, count, backend="reference")
+    assert said == [f"no profile: it takes 5 steps, the run had {count}"]
+    assert profile.done
+    assert torch.utils._python_dispatch._get_current_dispatch_mode() is None
+    assert profiled(tmp_path, 5, backend="reference")[1] != said
+
+
+def test_an_error_of_the_training_passes(tmp_path):
+    said = []
+    with (
+        pytest.raises(ZeroDivisionError),
+        StepProfile(tmp_path, CPU, torch.float32, 1.0, 0, 2, tell=said.append) as profile,
+    ):
+        profile.step()
+        profile.step()
+        raise ZeroDivisionError
+    assert said == []
+    assert torch.utils._python_dispatch._get_current_dispatch_mode() is None
+
+
+def event(name, device, us, parent=None):
+    class Event:
+        device_type, cpu_parent = device, parent
+        device_time_total = self_device_time_total = cpu_time_total = self_cpu_time_total = us
+
+    Event.name = name
+    return Event
+
+
+def test_kernels_of_a_gpu_and_ops_with_what_they_call():
+    from torch.autograd import DeviceType
+
+    outer = event("trm_fast_ext::deep_recursion", DeviceType.CPU, 900)
+    events = [
+        outer,
+        event("aten::mm", DeviceType.CPU, 700, outer),
+        event("aten::mm", DeviceType.CPU, 100),
+        event("gemm", DeviceType.CUDA, 700),
+        event("gemm", DeviceType.CUDA, 100),
+        event("norm", DeviceType.CUDA, 200),
+        event("ProfilerStep#1", DeviceType.CUDA, 5000),
+    ]
+    counts = {
+        n: profiling.Count(1, 10**6, 10**9) for n in ("trm_fast_ext::deep_recursion", "aten::mm")
+    }
+    rows = profiling.op_rows(events, counts, 2, None, on_gpu=True)
+    assert [(r.name, r.calls, r.ms, r.share) for r in rows] == [
+        ("trm_fast_ext::deep_recursion", 0.5, 0.45, 0.9),
+        ("aten::mm", 0.5, 0.05, 0.1),
+    ]
+    kernels = profiling.kernel_rows(events, 2)
+    assert [(r.name, r.calls, r.ms, r.share) for r in kernels] == [
+        ("gemm", 1.0, 0.4, 0.8),
+        ("norm", 0.5, 0.1, 0.2),
+    ]

@@ -202,7 +202,7 @@ def test_kernels_of_a_gpu_and_ops_with_what_they_call():
         event("ProfilerStep#1", DeviceType.CUDA, 5000),
     ]
     counts = {
-        n: profiling.Count(1, 10**6, 10**9) for n in ("trm_fast_ext::deep_recursion", "aten::mm")
+        n: profiling.Count(1, 1, 10**6, 10**9) for n in ("trm_fast_ext::deep_recursion", "aten::mm")
     }
     rows = profiling.op_rows(events, counts, 2, None, on_gpu=True)
     assert [(r.name, r.calls, r.ms, r.share) for r in rows] == [
@@ -214,3 +214,12 @@ def test_kernels_of_a_gpu_and_ops_with_what_they_call():
         ("gemm", 1.0, 0.4, 0.8),
         ("norm", 0.5, 0.1, 0.2),
     ]
+
+
+def test_launches_are_operations_that_move_data():
+    a, b = torch.ones(4, 8), torch.ones(8, 2)
+
+    def run():
+        (a @ b).t().add(1.0).expand(3, 2, 4)
+
+    assert profiling.launches(run, CPU) == 2

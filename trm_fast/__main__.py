@@ -22,7 +22,7 @@ COMMANDS = {
     "solve": ("trm_fast.solve", "answer puzzles given as arguments, in a file or on stdin"),
     "data": ("", "build a data set: trm-fast data sudoku ..."),
     "info": ("trm_fast.info", "versions, devices, and which implementation serves which op"),
-    "bench": ("trm_fast.bench", "time the train step and the inference step"),
+    "bench": ("trm_fast.bench", "what you gain here: training and solving, timed"),
 }
 ALIASES = {"eval": "evaluate"}
 BUILDERS = {"sudoku": ("trm_fast.data.sudoku", "9x9, 6x6 and 4x4 Sudoku: from files or generated")}

@@ -5,8 +5,8 @@ those of `bench_report.py`. Imported by `__main__.py`, `suite`, bench/ and its t
 every contender gets the same weights, batch and carry and must agree with the reference before
 anything is timed; then, for each number of threads, all take turns, one step each, in one process;
 the first turn is dropped; medians and minima are kept. A train step is forward, loss and backward
-without the optimizer; an inference step is one supervision step under `torch.inference_mode`. A
-ratio holds only between rows of one race.
+without the optimizer; an inference step is one supervision step under `torch.inference_mode`; a
+solve is all halt_max_steps of them. A ratio holds only between rows of one race.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # OpenMP reads it when torc
 
 import argparse
 import contextlib
+import gc
 import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -29,7 +30,7 @@ import torch
 from torch import Tensor
 
 from trm_fast import memory_bench, micro_bench
-from trm_fast.bench_report import add_fractions, head, ratios, row, table
+from trm_fast.bench_report import add_fractions, gains, head, ratios, row, table
 from trm_fast.config import ModelConfig
 from trm_fast.console import say, show_builds
 from trm_fast.contenders import (
@@ -45,7 +46,9 @@ from trm_fast.contenders import (
     prepare,
 )
 from trm_fast.extension import library
+from trm_fast.flops import STEPS
 from trm_fast.ops import POLICIES
+from trm_fast.profiling import launches
 from trm_fast.timing import (
     basis,
     collector_off,
@@ -54,11 +57,11 @@ from trm_fast.timing import (
     on_threads,
     timed,
 )
-from trm_fast.workloads import CASES, STEPS, Case, plan, quick
+from trm_fast.workloads import CASES, Case, default_cases, plan, quick
 
 __all__ = ["main", "run_cases"]
 
-SCHEMA = 2
+SCHEMA = 3
 PARTS = ("steps", "memory", "micro")
 LEAST_TURNS = 3
 SECONDS = 120.0  # for the turns of one race; a step of the official code takes 5 s in float32
@@ -102,7 +105,10 @@ class Race:
                 if turn >= LEAST_TURNS and time.perf_counter() - begin > seconds:
                     break
                 for i in range(len(self.entries)):
-                    lap(self.entries[(turn + i) % len(self.entries)], self.device)
+                    entry = self.entries[(turn + i) % len(self.entries)]
+                    if self.device.type == "cuda":  # memory that another one had is found again
+                        lap(entry, self.device, keep=False)
+                    lap(entry, self.device)
 
     def result(self, cpus: Sequence[int] | None = None) -> dict:
         """The JSON object of the times since `start`, on the threads that PyTorch has now."""
@@ -118,6 +124,7 @@ class Race:
             "threads": torch.get_num_threads(),
             "cpus": None if cpus is None else list(cpus),
             "clock": basis(self.device),
+            "launched": "kernels" if self.device.type == "cuda" else "operations",
             "config": self.case.model.to_dict(),
             "rows": rows,
             "ratios": ratios(rows, basis(self.device)),
@@ -143,19 +150,19 @@ def set_up(
     absent: dict[str, str] = {}
     losses: dict[ModelConfig, Tensor] = {}
     chosen = (policies or case.policies) if step == "train" else ("save",)
-    ways = quantized if step == "inference" else ()
-    for contender in contenders(case, device, compiling, chosen, ways):
+    ways = quantized if step != "train" else ()
+    for contender in contenders(case, device, compiling, chosen, ways, step):
         if contender.official and official is None:
             absent[contender.name] = "no official code given: --official PATH"
             continue
         config = effective_config(case, contender)
+        before = _allocated(device)
         try:
             entry = prepare(contender, config, step, official, device)
             if contender.name != "reference" and not contender.products:
                 check_parity(entry, step, official, device, losses)
             lap(entry, device, keep=False)
-            if step == "train" and not (contender.compiled or contender.products):
-                entry.saved_bytes = kept_for_backward(entry)
+            _look_inside(entry, step, device, before)
         except ValueError:  # ParityError is one
             raise
         except Exception as error:  # no compiler, an unsupported graph, no memory
@@ -164,6 +171,28 @@ def set_up(
             continue
         entries.append(entry)
     return Race(case, step, device, entries, absent)
+
+
+def _allocated(device: torch.device) -> int:
+    """Bytes that tensors hold on a GPU."""
+    if device.type != "cuda":
+        return 0
+    gc.collect()
+    torch.cuda.empty_cache()
+    return torch.cuda.memory_allocated(device)
+
+
+def _look_inside(entry: Entry, step: str, device: torch.device, before: int) -> None:
+    """Memory and launches of a step; `before`: bytes that others hold."""
+    contender, cuda = entry.contender, device.type == "cuda"
+    if cuda:
+        torch.cuda.reset_peak_memory_stats(device)
+        lap(entry, device, keep=False)
+        entry.peak_bytes = torch.cuda.max_memory_allocated(device) - before
+    if step == "train" and not (contender.compiled or contender.products):
+        entry.saved_bytes = kept_for_backward(entry)
+    if cuda or not contender.compiled:  # compiled code cannot be looked into without kernels
+        entry.launches = launches(entry.run, device)
 
 
 @contextlib.contextmanager
@@ -262,7 +291,8 @@ def report(device: torch.device, peaks: Peaks, results: Sequence[dict]) -> dict:
 
 def text(found: dict[str, Any]) -> str:
     """A report for a terminal."""
-    parts = [head(found), *(table(r) for r in found["results"])]
+    parts = [part for part in (gains(found), head(found)) if part]
+    parts += [table(r) for r in found["results"]]
     parts += [memory_bench.text(one) for one in found.get("memory", [])]
     parts += [micro_bench.text(one) for one in found.get("micro", [])]
     if "total_seconds" in found:
@@ -314,12 +344,17 @@ def positive(given: str) -> int:
 
 def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(
-        prog="trm-fast bench", description="time the train step and the inference step"
+        prog="trm-fast bench", description="what you gain here: training and solving, timed"
     )
     add = made.add_argument
     add("--part", choices=PARTS, action="append", help="default: all, on the CPU; repeatable")
-    add("--case", choices=CASES, action="append", help="default: all, repeatable")
-    add("--step", choices=STEPS, action="append", help="default: both")
+    add(
+        "--case",
+        choices=CASES,
+        action="append",
+        help="default: what the device is for (docs/benchmarks.md), repeatable",
+    )
+    add("--step", choices=STEPS, action="append", help="default: by device; repeatable")
     add("--official", type=Path, metavar="PATH", help="official checkout")
     add("--device", default="cpu", help="cpu, cuda or mps")
     add("--dtype", type=_list_of(str), help="in place of the cases' own, such as float32,bfloat16")
@@ -328,7 +363,7 @@ def parser() -> argparse.ArgumentParser:
     add(
         "--quantize",
         type=_list_of(str),
-        help="also time our inference step with arch.quantize of int8, beside the one without",
+        help="also time our inference steps with arch.quantize of int8, beside those without",
     )
     add("--threads", type=_list_of(positive), help="CPU threads, each in turn; default: 1,2")
     add("--rounds", type=positive, help="timed turns per contender")
@@ -362,11 +397,11 @@ def measure(given: argparse.Namespace) -> dict:
     quantized = given.quantize or []
     if wrong := [q for q in quantized if q != "int8"]:
         raise ValueError(f"cannot quantize to {wrong[0]!r}; allowed: int8")
-    cases = [CASES[name] for name in given.case or CASES]
+    cases = [CASES[name] for name in given.case or ()] or default_cases(device.type)
     cases = [quick(case) for case in cases] if given.quick else cases
     if given.rounds is not None:
         cases = [replace(c, rounds=given.rounds) for c in cases]
-    chosen = plan(cases, given.dtype or (), given.batch or (), given.step or STEPS)
+    chosen = plan(cases, given.dtype or (), given.batch or (), given.step or (), device.type)
     for case, _ in chosen:
         _ = case.model
     threads = given.threads or default_threads(device)

@@ -26,14 +26,19 @@ from torch import Tensor, nn
 from trm_fast import backends
 from trm_fast.config import ModelConfig
 from trm_fast.floor import matmuls
+from trm_fast.inference import supervision_steps
 from trm_fast.losses import ACTLossHead
 from trm_fast.model import Model
 from trm_fast.workloads import Case
 
 COMPILE = ("auto", "always", "never")
 LOSS = "stablemax_cross_entropy"
+OFFICIAL = "official"
+COMPILED = "official compiled"
 OWN_WIDTH = "official, own width"
 PRODUCTS = "matmuls only"
+ALIGNED = 16  # tokens of two bytes in a row that tensor cores read well
+MANY = 128  # boards that a GPU is busy with
 _TOP_NAMES = ("models", "utils", "dataset", "evaluators")  # of the official checkout
 
 
@@ -142,16 +147,18 @@ def contenders(
     compiling: str = "auto",
     policies: Sequence[str] = ("save",),
     quantized: Sequence[str] = (),
+    step: str = "train",
 ) -> list[Contender]:
     """The reference first, then the fused operations where there are any for the device.
 
     The reference runs with policy "save", what is fused with all of `policies`; where nothing is
     fused the reference has the others too. The official code is compiled only where it is run so,
-    on CUDA.
+    on CUDA; there it also has a row with its token MLP padded to aligned rows.
 
     quantized: ways to quantise that what is fused runs with, too.
-    compiling: one of COMPILE; "auto" leaves torch.compile out where it takes tens of minutes:
-    on the CPU at the official depth, whose unrolled recursion is one C++ program.
+    compiling: one of COMPILE; "auto" leaves torch.compile out where it takes tens of minutes: on
+        the CPU at the official depth, whose unrolled recursion is one C++ program, and of solving
+        but for one board and many.
     """
     found = [Contender("reference", policy="save")]
     kernels = fused(case.model, device)
@@ -162,17 +169,34 @@ def contenders(
             found.append(Contender(name, backend=backend, policy=policy))
     for way in quantized if kernels else ():
         found.append(Contender(f"{kernels}, {way}", backend="auto", policy="save", quantize=way))
-    depth = case.model.H_cycles * (case.model.L_cycles + 1) * case.model.L_layers
-    quick_enough = device.type == "cuda" or depth <= 8
-    compiled = compiling == "always" or (compiling == "auto" and quick_enough)
+    compiled = compiling == "always" or (
+        compiling == "auto" and _compiles_soon(case.model, device, step)
+    )
     if compiled:
         found.append(Contender("reference compiled", compiled=True, policy="save"))
-    found.append(Contender("official", official=True))
+    found.append(Contender(OFFICIAL, official=True))
     if "intermediate_size" in case.config:
         found.append(Contender(OWN_WIDTH, official=True, own_width=True))
-    if compiled and device.type == "cuda":
-        found.append(Contender("official compiled", official=True, compiled=True))
+    if device.type == "cuda":
+        found += _official_on_gpus(case.model, compiled)
     return [*found, Contender(PRODUCTS, products=True)]
+
+
+def _compiles_soon(config: ModelConfig, device: torch.device, step: str) -> bool:
+    depth = config.H_cycles * (config.L_cycles + 1) * config.L_layers
+    if device.type != "cuda":
+        return depth <= 8
+    return step != "solve" or config.batch_size == 1 or config.batch_size >= MANY
+
+
+def _official_on_gpus(config: ModelConfig, compiled: bool) -> list[Contender]:
+    """The official code compiled, and with aligned rows of tokens where they are not."""
+    found = [Contender(COMPILED, official=True, compiled=True)] if compiled else []
+    padded = -(-config.total_len // ALIGNED) * ALIGNED
+    if config.mlp_t and padded != config.total_len:
+        name = f"{COMPILED if compiled else OFFICIAL}, padded"
+        found.append(Contender(name, official=True, compiled=compiled, padded=padded))
+    return found
 
 
 def effective_config(case: Case, contender: Contender) -> ModelConfig:
@@ -258,7 +282,11 @@ def make_carry(head: nn.Module, config: ModelConfig, batch: dict[str, Tensor]) -
 
 @dataclass
 class Entry:
-    """A contender ready to run, and its times so far, in seconds."""
+    """A contender ready to run, and its times so far, in seconds.
+
+    saved_bytes: kept for the backward.  peak_bytes: of the device's allocator in a step, this
+    contender's own.  launches: kernels of a step, or operations where there are no kernels.
+    """
 
     contender: Contender
     config: ModelConfig
@@ -268,6 +296,8 @@ class Entry:
     cpu: list[float] = field(default_factory=list)
     errors: dict[str, float] = field(default_factory=dict)
     saved_bytes: int | None = None
+    peak_bytes: int | None = None
+    launches: int | None = None
 
     @property
     def ours(self) -> bool:
@@ -291,9 +321,9 @@ def prepare(
     batch = make_batch(config, device)
     carry = make_carry(head, config, batch)
     head.train(step == "train")
-    call: Callable[..., Any] = head
+    call: Callable[..., Any] = head if step != "solve" else head.model  # type: ignore[assignment]
     if contender.compiled:
-        call = torch.compile(head, dynamic=False, backend=contender.compiler)
+        call = torch.compile(call, dynamic=False, backend=contender.compiler)
     rows = getattr(head.model.inner, "puzzle_emb", None)  # type: ignore[union-attr]
 
     def train() -> Any:
@@ -309,7 +339,31 @@ def prepare(
             _, loss, _, outputs, _ = call(return_keys=("logits",), carry=carry, batch=batch)
         return loss, outputs["logits"]
 
-    return Entry(contender, config, head, train if step == "train" else infer)
+    def solve() -> Any:
+        way = official_answers if contender.official else answers
+        return None, way(call, batch, config.halt_max_steps, device)
+
+    runs = {"train": train, "inference": infer, "solve": solve}
+    return Entry(contender, config, head, runs[step])
+
+
+def answers(model: Any, batch: dict[str, Tensor], steps: int, device: torch.device) -> Tensor:
+    """Logits [B, L, V] after `steps` supervision steps of our model."""
+    for out in supervision_steps(model, batch, steps):
+        logits = out.logits
+    return logits
+
+
+@torch.inference_mode()
+def official_answers(
+    model: Any, batch: dict[str, Tensor], steps: int, device: torch.device
+) -> Tensor:
+    """The same of the official model, which halts nowhere before in evaluation."""
+    with torch.device(device):
+        carry = model.initial_carry(batch)
+    for _ in range(steps):
+        carry, outputs = model(carry=carry, batch=batch)
+    return outputs["logits"]
 
 
 # Relative L2 allowed against the reference. Recursion amplifies rounding, so logits and gradients
@@ -325,6 +379,9 @@ def outcome(entry: Entry) -> dict[str, Tensor]:
     """Loss, logits and every gradient of one step, by name."""
     torch.manual_seed(3)
     loss, logits = entry.run()
+    if loss is None:
+        labels = make_batch(entry.config, logits.device)["labels"].long()
+        loss = F.cross_entropy(logits.float().flatten(0, 1), labels.flatten())
     found = {"loss": loss, "logits": logits}
     for name, p in entry.head.named_parameters():
         if p.grad is not None:
@@ -368,6 +425,8 @@ def check_parity(
     reference = Contender("reference", policy="save", quantize=config.quantize)
     who = f"{entry.contender.name}, {step} step"
     shallow = replace(config, H_cycles=1, L_cycles=1)
+    if step == "solve":  # of two steps too much rounding comes out in 16 bits
+        shallow = replace(shallow, halt_max_steps=1 if dtype.itemsize == 2 else 2)
     pair = [prepare(c, shallow, step, official, device) for c in (entry.contender, reference)]
     got, want = (outcome(one) for one in pair)
     entry.errors["one_cycle"] = compare(got, want, LIMITS[dtype], who)

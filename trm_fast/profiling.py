@@ -3,7 +3,8 @@
 Owns `StepProfile`, which the trainer tells of every step. After a warm-up it counts one step (which
 ops there are, their calls, bytes and operations), then lets PyTorch's profiler record some, writes
 three files into the folder `profile` of the run, and is out of the way from then on. What goes
-wrong here is said in one line and never ends a training. Imported by the trainer.
+wrong here is said in one line and never ends a training. Imported by the trainer, and by the
+benchmarks for `launches`.
 
 An op is what PyTorch's dispatcher is asked for: a product, an elementwise operation, one of our
 fused operations. Its time contains everything it calls, so that the times of the ops add up.
@@ -34,7 +35,7 @@ from torch.utils._pytree import tree_leaves
 from trm_fast import flops
 from trm_fast.timing import copy_peak, device_name, matmul_peak, synchronize
 
-__all__ = ["FOLDER", "OpCounts", "StepProfile"]
+__all__ = ["FOLDER", "OpCounts", "StepProfile", "launches"]
 
 FOLDER = "profile"
 TRACE, TEXT, DATA = "trace.json.gz", "ops.txt", "ops.json"
@@ -45,9 +46,11 @@ _PEAK_SIZES = {"cpu": (1024, 2**26), "cuda": (4096, 2**28)}  # of matrices; byte
 
 @dataclass
 class Count:
-    """Of one op in one step. `bytes`: every argument read once, every result written once."""
+    """Of one op in one step. `bytes`: every argument read once, every result written once.
+    `working`: the calls that move any."""
 
     calls: int = 0
+    working: int = 0
     bytes: int = 0
     flops: int = 0
 
@@ -69,7 +72,9 @@ class OpCounts(TorchDispatchMode):
         count = self.found[func._schema.name]
         count.calls += 1
         with contextlib.suppress(Exception):  # an op of somebody else's: a training goes on
-            count.bytes += moved(func, (args, kwargs), out)
+            size = moved(func, (args, kwargs), out)
+            count.bytes += size
+            count.working += size > 0
             formula = self.formulas.get(func._overloadpacket)
             if formula is not None:
                 count.flops += formula(*args, **kwargs, out_val=out)
@@ -89,6 +94,19 @@ def moved(func: Any, given: Any, out: Any) -> int:
         if not written:  # views, and questions about a tensor
             return 0
     return sum(min(t.nbytes, t.untyped_storage().nbytes()) for t in (*read, *written))
+
+
+def launches(run: Callable[[], Any], device: torch.device) -> int:
+    """What one call of `run` gives the device to do: kernels on CUDA, also of a replayed graph;
+    elsewhere operations that read or write data, without views. Calls `run` once."""
+    if device.type != "cuda":
+        with OpCounts() as counts:
+            run()
+        return sum(count.working for count in counts.found.values())
+    with torch.profiler.profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        run()
+        synchronize(device)
+    return sum(event.device_type == DeviceType.CUDA for event in profiler.events() or [])
 
 
 @dataclass

@@ -124,6 +124,7 @@ def test_without_counts_there_are_times_of_everything(tmp_path):
     rows = {row["name"]: row for row in found["ops"]}
     assert rows["aten::mm"]["gflop"] is None
     assert "aten::matmul" in rows  # calls others, and has what is left
+    assert not [name for name in rows if name.startswith("ProfilerStep")]
     assert sum(row["share"] for row in rows.values()) == pytest.approx(1)
 
 
@@ -182,6 +183,7 @@ def test_an_error_of_the_training_passes(tmp_path):
 def event(name, device, us, parent=None):
     class Event:
         device_type, cpu_parent = device, parent
+        is_user_annotation = "#" in name
         device_time_total = self_device_time_total = cpu_time_total = self_cpu_time_total = us
 
     Event.name = name
@@ -200,6 +202,7 @@ def test_kernels_of_a_gpu_and_ops_with_what_they_call():
         event("gemm", DeviceType.CUDA, 100),
         event("norm", DeviceType.CUDA, 200),
         event("ProfilerStep#1", DeviceType.CUDA, 5000),
+        event("Optimizer.step#AdamATan2.step", DeviceType.CUDA, 500),
     ]
     counts = {
         n: profiling.Count(1, 1, 10**6, 10**9) for n in ("trm_fast_ext::deep_recursion", "aten::mm")
@@ -223,3 +226,25 @@ def test_launches_are_operations_that_move_data():
         (a @ b).t().add(1.0).expand(3, 2, 4)
 
     assert profiling.launches(run, CPU) == 2
+
+
+def test_launches_of_a_gpu_are_kernels(monkeypatch):
+    from torch.autograd import DeviceType
+
+    class Profile:
+        def __init__(self, activities):
+            assert activities == [torch.profiler.ProfilerActivity.CUDA]
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error):
+            pass
+
+        def events(self):
+            kinds = [("gemm", "CUDA"), ("step#1", "CUDA"), ("aten::mm", "CPU"), ("Memset", "CUDA")]
+            return [event(name, getattr(DeviceType, kind), 1) for name, kind in kinds]
+
+    monkeypatch.setattr(torch.profiler, "profile", Profile)
+    monkeypatch.setattr(profiling, "synchronize", lambda device: None)
+    assert profiling.launches(lambda: None, torch.device("cuda")) == 2

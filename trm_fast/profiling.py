@@ -97,8 +97,8 @@ def moved(func: Any, given: Any, out: Any) -> int:
 
 
 def launches(run: Callable[[], Any], device: torch.device) -> int:
-    """What one call of `run` gives the device to do: kernels on CUDA, also of a replayed graph;
-    elsewhere operations that read or write data, without views. Calls `run` once."""
+    """What one call of `run`, made here, gives the device to do: on CUDA kernels, copies and fills,
+    also of a replayed graph; elsewhere operations that read or write data, without views."""
     if device.type != "cuda":
         with OpCounts() as counts:
             run()
@@ -106,7 +106,12 @@ def launches(run: Callable[[], Any], device: torch.device) -> int:
     with torch.profiler.profile(activities=[ProfilerActivity.CUDA]) as profiler:
         run()
         synchronize(device)
-    return sum(event.device_type == DeviceType.CUDA for event in profiler.events() or [])
+    return sum(map(_on_gpu, profiler.events() or []))
+
+
+def _on_gpu(event: Any) -> bool:
+    """Whether this is a kernel, a copy or a fill; not a range that somebody named."""
+    return event.device_type == DeviceType.CUDA and not event.is_user_annotation
 
 
 @dataclass
@@ -310,7 +315,7 @@ def op_rows(
     times: dict[str, float] = defaultdict(float)  # microseconds
     calls: dict[str, int] = defaultdict(int)
     for event in events:
-        if event.device_type != DeviceType.CPU or event.name.startswith("ProfilerStep"):
+        if event.device_type != DeviceType.CPU or event.is_user_annotation:
             continue
         if counts and (event.name not in counts or _inside(event, counts)):
             continue
@@ -353,7 +358,7 @@ def kernel_rows(events: Sequence[Any], steps: int) -> list[Row]:
     times: dict[str, float] = defaultdict(float)
     calls: dict[str, int] = defaultdict(int)
     for event in events:
-        if event.device_type == DeviceType.CUDA and not event.name.startswith("ProfilerStep"):
+        if _on_gpu(event):
             times[event.name] += event.device_time_total
             calls[event.name] += 1
     total = sum(times.values())

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from trm_fast import bench
-from trm_fast.workloads import CASES, plan, quick
+from trm_fast.workloads import default_cases, plan, quick
 
-PLAN = plan(CASES.values())
+PLAN = plan(default_cases())
 
 
 def _name(case, step):

@@ -157,6 +157,7 @@ def test_turns_end_when_the_seconds_are_used_up():
     [
         (["--official", "nowhere"], "nowhere: not a checkout of the official code"),
         (["--batch", "0"], "batch_size"),
+        (["--device", "gpu"], "gpu"),
         (["--dtype", "bfloat"], "forward_dtype"),
         (["--quantize", "int4"], "cannot quantize to 'int4'; allowed: int8"),
         (["--policy", "safe"], "unknown policy 'safe'; allowed: save, light, recompute"),

@@ -47,6 +47,7 @@ from trm_fast.contenders import (
 )
 from trm_fast.extension import library
 from trm_fast.flops import STEPS
+from trm_fast.loading import pick_device
 from trm_fast.ops import POLICIES
 from trm_fast.profiling import launches
 from trm_fast.timing import (
@@ -356,7 +357,7 @@ def parser() -> argparse.ArgumentParser:
     )
     add("--step", choices=STEPS, action="append", help="default: by device; repeatable")
     add("--official", type=Path, metavar="PATH", help="official checkout")
-    add("--device", default="cpu", help="cpu, cuda or mps")
+    add("--device", help="auto, cpu, cuda or mps; default: cuda where there is one, else cpu")
     add("--dtype", type=_list_of(str), help="in place of the cases' own, such as float32,bfloat16")
     add("--batch", type=_list_of(int), help="batch sizes in place of the cases' own")
     add("--policy", type=_list_of(str), help=f"of our train step: {','.join(POLICIES)}")
@@ -390,7 +391,8 @@ def measure(given: argparse.Namespace) -> dict:
     Raises:
         ParityError: a contender computes something else; ValueError: a wrong argument.
     """
-    device, begin = torch.device(given.device), time.perf_counter()
+    usual = "cuda" if torch.cuda.is_available() else "cpu"
+    device, begin = pick_device(given.device or usual), time.perf_counter()
     policies = given.policy or []
     if wrong := [p for p in policies if p not in POLICIES]:
         raise ValueError(f"unknown policy {wrong[0]!r}; allowed: {', '.join(POLICIES)}")

@@ -1,6 +1,7 @@
 """What every kernel here uses: arithmetic that is right in the interpreter too, and host checks.
 
-Owns the jit helpers `up`, `down`, `dot` and `tiles`, and the host functions that every op needs.
+Owns the jit helpers `up`, `down`, `dot` and `tiles`, those of e4m3 (8-bit floats), and the host
+functions that every op needs.
 Imported by the modules of `trm_fast.kernels` only.
 
 Triton's interpreter keeps bfloat16 as raw 16-bit integers: it adds, compares and multiplies those
@@ -21,9 +22,11 @@ from torch import Tensor
 
 from trm_fast.kernels.registration import refuse_forward_mode
 
+E4M3 = torch.float8_e4m3fn
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MAX_WIDTH = 1024  # features of a token: one row of them is a tile
 ALIGNMENT = 16  # elements that sizes in memory are multiples of: tensor maps need 16 bytes
+E4M3_TILE = tl.constexpr(128)  # products of e4m3 that the tensor cores of sm_89 and sm_90 may sum
 
 INTERPRET = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
@@ -50,7 +53,11 @@ class Shape(Protocol):
 @inlined
 def up(x):
     """x in float32: what every load is put through before arithmetic."""
-    return x.to(tl.float32)
+    if INTERPRET and x.dtype == tl.float8e4nv:  # its own cast takes a NaN for 480
+        nan = (x.to(tl.uint8, bitcast=True) & 0x7F) == 0x7F
+        return tl.where(nan, float("nan"), x.to(tl.float32))
+    else:
+        return x.to(tl.float32)
 
 
 @inlined
@@ -61,8 +68,37 @@ def down(x, dtype: tl.constexpr):
         rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
         rounded = tl.where(x == x, rounded, 0x7FC0)
         return rounded.to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    elif dtype == tl.float8e4nv:
+        return _e4m3(tl.where(tl.abs(x) < float("inf"), x, float("nan")))
     else:
         return x.to(dtype)
+
+
+@inlined
+def _e4m3(x):
+    """float32 x rounded to the nearest e4m3, ties to even; what is beyond its 448 becomes 448."""
+    if INTERPRET:
+        size = tl.where(x == x, tl.minimum(tl.abs(x), 448.0), 0.0)
+        # Eighths of the power of two below it, of the smallest normal number at least.
+        power = tl.maximum(size.to(tl.uint32, bitcast=True) & 0x7F800000, 121 << 23)
+        eighth = (power - (3 << 23)).to(tl.float32, bitcast=True)
+        rounded = ((size / eighth + 8388608.0) - 8388608.0) * eighth
+        normal = (rounded.to(tl.uint32, bitcast=True) >> 20) - (120 << 3)
+        code = tl.where(rounded < 0.015625, (rounded * 512).to(tl.uint32), normal)  # 2^-6
+        code |= (x.to(tl.uint32, bitcast=True) >> 31) << 7
+        return tl.where(x == x, code, 0x7F).to(tl.uint8).to(tl.float8e4nv, bitcast=True)
+    else:
+        return x.to(tl.float8e4nv)
+
+
+@inlined
+def e4m3_step(x):
+    """Powers of two, one a row of x [M, K], that bring its largest magnitude to 128 or more and
+    below 256 by division; and their inverses. [M] float32 both."""
+    most = tl.max(tl.abs(x), 1).to(tl.uint32, bitcast=True)
+    power = tl.maximum(most & 0x7F800000, 27 << 23)  # 2^-100 at least
+    step = (power - (7 << 23)).to(tl.float32, bitcast=True)
+    return step, ((261 << 23) - power).to(tl.float32, bitcast=True)
 
 
 @inlined
@@ -72,6 +108,18 @@ def dot(a, b, acc=None):
         return tl.dot(up(a), up(b), acc)
     else:
         return tl.dot(a, b, acc, input_precision="ieee")
+
+
+@inlined
+def dot_e4m3(a, b, acc, ARCH: tl.constexpr):
+    """The same of e4m3 with K = E4M3_TILE. Tensor cores of sm_89 and sm_90 keep 14 bits or so of a
+    sum: there acc, in registers, takes one sum per tile."""
+    if INTERPRET or ARCH >= 100:
+        return dot(a, b, acc)
+    elif ARCH >= 90:
+        return tl.dot(a, b, acc, max_num_imprecise_acc=a.shape[1])
+    else:  # there the limit does no more than to keep the compiler from adding up in acc
+        return acc + tl.dot(a, b, max_num_imprecise_acc=a.shape[1])
 
 
 @inlined
@@ -95,6 +143,17 @@ def row_scale(ssq_ptr, offs, count, TILES: tl.constexpr, WIDTH: tl.constexpr, ep
     for i in tl.static_range(TILES):
         total += tl.load(ssq_ptr + i * count + offs, mask=offs < count, other=0.0)
     return tl.rsqrt(total / WIDTH + eps)
+
+
+def e4m3_rows(w: Tensor) -> tuple[Tensor, Tensor]:
+    """w [..., K] float32, row by row -> e4m3 of that shape and a step each, [...] float32.
+
+    The step is a power of two that `e4m3_step` would find; what is not finite becomes NaN.
+    """
+    most = w.abs().amax(-1, keepdim=True).nan_to_num(1, posinf=1).clamp_min(2.0**-100)
+    step = torch.ldexp(torch.ones_like(most), torch.frexp(most).exponent - 8)
+    scaled = torch.where(w.isfinite(), w / step, torch.nan)  # below 256, or of a row with a NaN
+    return scaled.clamp(-448, 448).to(E4M3), step.squeeze(-1)
 
 
 def round_up(size: int, multiple: int = ALIGNMENT) -> int:
@@ -144,7 +203,9 @@ def mismatch(name: str, t: Tensor, shape: Sequence[int], like: Tensor) -> str | 
     return f"needs {name} of {list(shape)} {wanted}, not {list(t.shape)} {given}"
 
 
-def unsupported(dtype: torch.dtype, config: Shape | None) -> str | None:
+def unsupported(
+    dtype: torch.dtype, config: Shape | None, device: torch.device | None = None
+) -> str | None:
     """Why an op without further conditions cannot serve, or None."""
     return unsupported_dtype(dtype) or (unsupported_width(config.hidden_size) if config else None)
 

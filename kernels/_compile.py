@@ -27,6 +27,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 import triton
 from triton import knobs
 from triton.backends.compiler import GPUTarget
@@ -36,12 +37,14 @@ from triton.runtime.jit import create_function_from_signature
 from trm_fast.kernels._runtime import Launch
 
 BATCH = 8  # kernels that one process compiles at a time
-SCHEMA = 1  # of the cached results: raise it when `Compiled`, or how one is read, changes
+SCHEMA = 2  # of the cached results: raise it when `Compiled`, or how one is read, changes
 
 # Instructions that tell how a kernel multiplies and how it reaches memory. Those for matrices:
-# HMMA up to sm_8x, HGMMA (wgmma) of sm_90, UTC*MMA (tcgen05) of sm_100. LDL and STL are spills.
+# HMMA up to sm_8x, HGMMA (wgmma) of sm_90, UTC*MMA (tcgen05) of sm_100; QMMA, QGMMA and UTCQMMA of
+# 8 bits. LDL and STL are spills.
 MIX = (
-    *("HGMMA", "HMMA", "UTCHMMA", "UTCQMMA", "UTCIMMA", "UTCOMMA", "FFMA", "FFMA2", "MUFU"),
+    *("HGMMA", "HMMA", "UTCHMMA", "QGMMA", "QMMA", "UTCQMMA", "UTCIMMA", "UTCOMMA"),
+    *("FFMA", "FFMA2", "MUFU"),
     *("UTMALDG", "UTMASTG", "LDGSTS", "LDG", "STG", "LDTM", "LDSM", "STSM", "LDL", "STL", "BAR"),
 )
 
@@ -52,7 +55,7 @@ class Variant:
 
     Attributes:
         module, function: where the kernel is.
-        arch: 80, 90 or 100.
+        arch: 80, 90 or 100; 89, the one of its family that has e4m3, in place of 80.
         signature: argument -> "*bf16", "tensordesc<bf16[128, 64]>", "i32", "fp32" or "constexpr".
         constants: position -> value, of arguments that are compiled in: also None, and 1.
         attrs: position -> what is known of the others: that they are multiples of 16.
@@ -107,6 +110,9 @@ def _binder(kernel: Any, arch: int) -> tuple[Any, Any, str]:
 def variant(launch: Launch, arch: int) -> Variant:
     """The variant that `launch` would compile, by the very functions that would type it."""
     kernel = launch.kernel
+    tensors = (getattr(value, "base", value) for value in launch.args.values())
+    if arch == 80 and any(getattr(t, "dtype", None) == torch.float8_e4m3fn for t in tensors):
+        arch = 89
     binder, backend, compiler = _binder(kernel, arch)
     options = {"num_warps": launch.row.num_warps, "num_stages": launch.row.num_stages}
     given = {**launch.args, **options}

@@ -54,7 +54,10 @@ POLICIES = ("none", "save", "light", "recompute")  # none: no gradient is asked 
 
 @dataclass(frozen=True)
 class _Settings:
-    """The arguments of the operation that are not tensors, in the order of its schema."""
+    """The arguments of the operation that are not tensors, in the order of its schema.
+
+    fp8: whether the cycles that keep nothing make the channel MLP's products in 8 bits.
+    """
 
     mlp_t: bool
     H_cycles: int
@@ -62,6 +65,7 @@ class _Settings:
     heads: int
     eps: float
     policy: str
+    fp8: bool = False
 
     @property
     def passes(self) -> int:
@@ -146,8 +150,9 @@ def deep_recursion_fwd(
     question = rows_of(x)
     answer, latent = State(rows_of(y), None), State(rows_of(z), None)
     a = question.new_empty(len(question), net.blocks[0].down.shape[1])
+    free = net.in_e4m3(weights) if s.fp8 else net
     for _ in range(s.H_cycles - (s.policy != "none")):
-        answer, latent, _, _ = _cycle(net, question, answer, latent, s, lambda i, state: None, a)
+        answer, latent, _, _ = _cycle(free, question, answer, latent, s, lambda i, state: None, a)
     if s.policy != "none":
         keep = _keep_states(saved) if s.policy == "recompute" else _keep_tapes(saved, s)
         answer, latent, injected, before = _cycle(net, question, answer, latent, s, keep, a)
@@ -161,10 +166,12 @@ def deep_recursion_fwd(
 def _keep_states(saved: Sequence[Tensor]) -> Callable[[int, State], None]:
     def keep(i: int, state: State) -> None:
         saved[0][i].copy_(state.total)
-        if state.ssq is not None:
+        if state.ssq is not None and len(state.ssq) == saved[1].shape[1]:
             saved[1][i].copy_(state.ssq)
-        else:
+        else:  # none, or those of the narrower tiles of e4m3
             saved[1][i].zero_()
+            if state.ssq is not None:
+                saved[1][i, 0].copy_(state.ssq.sum(0))
 
     return keep
 
@@ -290,7 +297,7 @@ def _bwd_in_place_fake(grad: Tensor, *rest: Any) -> Tensor:
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-    _, _, _, weights, cos, sin, *settings = inputs
+    _, _, _, weights, cos, sin, *settings, _ = inputs  # its backward knows nothing of fp8
     _, z, saved = output
     ctx.mark_non_differentiable(z, *saved)
     ctx.save_for_backward(cos, sin, *weights, *saved)
@@ -307,7 +314,7 @@ def _backward(ctx: Any, grad: Tensor, *unused: Any) -> tuple[Any, ...]:
         d_x = _bwd_in_place(grad.contiguous(), saved, d_weights, *given)
     else:
         d_x, d_weights = _bwd(grad.contiguous(), saved, *given)
-    return d_x, None, None, d_weights, None, None, *(None for _ in ctx.settings)
+    return d_x, None, None, d_weights, None, None, *(None for _ in ctx.settings), None
 
 
 _bwd = register(
@@ -328,7 +335,7 @@ _bwd_in_place = register(
 _fwd = register(
     TRITON,
     "deep_recursion(Tensor x, Tensor y, Tensor z, Tensor[] weights, Tensor? cos, Tensor? sin,"
-    f" {_SETTINGS_SCHEMA}) -> (Tensor, Tensor, Tensor[])",
+    f" {_SETTINGS_SCHEMA}, bool fp8) -> (Tensor, Tensor, Tensor[])",
     _fwd_fake,
     deep_recursion_fwd,
     save=_save,
@@ -350,17 +357,19 @@ def deep_recursion(
     The other operations of the table are not used: their kernels are called directly.
 
     Raises:
-        ValueError: a dtype or width that the kernels do not serve, or dropout.
+        ValueError: a dtype or width that the kernels do not serve, dropout, or products that the
+            GPU does not have.
     """
     mlp_t = hasattr(blocks[0].mixer, "gate_up")
     tokens, width = x.shape[1:]
     head_dim, rest = divmod(width, r.heads)
+    graded = torch.is_grad_enabled()
     check(
         "deep_recursion",
         unsupported_dtype(x.dtype),
         unsupported_width(width),
         "serves no dropout" if r.dropout else None,
-        None if torch.is_grad_enabled() else unsupported_quantization(r.quantize),
+        None if r.quantize == "int8" and graded else unsupported_products(r.quantize, x.device),
     )
     if not mlp_t:
         check(
@@ -373,24 +382,38 @@ def deep_recursion(
         t.contiguous() for block in blocks for t in (*block.mixer, block.gate_up, block.down)
     ]
     cos, sin = (t.contiguous() for t in rotary) if rotary and not mlp_t else (None, None)
-    tracked = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *weights))
+    fp8 = r.quantize == "fp8"
+    # Where gradients are on, the last cycle is not quantised, whoever asks for one.
+    tracked = graded and (fp8 or any(t.requires_grad for t in (x, *weights)))
     new_y, new_z, _ = _fwd(
         x.contiguous(), y.detach().contiguous(), z.detach().contiguous(), weights, cos, sin, mlp_t,
-        r.H_cycles, r.L_cycles, r.heads, r.eps, r.policy if tracked else "none",
+        r.H_cycles, r.L_cycles, r.heads, r.eps, r.policy if tracked else "none", fp8,
     )  # fmt: skip
     return new_y, new_z.detach()
 
 
-def unsupported_quantization(name: str) -> str | None:
-    return None if name == "none" else f"has no products in {name} on GPUs"
+def unsupported_products(name: str, device: torch.device | None) -> str | None:
+    """Why products quantised to `name` are not served there, or None."""
+    if name == "none":
+        return None
+    if name != "fp8":
+        return f"has no products in {name} on GPUs"
+    if device is None or device.type != "cuda":
+        return None
+    major, minor = torch.cuda.get_device_capability(device)
+    if (major, minor) >= (8, 9):
+        return None
+    return f"has products in fp8 from compute capability 8.9 on, this GPU has {major}.{minor}"
 
 
-def unsupported(dtype: torch.dtype, config: Shape | None) -> str | None:
+def unsupported(
+    dtype: torch.dtype, config: Shape | None, device: torch.device | None = None
+) -> str | None:
     if config is None:
         return unsupported_dtype(dtype)
     if config.dropout:
         return "serves no dropout: the composition of the other operations does"
-    if reason := unsupported_quantization(config.quantize):
+    if reason := unsupported_products(config.quantize, device):
         return reason
     parts = token_mix if config.mlp_t else rope_attention
     return parts.unsupported(dtype, config)
@@ -408,6 +431,8 @@ def examples(make: Callable[..., Tensor]) -> Iterator[None]:
         for policy in POLICIES:
             settings = (mlp_t, 2, 1, heads, 1e-5, policy)
             _, _, saved = deep_recursion_fwd(x, x, x, weights, table, table, *settings)
+            yield
+            deep_recursion_fwd(x, x, x, weights, table, table, *settings, True)
             yield
             if saved:
                 deep_recursion_bwd(x, saved, weights, table, table, *settings)

@@ -23,7 +23,8 @@ class Row:
     Attributes:
         kernel: "<op>_fwd", "<op>_bwd" or what else an op module picks it by.
         arch: 80 (sm_8x), 90 or 100 (sm_10x).
-        bits: width of the numbers: 16 (bfloat16, float16) or 32 (float32).
+        bits: width of the numbers: 8 (e4m3), 16 (bfloat16, float16) or 32 (float32). Of sm_8x
+            only sm_89 has e4m3.
         tiles: the kernel's block sizes.
         num_warps, num_stages: of the launch.
         at_most: sizes up to which the row serves; of a kernel's rows the first that serves is
@@ -110,17 +111,25 @@ ROWS: tuple[Row, ...] = (
         *((arch, bits, {"BLOCK": 1024}, 8, 1) for arch in (80, 90, 100) for bits in (16, 32)),
     ),
     # linear_rmsnorm: a @ w (+ residual) of either orientation of w, partial sums of squares.
+    # Of e4m3, BLOCK_K is the E4M3_TILE, and a second accumulator takes the sums of one tile.
     *_rows(
         "linear",
+        (80, 8, _tiles(128, 64, 128), 8, 3),
+        (90, 8, _tiles(128, 128, 128), 8, 3),
+        (100, 8, _tiles(128, 128, 128), 8, 3),
         (80, 16, _tiles(128, 128, 32), 8, 3),
         (90, 16, _tiles(128, 256, 64), 8, 3),
         (100, 16, _tiles(128, 256, 64), 8, 3),
         (90, 32, _tiles(64, 32, 32), 8, 2),
         *((arch, 32, _tiles(64, 64, 32), 8, 2) for arch in (80, 100)),
     ),
-    # swiglu_rmsnorm: gate and up in two accumulators, and the backward through SwiGLU.
+    # swiglu_rmsnorm: gate and up in two accumulators, and the backward through SwiGLU. Of e4m3,
+    # BLOCK_N is the E4M3_TILE; the steps of its columns spill beside 128 rows on sm_100.
     *_rows(
         "gate_up",
+        (80, 8, _tiles(64, 128, 128), 8, 2),
+        (90, 8, _tiles(128, 128, 128), 8, 3),
+        (100, 8, _tiles(64, 128, 128), 8, 3),
         (80, 16, _tiles(128, 64, 32), 8, 3),
         (90, 16, _tiles(128, 128, 64), 8, 3),
         (100, 16, _tiles(128, 128, 64), 8, 3),

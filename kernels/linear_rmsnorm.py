@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from trm_fast.kernels._common import (
+    E4M3_TILE,
     aligned,
     check,
     dot,
@@ -41,11 +42,15 @@ __all__ = ["linear", "linear_rmsnorm", "new_squares", "unsupported"]
 
 @triton.jit
 def _linear_kernel(
-    a_source, w_source, h_source, out_source, ssq_ptr, h_ssq_ptr, count, eps,
+    a_source, w_source, h_source, out_source, ssq_ptr, h_ssq_ptr, a_step_ptr, w_step_ptr, count,
+    eps,
     K: tl.constexpr, N: tl.constexpr, W_IS_KN: tl.constexpr, H_TILES: tl.constexpr,
     TMA: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """out = h + a @ w, with w stored [N, K] or, W_IS_KN, [K, N]; h scaled by its deferred norm."""
+    """out = h + a @ w, with w stored [N, K] or, W_IS_KN, [K, N]; h scaled by its deferred norm.
+
+    With steps a and w are e4m3: w's belong to columns, a's to rows and blocks of BLOCK_K.
+    """
     a_tiles = tiles(a_source, [count, K], [K, 1], [BLOCK_M, BLOCK_K], TMA)
     if W_IS_KN:
         w_tiles = tiles(w_source, [K, N], [N, 1], [BLOCK_K, BLOCK_N], TMA)
@@ -56,11 +61,19 @@ def _linear_kernel(
     tile_n = tl.program_id(0) % num_n
     m = tl.program_id(0) // num_n * BLOCK_M
     n = tile_n * BLOCK_N
+    offs_m = m + tl.arange(0, BLOCK_M)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for k in range(0, K, BLOCK_K):
         w = w_tiles.load([k, n]) if W_IS_KN else w_tiles.load([n, k]).T
-        acc = dot(a_tiles.load([m, k]), w, acc)
-    offs_m = m + tl.arange(0, BLOCK_M)
+        if a_step_ptr is None:
+            acc = dot(a_tiles.load([m, k]), w, acc)
+        else:
+            at = a_step_ptr + k // BLOCK_K * count + offs_m
+            step = tl.load(at, mask=offs_m < count, other=0.0)
+            acc += dot(a_tiles.load([m, k]), w) * step[:, None]
+    if w_step_ptr is not None:
+        offs_n = n + tl.arange(0, BLOCK_N)
+        acc *= tl.load(w_step_ptr + offs_n, mask=offs_n < N, other=0.0)[None, :]
     if h_source is not None:
         h_tiles = tiles(h_source, [count, N], [N, 1], [BLOCK_M, BLOCK_N], TMA)
         h = up(h_tiles.load([m, n]))
@@ -89,6 +102,8 @@ def linear(
     h_ssq: Tensor | None = None,
     eps: float = 0.0,
     out: Tensor | None = None,
+    a_step: Tensor | None = None,
+    w_step: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """h + a @ w.T and, with `squares`, the partial sums of squares of its rows.
 
@@ -97,20 +112,22 @@ def linear(
         squares: whether to sum them; or what takes them, made by `new_squares`.
         h_ssq: [T, N] float32 if h stands for rms_norm(h), deferred.
         out: [N, D], takes the result; it may be `h`.
+        a_step [K / E4M3_TILE, N], w_step [D] float32: steps of a and w in e4m3; h is needed then.
 
     Returns:
-        [N, D] in the dtype of a, and [T, N] float32 or None. K and D are multiples of 16.
+        [N, D] in the dtype of h or a, and [T, N] float32 or None. K and D are multiples of 16.
     """
     count, depth = a.shape
     width = w.shape[1] if w_is_kn else w.shape[0]
     row = pick("linear", a, M=count, N=width)
     block_m, block_n, block_k = (row.tiles[f"BLOCK_{axis}"] for axis in "MNK")
     columns = triton.cdiv(width, block_n)
-    out = a.new_empty(count, width) if out is None else out
+    out = (a if h is None else h).new_empty(count, width) if out is None else out
     if squares is True:
         squares = new_squares(a, count, width)
     ssq = squares if isinstance(squares, Tensor) else None
     assert ssq is None or ssq.shape == (columns, count)
+    assert a_step is None or block_k == E4M3_TILE.value
     if out.numel():
         w_block = [block_k, block_n] if w_is_kn else [block_n, block_k]
         run(
@@ -119,7 +136,8 @@ def linear(
             w_source=descriptor(w, w_block, row),
             h_source=None if h is None else descriptor(h, [block_m, block_n], row),
             out_source=descriptor(out, [block_m, block_n], row),
-            ssq_ptr=ssq, h_ssq_ptr=h_ssq, count=count, eps=eps, K=depth, N=width, W_IS_KN=w_is_kn,
+            ssq_ptr=ssq, h_ssq_ptr=h_ssq, a_step_ptr=a_step, w_step_ptr=w_step, count=count,
+            eps=eps, K=depth, N=width, W_IS_KN=w_is_kn,
             H_TILES=0 if h_ssq is None else len(h_ssq), TMA=row.arch >= 90,
         )  # fmt: skip
     return out, ssq

@@ -12,7 +12,7 @@ whole 16s), S' tokens rounded up likewise, H heads, P passes, T tiles of a row.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import NamedTuple
 
 import torch
@@ -23,7 +23,13 @@ from trm_fast.kernels._common import round_up, weight_grad
 from trm_fast.kernels.linear_rmsnorm import linear, new_squares
 from trm_fast.kernels.residual_rmsnorm import finish_norm, norm_bwd
 from trm_fast.kernels.rope_attention import new_lse, rope_attention_bwd, rope_attention_fwd
-from trm_fast.kernels.swiglu_rmsnorm import gate_up, swiglu_bwd
+from trm_fast.kernels.swiglu_rmsnorm import (
+    ChannelE4M3,
+    gate_up,
+    pack_e4m3,
+    swiglu_bwd,
+    swiglu_e4m3,
+)
 from trm_fast.kernels.token_mix import token_mix_bwd, token_mix_fwd
 
 WEIGHTS = 4  # of a block: the mixer's two, gate_up, down
@@ -37,11 +43,15 @@ class State(NamedTuple):
 
 
 class Block(NamedTuple):
-    """Packed weights: of the mixer (token_mix.pack, or qkv and out), of SwiGLU."""
+    """Packed weights: of the mixer (token_mix.pack, or qkv and out), of SwiGLU.
+
+    e4m3: of SwiGLU, where its products are made in 8 bits.
+    """
 
     mixer: tuple[Tensor, Tensor]
     gate_up: Tensor
     down: Tensor
+    e4m3: ChannelE4M3 | None = None
 
 
 @dataclass(frozen=True)
@@ -76,6 +86,17 @@ class Network:
             blocks.append(Block(mixer, *swiglu_rmsnorm.pack(w_gate_up, w_down, like.dtype)))
         batch, tokens, width = like.shape
         return Network(tuple(blocks), (batch, tokens, width), mlp_t, heads, eps, *rotary)
+
+    def in_e4m3(self, weights: Sequence[Tensor]) -> Network:
+        """The same with SwiGLU over the features in 8 bits, of these master weights."""
+        _, tokens, width = self.shape
+        count = tokens if self.mlp_t else width  # numbers of the norm in front of it
+        channel = zip(weights[2::WEIGHTS], weights[3::WEIGHTS], strict=True)
+        blocks = tuple(
+            block._replace(e4m3=pack_e4m3(w_gate_up, w_down, count))
+            for block, (w_gate_up, w_down) in zip(self.blocks, channel, strict=True)
+        )
+        return replace(self, blocks=blocks)
 
 
 @dataclass
@@ -166,6 +187,10 @@ def forward(
         tape = tapes[i] if tapes else None
         mid, mid_ssq = mix(net, block, state, add, tape)
         add = None
+        if block.e4m3 is not None:
+            assert tape is None, "a gradient needs the products as they are"
+            state = State(*swiglu_e4m3(mid, block.e4m3, mid_ssq, net.eps))
+            continue
         gate_up(mid, block.gate_up, a=a, gu=tape.gu if tape else None, ssq=mid_ssq, eps=net.eps)
         total, ssq = linear(
             a, block.down, mid, h_ssq=mid_ssq, eps=net.eps,

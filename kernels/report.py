@@ -47,8 +47,12 @@ TENSOR_MEMORY = 512  # columns
 SHARED = {80: (99, 100), 90: (227, 228), 100: (227, 228)}
 WARPS = {80: 48, 90: 64, 100: 64}  # of a multiprocessor
 
-# What multiplies 16-bit matrices on each, and must be in the code of a kernel that does so.
-TENSOR_CORES = {80: ("HMMA",), 90: ("HGMMA",), 100: ("UTCHMMA",)}
+# What multiplies matrices of 16 and of 8 bits on each, and must be in the code of a kernel that
+# does so.
+TENSOR_CORES = {
+    16: {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"},
+    8: {80: "QMMA", 90: "QGMMA", 100: "UTCQMMA"},
+}
 
 
 @dataclass(frozen=True)
@@ -144,7 +148,8 @@ def collect(
 
     bfloat16, which models run in, stands for 16 bits. In float32, and on sm_90 in float16, each
     kernel and row is compiled once, with the most arguments that an example gives it.
-    A launch that took a row of 32 bits counts as float32 whatever the examples' dtype was.
+    A launch that took a row of 32 bits counts as float32 whatever the examples' dtype was; e4m3
+    belongs to the states that it comes from.
     """
     found: dict[tuple[int, str, str], tuple[Launch, Variant, list[str]]] = {}
     wrong: list[str] = []
@@ -164,7 +169,7 @@ def collect(
                 launches.sort(key=_absent)
             for launch in launches:
                 of = _compile.variant(launch, arch)
-                shown = dtype if launch.row.bits == 16 else "fp32"
+                shown = {8: f"e4m3+{dtype}", 16: dtype}.get(launch.row.bits, "fp32")
                 key = (id(launch.row), of.key, shown)
                 if dtype != "bf16":
                     key = once.setdefault((id(launch.row), of.function, dtype), key)
@@ -240,10 +245,13 @@ def _dot_problems(mix: Mapping[str, int], arch: int, bits: int) -> Iterator[str]
         if tensor:
             yield f"multiplies float32 matrices in less: {' '.join(tensor)}"
         return
-    if not any(name in mix for name in TENSOR_CORES[arch]):
-        yield f"multiplies matrices without {' '.join(TENSOR_CORES[arch])}"
-    if arch == 90 and "HMMA" in mix:
-        yield f"multiplies matrices with {mix['HMMA']} HMMA instead of HGMMA"
+    wanted = TENSOR_CORES[bits][arch]
+    if wanted not in mix:
+        yield f"multiplies matrices without {wanted}"
+    if arch == 90 or bits == 8:
+        for name in tensor:
+            if name != wanted:
+                yield f"multiplies matrices with {mix[name]} {name} instead of {wanted}"
 
 
 def gate(
@@ -267,7 +275,8 @@ def gate(
         if not found:
             clean |= {(op, line.row.arch, line.row.bits) for op in line.ops}
     for row in rows:
-        if row.arch in archs and row.bits in bits and id(row) not in reached:
+        # Models in 16 bits are the first that e4m3 is for.
+        if row.arch in archs and max(row.bits, 16) in bits and id(row) not in reached:
             shown = f"{row.kernel}, sm_{row.arch}, {row.bits} bits, {tiles(row)}"
             wrong.append(f"row {shown}: no example reaches it")
     for op in ops:

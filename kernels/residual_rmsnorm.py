@@ -39,7 +39,7 @@ FEATURES, TOKENS = 2, 1  # the axes of [B, S, D] that a norm can run along
 
 @triton.jit
 def _finish_norm_kernel(
-    total_ptr, ssq_ptr, add_ptr, out_ptr, count, eps,
+    total_ptr, ssq_ptr, add_ptr, out_ptr, count, eps, inverse,
     WIDTH: tl.constexpr, COLUMNS: tl.constexpr, TILES: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -47,8 +47,12 @@ def _finish_norm_kernel(
     mask = (offs_m < count)[:, None] & (offs_d < WIDTH)[None, :]
     offs = offs_m[:, None] * WIDTH + offs_d[None, :]
     out_type = out_ptr.dtype.element_ty
-    scale = row_scale(ssq_ptr, offs_m, count, TILES, WIDTH, eps)
-    out = up(tl.load(total_ptr + offs, mask=mask, other=0.0)) * scale[:, None]
+    out = up(tl.load(total_ptr + offs, mask=mask, other=0.0))
+    if ssq_ptr is not None:
+        out *= row_scale(ssq_ptr, offs_m, count, TILES, WIDTH, eps)[:, None]
+    if out_type == tl.float8e4nv:
+        # The reference rounds the norm before it rounds once more.
+        out = up(down(out, total_ptr.dtype.element_ty)) * inverse
     if add_ptr is not None:
         # The reference rounds the norm before it adds.
         out = up(down(out, out_type)) + up(tl.load(add_ptr + offs, mask=mask, other=0.0))
@@ -56,12 +60,18 @@ def _finish_norm_kernel(
 
 
 def finish_norm(
-    total: Tensor, ssq: Tensor, eps: float, add: Tensor | None = None, out: Tensor | None = None
+    total: Tensor,
+    ssq: Tensor | None,
+    eps: float,
+    add: Tensor | None = None,
+    out: Tensor | None = None,
+    step: float = 1.0,
 ) -> Tensor:
     """rms_norm(total) (+ add), [N, D], from the rows' partial sums of squares ssq [T, N] float32.
 
     add [N, D] is what the recursion injects: the answer state and the question. `out` takes the
-    result.
+    result, which is divided by `step`, a power of two, if it takes e4m3. Without ssq `total` is
+    the norm already.
     """
     out = torch.empty_like(total) if out is None else out
     count, width = total.shape
@@ -70,7 +80,8 @@ def finish_norm(
         run(
             _finish_norm_kernel, (triton.cdiv(count, row.tiles["BLOCK_M"]),), row, total,
             total_ptr=total, ssq_ptr=ssq, add_ptr=add, out_ptr=out, count=count, eps=eps,
-            WIDTH=width, COLUMNS=triton.next_power_of_2(width), TILES=len(ssq),
+            inverse=1 / step, WIDTH=width, COLUMNS=triton.next_power_of_2(width),
+            TILES=0 if ssq is None else len(ssq),
         )  # fmt: skip
     return out
 

@@ -386,7 +386,9 @@ def unsupported_table(table: Tensor, tokens: int, head_dim: int) -> str | None:
     return f"needs cos and sin of [{tokens}, {head_dim}] float32, not {given}"
 
 
-def unsupported(dtype: torch.dtype, config: Shape | None) -> str | None:
+def unsupported(
+    dtype: torch.dtype, config: Shape | None, device: torch.device | None = None
+) -> str | None:
     if config is None or config.mlp_t:  # token mixing has no heads
         return unsupported_dtype(dtype)
     head_dim, rest = divmod(config.hidden_size, config.num_heads)

@@ -171,7 +171,9 @@ def _unsupported_vocabulary(size: int) -> str | None:
     return f"needs a vocabulary of 1 to {MAX_VOCABULARY}, not {size}"
 
 
-def unsupported(dtype: torch.dtype, config: Vocabulary | None) -> str | None:
+def unsupported(
+    dtype: torch.dtype, config: Vocabulary | None, device: torch.device | None = None
+) -> str | None:
     """Why the op cannot serve, or None."""
     return unsupported_dtype(dtype) or (
         _unsupported_vocabulary(config.vocab_size) if config else None

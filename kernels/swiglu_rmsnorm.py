@@ -4,6 +4,7 @@ Owns the op and its halves, which the recursion strings together itself: `gate_u
 and SwiGLU in one kernel; the down product with its residual is `linear`), `swiglu_bwd` (the down
 product's gradient, carried through SwiGLU in the epilogue) and, by `linear`, the input's gradient.
 Two kernels forward and not one: a tile of 128 whole output rows would fill the register file.
+`swiglu_e4m3` is the same with products in 8 bits, for passes without a gradient.
 Imported by `network` and `trm_fast.backends`.
 
 Dims legend: B batch, S tokens incl. prefix, D width, F inner width, N = B*S rows, T tiles of a row.
@@ -12,7 +13,7 @@ Dims legend: B batch, S tokens incl. prefix, D width, F inner width, N = B*S row
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -20,10 +21,15 @@ import triton.language as tl
 from torch import Tensor
 
 from trm_fast.kernels._common import (
+    E4M3,
+    E4M3_TILE,
     aligned,
     check,
     dot,
+    dot_e4m3,
     down,
+    e4m3_rows,
+    e4m3_step,
     mismatch,
     round_up,
     row_scale,
@@ -39,7 +45,16 @@ from trm_fast.kernels.linear_rmsnorm import linear, new_squares
 from trm_fast.kernels.registration import TRITON, register
 from trm_fast.kernels.residual_rmsnorm import finish_norm, norm_bwd
 
-__all__ = ["gate_up", "pack", "swiglu_bwd", "swiglu_rmsnorm", "unsupported"]
+__all__ = [
+    "ChannelE4M3",
+    "gate_up",
+    "pack",
+    "pack_e4m3",
+    "swiglu_bwd",
+    "swiglu_e4m3",
+    "swiglu_rmsnorm",
+    "unsupported",
+]
 
 
 def pack(w_gate_up: Tensor, w_down: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -51,13 +66,48 @@ def pack(w_gate_up: Tensor, w_down: Tensor, dtype: torch.dtype) -> tuple[Tensor,
     return aligned(gate_up, axes=(1,)), aligned(w_down.to(dtype))
 
 
+class ChannelE4M3(NamedTuple):
+    """SwiGLU's weights in e4m3, of inner width F' as `pack` has it, and steps float32.
+
+    gate_up [2,F',D] with gate_up_step [2,F'], which holds the step of h as a factor; down [D,F']
+    with down_step [D]; h_step: of the input.
+    """
+
+    gate_up: Tensor
+    gate_up_step: Tensor
+    down: Tensor
+    down_step: Tensor
+    h_step: float
+
+
+def pack_e4m3(w_gate_up: Tensor, w_down: Tensor, norm_count: int) -> ChannelE4M3:
+    """From master weights [2F,D] and [D,F], for inputs that are norms over `norm_count` numbers.
+
+    None of these is larger than its root: h_step is the smallest power of two that brings that
+    below e4m3's largest number.
+    """
+    gate_up, down = pack(w_gate_up, w_down, torch.float32)
+    h_step = 1.0
+    while h_step * 448 < norm_count**0.5:
+        h_step *= 2
+    while h_step * 224 >= norm_count**0.5:
+        h_step /= 2
+    gate_up, gate_up_step = e4m3_rows(gate_up)
+    down, down_step = e4m3_rows(down)
+    return ChannelE4M3(gate_up, gate_up_step * h_step, down, down_step, h_step)
+
+
 @triton.jit
 def _gate_up_kernel(
-    h_source, w_source, a_source, gu_source, ssq_ptr, count, eps,
-    D: tl.constexpr, F: tl.constexpr, TILES: tl.constexpr, TMA: tl.constexpr,
+    h_source, w_source, a_source, gu_source, ssq_ptr, w_step_ptr, a_step_ptr, count, eps,
+    D: tl.constexpr, F: tl.constexpr, TILES: tl.constexpr, TMA: tl.constexpr, ARCH: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """a = silu(g) * u. The norm that h stands for is a factor per row: it commutes with W."""
+    """a = silu(g) * u. The norm that h stands for is a factor per row: it commutes with W.
+
+    With steps all three are e4m3: those of W, and of h, are factors of g and u; those of a are
+    found here, where a row's part of this tile is at hand.
+    """
     h_tiles = tiles(h_source, [count, D], [D, 1], [BLOCK_M, BLOCK_K], TMA)
     w_tiles = tiles(w_source, [2, F, D], [F * D, D, 1], [1, BLOCK_N, BLOCK_K], TMA)
     num_n: tl.constexpr = (F + BLOCK_N - 1) // BLOCK_N
@@ -67,19 +117,35 @@ def _gate_up_kernel(
     u = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for k in range(0, D, BLOCK_K):
         h = h_tiles.load([m, k])
-        g = dot(h, w_tiles.load([0, n, k]).reshape(BLOCK_N, BLOCK_K).T, g)
-        u = dot(h, w_tiles.load([1, n, k]).reshape(BLOCK_N, BLOCK_K).T, u)
+        w_g = w_tiles.load([0, n, k]).reshape(BLOCK_N, BLOCK_K).T
+        w_u = w_tiles.load([1, n, k]).reshape(BLOCK_N, BLOCK_K).T
+        if w_step_ptr is None:
+            g = dot(h, w_g, g)
+            u = dot(h, w_u, u)
+        else:
+            g = dot_e4m3(h, w_g, g, ARCH)
+            u = dot_e4m3(h, w_u, u, ARCH)
+    offs_m, offs_n = m + tl.arange(0, BLOCK_M), n + tl.arange(0, BLOCK_N)
     if ssq_ptr is not None:
-        scale = row_scale(ssq_ptr, m + tl.arange(0, BLOCK_M), count, TILES, D, eps)[:, None]
+        scale = row_scale(ssq_ptr, offs_m, count, TILES, D, eps)[:, None]
         g *= scale
         u *= scale
+    if w_step_ptr is not None:
+        g *= tl.load(w_step_ptr + offs_n, mask=offs_n < F, other=0.0)[None, :]
+        u *= tl.load(w_step_ptr + F + offs_n, mask=offs_n < F, other=0.0)[None, :]
     if gu_source is not None:
         gu_tiles = tiles(gu_source, [count, 2, F], [2 * F, F, 1], [BLOCK_M, 1, BLOCK_N], TMA)
         gu_tiles.store([m, 0, n], down(g, gu_tiles.dtype).reshape(BLOCK_M, 1, BLOCK_N))
         gu_tiles.store([m, 1, n], down(u, gu_tiles.dtype).reshape(BLOCK_M, 1, BLOCK_N))
     if a_source is not None:
         a_tiles = tiles(a_source, [count, F], [F, 1], [BLOCK_M, BLOCK_N], TMA)
-        a_tiles.store([m, n], down(g * tl.sigmoid(g) * u, a_tiles.dtype))
+        a = g * tl.sigmoid(g) * u
+        if a_step_ptr is not None:
+            step, inverse = e4m3_step(a)
+            offs = (n // BLOCK_N).to(tl.int64) * count + offs_m
+            tl.store(a_step_ptr + offs, step, mask=offs_m < count)
+            a *= inverse[:, None]
+        a_tiles.store([m, n], down(a, a_tiles.dtype))
 
 
 def gate_up(
@@ -90,17 +156,22 @@ def gate_up(
     gu: Tensor | None = None,
     ssq: Tensor | None = None,
     eps: float = 0.0,
+    w_step: Tensor | None = None,
+    a_step: Tensor | None = None,
 ) -> None:
     """Write a = silu(g) * u, or g and u themselves, or both.
 
     Args:
         h: [N, D].  weight: [2, F, D] of `pack`.  a: takes [N, F].  gu: takes [N, 2, F].
         ssq: [T, N] float32 if h stands for rms_norm(h), deferred.
+        w_step: [2, F] float32, of weights in e4m3, times the step of h, which is e4m3 then, too.
+        a_step: takes [F / E4M3_TILE, N] float32 if a takes e4m3: a step per row and tile.
     """
     count, width = h.shape
     inner = weight.shape[1]
     row = pick("gate_up", h, M=count, N=inner)
     block_m, block_n, block_k = (row.tiles[f"BLOCK_{axis}"] for axis in "MNK")
+    assert a_step is None or block_n == E4M3_TILE.value
     if count:
         run(
             _gate_up_kernel, (triton.cdiv(count, block_m) * triton.cdiv(inner, block_n),), row, h,
@@ -108,9 +179,27 @@ def gate_up(
             w_source=descriptor(weight, [1, block_n, block_k], row),
             a_source=None if a is None else descriptor(a, [block_m, block_n], row),
             gu_source=None if gu is None else descriptor(gu, [block_m, 1, block_n], row),
-            ssq_ptr=ssq, count=count, eps=eps, D=width, F=inner,
-            TILES=0 if ssq is None else len(ssq), TMA=row.arch >= 90,
+            ssq_ptr=ssq, w_step_ptr=w_step, a_step_ptr=a_step, count=count, eps=eps,
+            D=width, F=inner, TILES=0 if ssq is None else len(ssq), TMA=row.arch >= 90,
+            ARCH=row.arch,
         )  # fmt: skip
+
+
+def swiglu_e4m3(h: Tensor, w: ChannelE4M3, ssq: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
+    """h + W_down(silu(g) * u) [N,D] of products in e4m3, its norm deferred: squares [T,N] float32.
+
+    h [N,D] and ssq as `gate_up` takes them. Without a gradient; definition: `trm_fast/fp8.py`.
+    """
+    count, inner = len(h), w.down.shape[1]
+    narrow = finish_norm(h, ssq, eps, out=torch.empty_like(h, dtype=E4M3), step=w.h_step)
+    a = narrow.new_empty(count, inner)
+    a_step = h.new_empty(triton.cdiv(inner, E4M3_TILE.value), count, dtype=torch.float32)
+    gate_up(narrow, w.gate_up, a=a, w_step=w.gate_up_step, a_step=a_step)
+    total, squares = linear(
+        a, w.down, h, squares=True, h_ssq=ssq, eps=eps, a_step=a_step, w_step=w.down_step
+    )
+    assert squares is not None
+    return total, squares
 
 
 @triton.jit
@@ -278,6 +367,8 @@ def examples(make: Callable[..., Tensor]) -> Iterator[None]:
     yield
     weight, _ = pack(w_gate_up, w_down, h.dtype)
     for deferred in (None, ssq):
+        swiglu_e4m3(h, pack_e4m3(w_gate_up, w_down, width), deferred, 1e-5)
+        yield
         for kept in (None, gu):
             gate_up(h, weight, a=make(count, inner), gu=kept, ssq=deferred, eps=1e-5)
             yield

@@ -159,7 +159,7 @@ def test_turns_end_when_the_seconds_are_used_up():
         (["--batch", "0"], "batch_size"),
         (["--device", "gpu"], "gpu"),
         (["--dtype", "bfloat"], "forward_dtype"),
-        (["--quantize", "int4"], "cannot quantize to 'int4'; allowed: int8"),
+        (["--quantize", "int4"], "cannot quantize to 'int4'; allowed: int8, fp8"),
         (["--policy", "safe"], "unknown policy 'safe'; allowed: save, light, recompute"),
     ],
 )
@@ -241,15 +241,15 @@ def test_the_benchmark_is_a_script_too():
     assert memory["rows"][-1]["note"].startswith("no official code given")
 
 
-def test_eight_bits_are_a_contender_of_inference(extension):
-    """Checked against the reference in eight bits, not against the one in floats."""
-    race = bench.set_up(RECIPE, "inference", None, CPU, "never", quantized=["int8"])
-    names = [entry.contender.name for entry in race.entries]
-    assert names == ["reference", "cpp", "cpp, int8", "matmuls only"]
+@pytest.mark.parametrize("way", ["int8", "fp8"])
+def test_eight_bits_are_a_contender(way, extension):
+    """Checked against the reference in eight bits; of training, which does not notice int8, none
+    then."""
+    for step, there in (("train", way == "fp8"), ("inference", True)):
+        race = bench.set_up(RECIPE, step, None, CPU, "never", quantized=[way])
+        names = [entry.contender.name for entry in race.entries]
+        assert names == ["reference", "cpp", *[f"cpp, {way}"] * there, "matmuls only"]
     entry = race.entries[2]
-    assert (entry.config.quantize, entry.config.backend) == ("int8", "auto")
+    assert (entry.config.quantize, entry.config.backend) == (way, "auto")
     assert set(entry.errors) == {"one_cycle", "loss"}
-    logits = [outcome(race.entries[i])["logits"] for i in (1, 2)]
-    assert not torch.equal(*logits)
-    race = bench.set_up(RECIPE, "train", None, CPU, "never", quantized=["int8"])
-    assert [entry.contender.quantize for entry in race.entries] == ["none"] * 3
+    assert not torch.equal(*(outcome(race.entries[i])["logits"] for i in (1, 2)))

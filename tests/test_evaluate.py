@@ -126,18 +126,19 @@ def test_the_case_tells_steps_and_weights_apart(data):
     assert 1 < told["best_q_steps"] < DEPTH
 
 
-def test_products_in_eight_bits(measure, run, tmp_path):
+@pytest.mark.parametrize("way", ["int8", "fp8"])
+def test_products_in_eight_bits(way, measure, run, tmp_path):
     """By the option, for a run trained without; a run's own setting can be put off."""
-    given = ("--quantize", "int8")
+    given = ("--quantize", way)
     document = json.loads(measure("--json", *given)[1])
-    assert document["quantize"] == "int8"
+    assert document["quantize"] == way
     (found,), (usual,) = (d["sets"].values() for d in (document, json.loads(measure("--json")[1])))
     assert found["lm_loss"] == pytest.approx(usual["lm_loss"], rel=0.3)
     assert found["lm_loss"] != usual["lm_loss"]
-    assert "\nproducts    int8\n" in measure(*given)[1]
+    assert f"\nproducts    {way}\n" in measure(*given)[1]
     assert "products" not in measure()[1]
-    own = save_run(tmp_path / "own", data=run.parent, changes={"quantize": "int8"})
-    assert load_model(own)[0].config.quantize == "int8"
+    own = save_run(tmp_path / "own", data=run.parent, changes={"quantize": way})
+    assert load_model(own)[0].config.quantize == way
     assert load_model(own, quantize="none")[0].config.quantize == "none"
     assert measure("--quantize", "int4")[0] == 2
 

@@ -99,7 +99,7 @@ def test_the_backward_is_given_no_zeros_for_what_was_kept():
     with Peak([x, *weights]) as storages:
         leaf = x.clone().requires_grad_()
         y, _, saved = torch.ops.trm_fast_triton.deep_recursion(
-            leaf, x, x, weights, None, None, True, 1, 2, 8, 1e-5, "light"
+            leaf, x, x, weights, None, None, True, 1, 2, 8, 1e-5, "light", False
         )
         kept = sum(t.nbytes for t in saved)
         y.backward(x)

@@ -38,7 +38,7 @@ ORDER = [
     ["extension.recursion_driver"],
     ["extension.deep_recursion"],
     ["extension"],
-    ["quantize"],
+    ["quantize", "fp8"],
     ["reference"],
     ["memory", "flops", "timing"],
     ["backends", "fits"],

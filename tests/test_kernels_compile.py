@@ -10,6 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
 from launches import CLEAN, KERNEL, OTHER, ROWS, arguments, compiled, meta
 
 from trm_fast.kernels import _compile
@@ -42,6 +43,16 @@ def test_arguments_are_typed_as_a_launch_types_them():
     assert of.attrs[3,] == [["tt.divisibility", 16]]
     assert of.options == {"num_warps": 8, "num_stages": 2}
     assert (of.module, of.function, of.arch) == ("launches", "_sum_kernel", 90)
+
+
+@pytest.mark.parametrize("arch, compiled_for", [(80, 89), (90, 90), (100, 100)])
+def test_e4m3_is_compiled_for_the_one_of_sm_8x_that_has_it(arch, compiled_for):
+    narrow = meta(97, 512, dtype=torch.float8_e4m3fn)
+    for given in (narrow, descriptor(narrow, [64, 32], ROWS[90, 16])):
+        of = variant(arch, a_source=given)
+        assert of.arch == compiled_for
+        assert "fp8e4nv" in of.signature["a_source"]
+    assert variant(arch).arch == arch
 
 
 def test_a_large_integer_needs_64_bits():

@@ -133,6 +133,10 @@ def mixed(**mix: int) -> dict[str, Any]:
         (90, 16, mixed(FFMA=9), "multiplies matrices without HGMMA"),
         (90, 16, mixed(HGMMA=4, HMMA=2), "multiplies matrices with 2 HMMA instead of HGMMA"),
         (100, 16, mixed(HMMA=9), "multiplies matrices without UTCHMMA"),
+        (80, 8, mixed(FFMA=9), "multiplies matrices without QMMA"),
+        (90, 8, mixed(FFMA=9), "multiplies matrices without QGMMA"),
+        (90, 8, mixed(QGMMA=4, HGMMA=2), "multiplies matrices with 2 HGMMA instead of QGMMA"),
+        (100, 8, mixed(UTCQMMA=4, HMMA=2), "multiplies matrices with 2 HMMA instead of UTCQMMA"),
         (80, 32, mixed(HMMA=9), "multiplies float32 matrices in less: HMMA"),
         (90, 32, mixed(HGMMA=9, FFMA=1), "multiplies float32 matrices in less: HGMMA"),
         (100, 32, mixed(UTCHMMA=9), "multiplies float32 matrices in less: UTCHMMA"),
@@ -180,6 +184,26 @@ def test_a_row_that_no_example_reaches_is_named():
         "row other, sm_90, 16 bits, M64: no example reaches it"
     ]
     assert report.gate(ALL, ["inject"], rows, [80], [16]) == []
+    rows[-1] = replace(unused, bits=8)  # what models in 16 bits launch
+    (found,) = report.gate(ALL, ["inject"], rows, *WHOLE)
+    assert found == "row other, sm_90, 8 bits, M64: no example reaches it"
+    assert report.gate(ALL, ["inject"], rows, [90], [32]) == []
+
+
+def test_e4m3_is_listed_with_the_states_it_comes_from():
+    row = replace(ROWS[90, 16], bits=8)
+
+    def narrow(make: Callable[..., torch.Tensor]) -> Iterator[None]:
+        like = make(97, 512)
+        args = arguments(a_source=like.to(torch.float8_e4m3fn), out_ptr=like)
+        args.pop("BLOCK_M")
+        run(KERNEL, (1,), row, like, **args)
+        yield
+
+    lines, wrong = lines_of(SimpleNamespace(examples=narrow), [90], [16, 32])
+    assert wrong == []
+    assert [line.dtype for line in lines] == ["e4m3+bf16", "e4m3+fp32", "e4m3+fp16"]
+    assert lines[0].name() == "sum, row sum, sm_90, e4m3+bf16"
 
 
 def test_an_op_needs_a_clean_launch_everywhere():

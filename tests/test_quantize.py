@@ -124,7 +124,7 @@ def test_a_model_in_training_mode_or_with_gradients_is_not_quantised():
 
 def test_the_option():
     assert ModelConfig.from_dict(tiny_config()).quantize == "none"
-    with pytest.raises(ConfigError, match="quantize must be one of none, int8, got 'int4'"):
+    with pytest.raises(ConfigError, match="quantize must be one of none, int8, fp8, got 'int4'"):
         ModelConfig.from_dict(tiny_config(quantize="int4"))
 
 

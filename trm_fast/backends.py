@@ -53,10 +53,11 @@ class Choice:
     reason: str
 
 
-def _serves_everywhere(
-    device: torch.device, dtype: torch.dtype, config: ModelConfig | None
+def _reference_unsupported(
+    op: str, device: torch.device, dtype: torch.dtype, config: ModelConfig | None
 ) -> str | None:
-    return None
+    quantized = op == "deep_recursion" and config is not None and config.quantize == "fp8"
+    return "PyTorch has no 8-bit floats there" if quantized and device.type == "mps" else None
 
 
 def _load_kernel(op: str) -> Callable[..., Any]:
@@ -79,7 +80,7 @@ def _kernel_unsupported(
         kernel = importlib.import_module(f"trm_fast.kernels.{op}")
     except (ImportError, AttributeError) as error:  # too old, or broken
         return f"this Triton cannot be used: {str(error).splitlines()[0]}"
-    return kernel.unsupported(dtype, config)
+    return kernel.unsupported(dtype, config, device)
 
 
 def _no_gpu(device: torch.device) -> str | None:
@@ -120,7 +121,10 @@ ROWS: tuple[Row, ...] = (
         for name, served in EXTENSION_OPS.items()
         for op in served
     ),
-    *(Row(op, "reference", partial(getattr, reference, op), _serves_everywhere) for op in OP_NAMES),
+    *(
+        Row(op, "reference", partial(getattr, reference, op), partial(_reference_unsupported, op))
+        for op in OP_NAMES
+    ),
 )
 
 

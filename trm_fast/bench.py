@@ -31,7 +31,7 @@ from torch import Tensor
 
 from trm_fast import memory_bench, micro_bench
 from trm_fast.bench_report import add_fractions, gains, head, ratios, row, table
-from trm_fast.config import ModelConfig
+from trm_fast.config import QUANTIZED, ModelConfig
 from trm_fast.console import say, show_builds
 from trm_fast.contenders import (
     COMPILE,
@@ -142,7 +142,7 @@ def set_up(
     quantized: Sequence[str] = (),
 ) -> Race:
     """Build and check all contenders of a case, `policies` in place of the case's own, and
-    `quantized` for inference.
+    those that are `quantized` so, as far as the step notices.
 
     Raises:
         ParityError: one of them computes something else.
@@ -151,7 +151,8 @@ def set_up(
     absent: dict[str, str] = {}
     losses: dict[ModelConfig, Tensor] = {}
     chosen = (policies or case.policies) if step == "train" else ("save",)
-    ways = quantized if step != "train" else ()
+    # Training does not notice int8.
+    ways = [q for q in quantized if q != "int8" or step != "train"]
     for contender in contenders(case, device, compiling, chosen, ways, step):
         if contender.official and official is None:
             absent[contender.name] = "no official code given: --official PATH"
@@ -364,7 +365,8 @@ def parser() -> argparse.ArgumentParser:
     add(
         "--quantize",
         type=_list_of(str),
-        help="also time our inference steps with arch.quantize of int8, beside those without",
+        help="also time our steps with arch.quantize of int8 (inference) or fp8, beside those "
+        "without",
     )
     add("--threads", type=_list_of(positive), help="CPU threads, each in turn; default: 1,2")
     add("--rounds", type=positive, help="timed turns per contender")
@@ -397,8 +399,8 @@ def measure(given: argparse.Namespace) -> dict:
     if wrong := [p for p in policies if p not in POLICIES]:
         raise ValueError(f"unknown policy {wrong[0]!r}; allowed: {', '.join(POLICIES)}")
     quantized = given.quantize or []
-    if wrong := [q for q in quantized if q != "int8"]:
-        raise ValueError(f"cannot quantize to {wrong[0]!r}; allowed: int8")
+    if wrong := [q for q in quantized if q not in QUANTIZED[1:]]:
+        raise ValueError(f"cannot quantize to {wrong[0]!r}; allowed: {', '.join(QUANTIZED[1:])}")
     cases = [CASES[name] for name in given.case or ()] or default_cases(device.type)
     cases = [quick(case) for case in cases] if given.quick else cases
     if given.rounds is not None:

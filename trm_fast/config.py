@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from trm_fast.model_config import ARCHS, ArchConfig, ModelConfig
+from trm_fast.model_config import ARCHS, QUANTIZED, ArchConfig, ModelConfig
 from trm_fast.names import slug
 from trm_fast.options import ConfigError, check_fields, did_you_mean, option, show, to_int
 from trm_fast.presets import PRESETS
@@ -26,6 +26,7 @@ __all__ = [
     "ARCHS",
     "DEFAULT_PRESET",
     "PRESETS",
+    "QUANTIZED",
     "ArchConfig",
     "ConfigError",
     "EvaluatorConfig",

@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 import torch
 
 from trm_fast.checkpoint import CheckpointError, load_checkpoint, read_pointer, resolve
-from trm_fast.config import ModelConfig
+from trm_fast.config import QUANTIZED, ModelConfig
 from trm_fast.model import Model
 
 USAGE, MODEL, UNREADABLE, MISMATCH = 2, 3, 4, 5
@@ -24,7 +24,6 @@ USAGE, MODEL, UNREADABLE, MISMATCH = 2, 3, 4, 5
 input that has another size or vocabulary than the model."""
 
 WEIGHTS = ("ema", "raw")
-QUANTIZED = ("none", "int8")
 
 
 class CommandError(Exception):
@@ -105,7 +104,7 @@ def load(
         path: see `find_checkpoint`.
         weights: "ema" or "raw"; None is the moving average where the run kept one.
         device: see `pick_device`.
-        quantize: `arch.quantize` in place of the run's own, "none" or "int8".
+        quantize: `arch.quantize` in place of the run's own: "none", "int8" or "fp8".
 
     Raises:
         ValueError: no checkpoint, a damaged one, no moving average in it, or another device.
@@ -214,8 +213,8 @@ class Parser(argparse.ArgumentParser):
         self.add_argument(
             "--quantize",
             choices=QUANTIZED,
-            help="products in 8 bits, faster on CPUs and less exact, or as usual (default: the "
-            "run's own, none unless arch.quantize was given)",
+            help="products in 8 bits, faster on CPUs (int8) or GPUs (fp8) and less exact, or as "
+            "usual (default: the run's own, none unless arch.quantize was given)",
         )
         self.add_argument("--json", action="store_true", help="one JSON document on stdout")
 

@@ -132,7 +132,9 @@ class InnerModel(nn.Module):
 
     def _recursion(self, batch: int) -> Recursion:
         config = self.config
-        free = not (self.training or torch.is_grad_enabled())
+        # int8 is for answers; fp8 for every cycle without a gradient.
+        trains = self.training or torch.is_grad_enabled()
+        quantize = "none" if trains and config.quantize == "int8" else config.quantize
         return Recursion(
             config.H_cycles,
             config.L_cycles,
@@ -140,7 +142,7 @@ class InnerModel(nn.Module):
             config.rms_norm_eps,
             self._policy(batch),
             config.dropout if self.training else 0.0,
-            config.quantize if free else "none",
+            quantize,
         )
 
     def forward(

@@ -24,6 +24,7 @@ from trm_fast.options import (
 
 # The network we build, by the short name of its official file and by its official class path.
 ARCHS = {"trm": "recursive_reasoning.trm@TinyRecursiveReasoningModel_ACTV1"}
+QUANTIZED = ("none", "int8", "fp8")
 UNBUILT_ARCHS = ("trm_singlez", "trm_hier6", "hrm", "transformers_baseline")
 
 
@@ -79,9 +80,9 @@ class _Network:
         choices=("auto", "save", "light", "recompute"),
     )
     quantize: str = option(
-        "products of passes without gradient: in 8 bits for faster answers on CPUs, or as usual",
+        "products in 8 bits: int8 in answers, for CPUs; fp8 in cycles without gradient, for GPUs",
         "none",
-        choices=("none", "int8"),
+        choices=QUANTIZED,
     )
 
     def __post_init__(self) -> None:

@@ -55,7 +55,9 @@ class Recursion:
             without the products inside SwiGLU, "recompute" the states between passes only.
         dropout: probability of dropping an element of a sublayer's output; 0.0 in evaluation.
         quantize: "int8": where gradients are off and nothing is dropped, products with weights over
-            the features are made in eight bits (`quantize.py`); elsewhere it means nothing.
+            the features are made in eight bits (`quantize.py`); elsewhere it means nothing. "fp8":
+            in all cycles without a gradient, those of training included, where nothing is dropped,
+            the channel MLP's products are made of 8-bit floats (`fp8.py`).
     """
 
     H_cycles: int

@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from trm_fast import quantize
+from trm_fast import fp8, quantize
 from trm_fast.data.format import IGNORE_LABEL_ID
 from trm_fast.ops import BlockWeights, Ops, Recursion, Rotary, TokenMixWeights
 
@@ -206,7 +206,7 @@ def deep_recursion(
         x, y, z = (t.transpose(0, 1).contiguous().transpose(0, 1) for t in (x, y, z))
     tracked = torch.is_grad_enabled()
     with torch.no_grad():
-        free = _free_network(ops, blocks, rotary, r, x.dtype, tracked)
+        free = _free_network(ops, blocks, rotary, r, x, tracked)
         for _ in range(r.H_cycles - 1 if tracked else r.H_cycles):
             y, z = latent_cycle(free, ops, x, y, z, r)
     if tracked:
@@ -223,13 +223,18 @@ def _free_network(
     blocks: Sequence[BlockWeights],
     rotary: Rotary | None,
     r: Recursion,
-    dtype: torch.dtype,
+    x: Tensor,
     tracked: bool,
 ) -> Callable[[Tensor], Tensor]:
     """The network of the cycles without a gradient, whose weights are prepared once."""
-    if r.quantize == "int8" and not tracked and not r.dropout:
-        return partial(quantize.network, ops, [quantize.block(w, dtype) for w in blocks], rotary, r)
-    return partial(_network, ops, [_cast(w, dtype) for w in blocks], rotary, r)
+    how = "none" if r.dropout or (r.quantize == "int8" and tracked) else r.quantize
+    if how == "int8":
+        prepared = [quantize.block(w, x.dtype) for w in blocks]
+        return partial(quantize.network, ops, prepared, rotary, r)
+    if how == "fp8":
+        ops = fp8.operations(ops, blocks[0], x)
+        return partial(_network, ops, [fp8.weights(w, x.dtype) for w in blocks], rotary, r)
+    return partial(_network, ops, [_cast(w, x.dtype) for w in blocks], rotary, r)
 
 
 def latent_cycle(

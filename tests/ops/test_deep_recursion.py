@@ -288,8 +288,9 @@ def test_kernel_is_registered(policy):
     given = [x.requires_grad_(), y, z, flat, None, None, True, 1, 1, 1, EPS, policy]
     # The last check compares outputs after the backward, which with "save" writes over them;
     # test_kernel_compiles_as_one_graph stands in for it.
-    check_registered(kernel._fwd, given, OPCHECKS[: 3 if policy == "save" else 4])
-    out, _, saved = kernel._fwd(*given)
+    checks = OPCHECKS[: 3 if policy == "save" else 4]
+    check_registered(kernel._fwd, [*given, False], checks)
+    out, _, saved = kernel._fwd(*given, False)
     masters = [t.detach() for t in flat]
     saved = [t.detach() for t in saved]
     check_registered(kernel._bwd, [out.detach(), saved, masters, *given[4:]])

@@ -156,13 +156,13 @@ def deep_recursion(
     The other operations of the table are not used: their kernels are called directly.
 
     Raises:
-        ValueError: a dtype or width that the kernels do not serve, dropout, or int8 on a GPU.
+        ValueError: a dtype or width that the kernels do not serve, dropout, fp8, int8 on a GPU.
     """
     mlp_t = hasattr(blocks[0].mixer, "gate_up")
     in_int8 = r.quantize == "int8" and not torch.is_grad_enabled()
     check(
         "deep_recursion",
-        _unsupported_int8(x.device) if in_int8 else None,
+        _unsupported_products(r.quantize, x.device) if in_int8 or r.quantize == "fp8" else None,
         unsupported_dtype(x.dtype, x.device),
         "serves no dropout" if r.dropout else None,
         _unsupported_sizes(x.shape[-1], None if mlp_t else r.heads, x.device),
@@ -193,8 +193,11 @@ def _as_asked(device: torch.device) -> Any:
     return torch.autocast(device.type, enabled=False) if known else contextlib.nullcontext()
 
 
-def _unsupported_int8(device: torch.device) -> str | None:
-    return "has no products in int8 on GPUs" if device.type == "cuda" else None
+def _unsupported_products(name: str, device: torch.device) -> str | None:
+    """name: how they are quantised, as in `Recursion`."""
+    if name == "fp8":
+        return "has no products in fp8"
+    return "has no products in int8 on GPUs" if name == "int8" and device.type == "cuda" else None
 
 
 def _unsupported_sizes(width: int, heads: int | None, device: torch.device) -> str | None:
@@ -213,7 +216,7 @@ def unsupported(dtype: torch.dtype, config: Shape | None, device: torch.device) 
         return reason
     if config.dropout:
         return "serves no dropout: the composition of the other operations does"
-    if config.quantize == "int8" and (reason := _unsupported_int8(device)):
+    if reason := _unsupported_products(config.quantize, device):
         return reason
     heads = None if config.mlp_t else config.num_heads
     return _unsupported_sizes(config.hidden_size, heads, device)

@@ -3,7 +3,7 @@
 Owns the op: per tensor one pass that reads parameter, gradient and averages once and writes each
 once. Formula, bc_i = 1 - beta_i^step: m, v <- their moving averages, p <- p (1 - lr wd) -
 lr / bc1 atan2(m, sqrt(v / bc2)). Source: https://arxiv.org/abs/2407.05872, section 5.
-Learning rate and step are numbers: a captured CUDA graph would replay them.
+What changes from step to step is read from memory, so that a CUDA graph can be replayed.
 Imported by `trm_fast.backends` only.
 """
 
@@ -19,11 +19,13 @@ from torch import Tensor
 
 from trm_fast.kernels._common import check, down, inlined, unsupported, unsupported_dtype, up
 from trm_fast.kernels._runtime import run
+from trm_fast.kernels.coefficients import step_coefficients
 from trm_fast.kernels.launch import pick
 from trm_fast.kernels.registration import TRITON, register
 
 __all__ = ["adam_atan2_ema_", "unsupported"]
 
+SCALE, DECAY, RATE, CORRECTION, EMA_WEIGHT, SKIPPED = map(tl.constexpr, range(6))
 HALF_PI = tl.constexpr(1.5707963267948966)
 HALF_PI_REST = tl.constexpr(-4.371139000186241e-08)  # what float32 lacks of it
 
@@ -60,13 +62,18 @@ def _lerp(a, b, weight):
 
 @triton.jit
 def _step_kernel(
-    p_ptr, grad_ptr, m_ptr, v_ptr, ema_ptr, copy_ptr, count,
-    weight1, weight2, correction2, decay, rate, ema_weight, BLOCK: tl.constexpr,
+    p_ptr, grad_ptr, m_ptr, v_ptr, ema_ptr, copy_ptr, coefficients_ptr, count,
+    weight1, weight2, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    if tl.load(coefficients_ptr + SKIPPED) != 0.0:
+        return
+    scale, decay = tl.load(coefficients_ptr + SCALE), tl.load(coefficients_ptr + DECAY)
+    rate, correction2 = tl.load(coefficients_ptr + RATE), tl.load(coefficients_ptr + CORRECTION)
     offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = offs < count
     # What each result was rounded to is what the next is computed from.
     grad = up(down(up(tl.load(grad_ptr + offs, mask=mask, other=0.0)), m_ptr.dtype.element_ty))
+    grad *= scale
     m = _lerp(up(tl.load(m_ptr + offs, mask=mask, other=0.0)), grad, weight1)
     v = _lerp(up(tl.load(v_ptr + offs, mask=mask, other=0.0)), grad * grad, weight2)
     m, v = down(m, m_ptr.dtype.element_ty), down(v, v_ptr.dtype.element_ty)
@@ -77,6 +84,7 @@ def _step_kernel(
     p = down(p, p_ptr.dtype.element_ty)
     tl.store(p_ptr + offs, p, mask=mask)
     if ema_ptr is not None:
+        ema_weight = tl.load(coefficients_ptr + EMA_WEIGHT)
         ema = _lerp(up(tl.load(ema_ptr + offs, mask=mask, other=0.0)), up(p), ema_weight)
         tl.store(ema_ptr + offs, down(ema, ema_ptr.dtype.element_ty), mask=mask)
     if copy_ptr is not None:
@@ -90,15 +98,14 @@ def adam_atan2_ema_fwd(
     exp_avg_sqs: Sequence[Tensor],
     emas: Sequence[Tensor],
     copies: Sequence[Tensor],
-    lr: float,
-    weight_decay: float,
+    coefficients: Tensor,
     beta1: float,
     beta2: float,
-    step: int,
-    ema_decay: float,
 ) -> None:
-    """The step of `trm_fast.ops`, in place; a list of averages or copies may end early."""
-    correction1, correction2 = 1 - beta1**step, 1 - beta2**step
+    """The step of `trm_fast.ops`, in place; a list of averages or copies may end early.
+
+    `coefficients`: [6] float32, of `step_coefficients`.
+    """
     for i, p in enumerate(params):
         written = [p, exp_avgs[i], exp_avg_sqs[i]]
         written += [*emas[i : i + 1], *copies[i : i + 1]]
@@ -110,9 +117,8 @@ def adam_atan2_ema_fwd(
             run(
                 _step_kernel, (triton.cdiv(p.numel(), row.tiles["BLOCK"]),), row, p,
                 p_ptr=dense[0], grad_ptr=grads[i].contiguous(), m_ptr=dense[1], v_ptr=dense[2],
-                ema_ptr=ema, copy_ptr=copy, count=p.numel(), weight1=1 - beta1, weight2=1 - beta2,
-                correction2=correction2, decay=1 - lr * weight_decay, rate=lr / correction1,
-                ema_weight=1 - ema_decay,
+                ema_ptr=ema, copy_ptr=copy, coefficients_ptr=coefficients, count=p.numel(),
+                weight1=1 - beta1, weight2=1 - beta2,
             )  # fmt: skip
         for t, computed in zip(written, dense, strict=True):
             if computed is not t:
@@ -126,8 +132,8 @@ def _fwd_fake(*args: Any) -> None:
 _fwd = register(
     TRITON,
     "adam_atan2_ema_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs,"
-    " Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] emas, Tensor(e!)[] copies, float lr,"
-    " float weight_decay, float beta1, float beta2, int step, float ema_decay) -> ()",
+    " Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] emas, Tensor(e!)[] copies, Tensor coefficients,"
+    " float beta1, float beta2) -> ()",
     _fwd_fake,
     adam_atan2_ema_fwd,
     mutates=(0, 2, 3, 4, 5),
@@ -142,12 +148,14 @@ def adam_atan2_ema_(
     emas: Sequence[Tensor],
     copies: Sequence[Tensor],
     *,
-    lr: float,
+    lr: float | Tensor,
     weight_decay: float,
     beta1: float,
     beta2: float,
-    step: int,
-    ema_decay: float,
+    step: int | Tensor,
+    ema_decay: float | Tensor,
+    grad_scale: float | Tensor = 1.0,
+    found_inf: float | Tensor = 0.0,
 ) -> None:
     """One optimizer step over lists of tensors, in place; see `trm_fast.ops`.
 
@@ -166,8 +174,13 @@ def adam_atan2_ema_(
         if len(set(lengths)) == 1
         else f"needs as many gradients and averages as parameters, not {lengths}",
     )
+    if not params:
+        return
+    coefficients = step_coefficients(
+        params[0].device, lr, weight_decay, beta1, beta2, step, ema_decay, grad_scale, found_inf
+    )
     tensors = [list(given) for given in (*lists, emas, copies)]
-    _fwd(*tensors, lr, weight_decay, beta1, beta2, step, ema_decay)
+    _fwd(*tensors, coefficients.float(), beta1, beta2)
 
 
 def examples(make: Callable[..., Tensor]) -> Iterator[None]:
@@ -176,7 +189,7 @@ def examples(make: Callable[..., Tensor]) -> Iterator[None]:
     shape = (3072, 512)
     p, grad = make(*shape), make(*shape)
     m, v, ema = (make(*shape, dtype=torch.float32) for _ in range(3))
-    settings = (1e-4, 0.1, 0.9, 0.95, 10, 0.999)
+    settings = (make(6, dtype=torch.float32), 0.9, 0.95)
     adam_atan2_ema_fwd([p], [grad], [m], [v], [], [], *settings)
     yield
     adam_atan2_ema_fwd([ema], [m], [m], [v], [ema], [p], *settings)

@@ -129,6 +129,7 @@ def test_train_config_defaults_are_cfg_pretrain_and_ours_change_nothing():
         "threads": None,
         "compile": False,
         "profile": False,
+        "cuda_graph": True,
     }
     assert {*official, *ours, "arch"} == {f.name for f in dataclasses.fields(TrainConfig)}
 
@@ -216,6 +217,7 @@ CASES = {
     ),
     "compile": SWITCH,
     "profile": SWITCH,
+    "cuda_graph": SWITCH,
     "preset": ([("arc1", "arc1"), (None, None)], [("arc3", "one of sudoku-mini, sudoku-extreme")]),
 }
 

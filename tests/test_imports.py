@@ -21,15 +21,15 @@ ROOT = Path(__file__).resolve().parent.parent
 ORDER = [
     ["console", "options", "names"],
     ["model_config", "presets"],
-    ["config", "symmetry"],
+    ["config", "symmetry", "philox"],
     ["overrides"],
     ["data.format"],
     ["data.augment"],
     ["data.sudoku_solver"],
     ["data.sudoku_generator", "data.sudoku_source", "data.dataset"],
-    ["data.sudoku"],
+    ["data.sudoku", "data.feed"],
     ["data"],
-    ["ops"],
+    ["ops", "flat", "capture"],
     ["extension.build"],
     ["extension.cache"],
     ["extension.library", "extension._common"],
@@ -44,12 +44,14 @@ ORDER = [
     ["backends", "fits"],
     ["layers", "recursion"],
     ["model"],
-    ["losses", "optim", "ema"],
+    ["losses", "optimizers", "ema"],
+    ["optim"],
     ["durable"],
     ["checkpoint", "viz", "progress"],
     ["inference"],
     ["interop", "loading", "puzzles", "runs"],
     ["splits", "profiling"],
+    ["train_step"],
     ["trainer"],
     ["summary"],
     ["runner"],
@@ -86,8 +88,8 @@ REPORT_MAY_IMPORT = KERNELS_MAY_IMPORT | {
     *("multiprocessing", "os", "pathlib", "re", "struct", "subprocess", "sys", "tempfile", "time"),
 }
 REPORT = {"_compile.py", "report.py"}
-# What registers an op is shared with the Triton kernels.
-REGISTRATION = "kernels.registration"
+# What registers an op, and what an optimizer step is made of, is shared with the Triton kernels.
+SHARED = ("kernels.registration", "kernels.coefficients")
 # setup.py loads the first by its path, before anything is installed.
 STANDARD_LIBRARY_ONLY = {"extension/build.py": set[str](), "extension/cache.py": {"trm_fast"}}
 
@@ -120,7 +122,7 @@ def imported(source: str, package: str, known: set[str]) -> set[str]:
         known: module names, to tell `from trm_fast import model` from a name of the package.
     """
     found = set()
-    known = {*known, REGISTRATION}
+    known = {*known, *SHARED}
     for node in ast.walk(ast.parse(source)):
         targets: list[str] = []
         if isinstance(node, ast.Import):
@@ -145,7 +147,7 @@ def violations(name: str, source: str, package: str) -> list[str]:
     return sorted(
         other
         for other in imported(source, package, set(RANK))
-        if not (other == REGISTRATION and name.startswith("extension."))
+        if not (other in SHARED and name.startswith(("extension.", "reference")))
         and (other not in RANK or RANK[other] >= RANK[name])
     )
 

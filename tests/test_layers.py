@@ -187,6 +187,18 @@ def test_row_update_touches_exactly_the_rows_used():
         torch.testing.assert_close(module.weights, want)
 
 
+@pytest.mark.parametrize("where", ["meta", torch.float64], ids=str)
+def test_rows_still_take_their_gradient_on_another_device_or_dtype(where):
+    emb = PuzzleEmbedding(5, 4, 3).to(where).train()
+    rows = emb.local_weights
+    assert (
+        rows.is_leaf and rows.requires_grad and rows is dict(emb.named_buffers())["local_weights"]
+    )
+    emb(torch.tensor([0, 4, 0], device=rows.device)).sum().backward()
+    assert rows.grad.shape == (3, 4)
+    assert list(emb.state_dict()) == ["weights"]
+
+
 def test_no_puzzles_at_all():
     module = rows()
     assert module(torch.zeros(0, dtype=torch.int32)).shape == (0, 4)

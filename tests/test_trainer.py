@@ -143,23 +143,19 @@ def test_steps_are_those_of_the_official_loop(data, tmp_path):
     for name, value in model.state_dict().items():
         assert torch.equal(value, trainer.model.state_dict()[name]), name
     for name, value in average.items():
-        torch.testing.assert_close(trainer.ema.shadow[name], value, rtol=0, atol=1e-8)
+        torch.testing.assert_close(trainer.ema.shadow[name], value, rtol=1e-6, atol=1e-7)
 
 
 def test_parts_of_a_batch_give_the_gradient_of_the_whole(data, tmp_path):
     whole = make_trainer(make_config(data), tmp_path)
     parts = make_trainer(make_config(data, grad_accum=2), tmp_path)
-    batch = next(iter(whole._train_dataset()))[1]
-    batch["puzzle_identifiers"] = torch.tensor([1, 2, 2, 3], dtype=torch.int32)
+    ids = [1, 2, 2, 3]
     for trainer in (whole, parts):
-        trainer._backward(batch)
+        trainer.advance("all", np.array(ids))  # puzzle k is of identifier k % 4
     for (name, one), (_, two) in zip(
         whole.model.named_parameters(), parts.model.named_parameters(), strict=True
     ):
         torch.testing.assert_close(one.grad, two.grad, rtol=1e-4, atol=1e-6, msg=name)
-    for trainer in (whole, parts):
-        trainer.step = 1
-        trainer._apply_gradients()
     rows = [t.model.puzzle_emb.weights for t in (whole, parts)]
     assert rows[0].abs().sum() > 0
     assert torch.equal(*rows)

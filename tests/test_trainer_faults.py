@@ -17,7 +17,7 @@ def data(tmp_path):
 
 def poison(trainer, monkeypatch, steps, what):
     """Make the loss ("loss") or only its gradient ("gradient") NaN at the given steps."""
-    real = trainer.forward
+    real = trainer.train_step.forward
 
     def forward(**kwargs):
         carry, loss, metrics, outputs, done = real(**kwargs)
@@ -25,7 +25,7 @@ def poison(trainer, monkeypatch, steps, what):
             loss = loss * math.nan if what == "loss" else _NaNGradient.apply(loss)
         return carry, loss, metrics, outputs, done
 
-    monkeypatch.setattr(trainer, "forward", forward)
+    monkeypatch.setattr(trainer.train_step, "forward", forward)
 
 
 class _NaNGradient(torch.autograd.Function):
@@ -42,17 +42,22 @@ def test_a_step_without_finite_gradient_changes_nothing(data, tmp_path, monkeypa
     reporter = Recorder()
     trainer = make_trainer(make_config(data), tmp_path, reporter)
     poison(trainer, monkeypatch, {2}, "gradient")
-    batches = [batch for _, batch, _ in trainer._train_dataset()]
-    trainer.train_step(batches[0])
+    batches = list(trainer.dataset.choices())
+    trainer.advance(*batches[0])
     before = everything(trainer)
-    trainer.train_step(batches[1])
+    trainer.advance(*batches[1])
+    assert reporter.skipped == [], "nobody asked the device yet"
     after = everything(trainer)
     untouched = ("model.", "ema.", "state.optimizers.", "state.ema_updates")
-    changed = {n for n in before if n.startswith(untouched) and not same(before[n], after[n])}
+    kept = [n for n in before if n.startswith(untouched) and not n.endswith(".lr")]
+    changed = {n for n in kept if not same(before[n], after[n])}
     assert not changed
-    assert trainer.guard.skipped == 1
-    assert [step for step, _ in reporter.skipped] == [2]
-    trainer.train_step(batches[2])
+    trainer.check()
+    (told,) = reporter.skipped
+    assert told[0] == 2 and told[1].skipped == 1 and math.isnan(told[1].norm)
+    trainer.advance(*batches[2])
+    trainer.check()
+    assert len(reporter.skipped) == 1, "told once"
     assert all(p.isfinite().all() for p in trainer.model.parameters())
     assert not same(before["model.inner.lm_head.weight"], trainer.model.inner.lm_head.weight)
 
@@ -66,6 +71,25 @@ def test_repeated_bad_gradients_stop_the_run(data, tmp_path, monkeypatch):
     poison(trainer, monkeypatch, {2, 3, 4}, "gradient")
     with pytest.raises(TrainingStopped, match=r"3 gradients in a row .* step 4 \(iteration 0,"):
         trainer.run()
+
+
+@pytest.mark.parametrize("what", ["gradient", "loss"])
+def test_what_went_wrong_between_two_log_lines_costs_nothing(data, tmp_path, monkeypatch, what):
+    """The host looks after step 8; from step 3 on no weight has changed any more."""
+    straight = make_trainer(make_config(data, steps=2, eval_steps=None), tmp_path / "two")
+    straight.run()
+    config = make_config(data, log_interval=8, eval_steps=None, max_skipped=2)
+    trainer = make_trainer(config, tmp_path / "run")
+    poison(trainer, monkeypatch, {3, 4}, what)
+    number = 3 if what == "loss" else 4
+    with pytest.raises(TrainingStopped, match=rf" at step {number} \(iteration 0, .*identifiers"):
+        trainer.run()
+    assert trainer.step == 8
+    for (name, was), (_, now) in zip(
+        straight.model.named_parameters(), trainer.model.named_parameters(), strict=True
+    ):
+        assert torch.equal(was, now), name
+    assert not list((tmp_path / "run").glob("step_*"))
 
 
 def test_a_bad_loss_stops_the_run_and_keeps_the_last_checkpoint(data, tmp_path, monkeypatch):

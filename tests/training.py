@@ -32,8 +32,8 @@ class Recorder:
         if path.name not in self.saved[-1:]:  # before an evaluation, and after it
             self.saved.append(path.name)
 
-    def on_skip(self, trainer, norm):
-        self.skipped.append((trainer.step, norm))
+    def on_skip(self, trainer, state):
+        self.skipped.append((trainer.step, state))
 
     def wants_to_stop(self):
         return self.stop_at is not None and self.trainer.step >= self.stop_at

@@ -48,6 +48,7 @@ BEYOND_OFFICIAL = """
     preset generate augment curriculum grad_accum steps seeds max_skipped optimizer muon_lr
     grad_clip ema_warmup eval_steps eval_max_puzzles eval_batch_size eval_steps_max resume
     save_interval keep official log_interval logger device threads compile profile
+    cuda_graph
     arch.loss_type arch.intermediate_size arch.token_intermediate_size arch.intermediate_multiple
     arch.q_readout arch.q_logits arch.dropout arch.backend arch.policy arch.quantize
 """
@@ -186,6 +187,7 @@ class TrainConfig:
     profile: bool = option(
         "record where the time of a few steps goes, in the run's folder profile", False
     )
+    cuda_graph: bool = option("capture the step into one CUDA graph, on NVIDIA GPUs", True)
 
     arch: ArchConfig = dataclasses.field(default_factory=ArchConfig)
 

@@ -1,6 +1,7 @@
 """The moving average of a model's weights, which is what gets evaluated.
 
-Owns EMA. May be imported by the trainer; imports nothing of the package.
+Owns EMA. May be imported by the training step and the trainer; imports flat and ops
+only.
 """
 
 from __future__ import annotations
@@ -11,6 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from trm_fast.flat import joined, lay_out
+from trm_fast.ops import wide_dtype
 
 __all__ = ["EMA"]
 
@@ -36,21 +40,46 @@ class EMA:
             raise ValueError(f"ema decay is {decay!r}; a number in [0, 1] is allowed")
         self.decay = decay
         self.warmup = warmup
-        self.updates = 0
-        self.shadow = {name: p.detach().clone() for name, p in _trained(model)}
+        named = dict(_trained(model))
+        self.shadow = dict(zip(named, lay_out(list(named.values())), strict=True))
+        _copy_all(list(self.shadow.values()), list(named.values()))
+        device = next(iter(self.shadow.values())).device if self.shadow else torch.device("cpu")
+        self._updates = torch.zeros((), dtype=torch.int64, device=device)
+
+    @property
+    def updates(self) -> int:
+        """Updates made so far; waits for the device, where they are counted."""
+        return int(self._updates)
 
     @torch.no_grad()
-    def update(self, model: nn.Module) -> None:
-        """Move the average one step towards `model`'s parameters."""
-        self.updates += 1
-        decay = self.decay
+    def advance(self, found_inf: Tensor | None = None) -> Tensor:
+        """Count one more update, and return its decay d, 0-d float64 (float32 on MPS).
+
+        Where `found_inf` (0-d) is not 0 nothing is counted; the update is the caller's to leave
+        out.
+        """
+        made = 1 if found_inf is None else (found_inf == 0).to(torch.int64)
+        self._updates.add_(made)
+        wide = wide_dtype(self._updates.device)
+        decay = torch.full((), self.decay, dtype=wide, device=self._updates.device)
         if self.warmup:
-            decay = min(decay, (1 + self.updates) / (10 + self.updates))
+            t = self._updates.to(wide)
+            decay = torch.minimum(decay, (1 + t) / (10 + t))
+        return decay
+
+    @torch.no_grad()
+    def update(self, model: nn.Module, found_inf: Tensor | None = None) -> None:
+        """Move the average one step towards `model`'s parameters, unless `found_inf` is not 0."""
+        decay = self.advance(found_inf)
+        if found_inf is not None:
+            decay = torch.where(found_inf != 0, 1.0, decay)
         params, shadow = self._pairs(model)
+        if len(joined(params)) == len(joined(shadow)):
+            params, shadow = joined(params), joined(shadow)
         # Two products and a sum, not a lerp: rounds as the official average does.
-        if params:
-            torch._foreach_mul_(shadow, decay)
-            torch._foreach_add_(shadow, torch._foreach_mul(params, 1.0 - decay))
+        for p, average in zip(params, shadow, strict=True):
+            kept, taken = decay.to(average.dtype), (1.0 - decay).to(average.dtype)
+            average.mul_(kept).add_(p * taken)
 
     @contextmanager
     def swap(self, model: nn.Module) -> Iterator[None]:
@@ -95,7 +124,7 @@ class EMA:
         with torch.no_grad():
             for name, value in shadow.items():
                 self.shadow[name].copy_(value)
-        self.updates = int(state["updates"])
+        self._updates.fill_(int(state["updates"]))
 
     def _check_names(self, given: Mapping[str, Tensor]) -> None:
         if odd := sorted(given.keys() ^ self.shadow.keys()):

@@ -10,6 +10,7 @@ Dims legend: B batch, S tokens incl. prefix, D width, H heads, K head dim, F fee
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -98,6 +99,12 @@ class PuzzleEmbedding(nn.Module):
                 self.local_weights.copy_(self.weights[identifiers])
                 self.local_ids.copy_(identifiers)
         return self.local_weights[:batch]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PuzzleEmbedding:
+        super()._apply(fn, recurse)
+        if not self.local_weights.is_leaf:  # autograd saw the move to another device or dtype
+            self._buffers["local_weights"] = self.local_weights.detach().requires_grad_()
+        return self
 
     def _grow(self, slots: int) -> None:
         """More slots in the same two tensors, which the optimizer holds."""

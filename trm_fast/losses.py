@@ -9,8 +9,7 @@ Dims legend: B batch, L puzzle tokens, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -20,7 +19,8 @@ from torch import Tensor, nn
 from trm_fast import backends
 from trm_fast.config import did_you_mean
 from trm_fast.data.format import IGNORE_LABEL_ID
-from trm_fast.ops import Ops
+from trm_fast.ops import Ops, wide_dtype
+from trm_fast.recursion import Exploration
 
 
 def _ignored(labels: Tensor, ignore_index: int, valid_mask: Tensor | None) -> Tensor:
@@ -96,13 +96,18 @@ class ACTLossHead(nn.Module):
         return self.model.initial_carry(batch)  # type: ignore[operator]
 
     def forward(
-        self, return_keys: Iterable[str], carry: Any, batch: dict[str, Tensor]
+        self,
+        return_keys: Iterable[str],
+        carry: Any,
+        batch: dict[str, Tensor],
+        drawn: Exploration | None = None,
     ) -> tuple[Any, Tensor, dict[str, Tensor], dict[str, Tensor], Tensor]:
         """One supervision step.
 
         Args:
             return_keys: outputs to return, detached: those of the model, and "preds" [B, L] int64.
             carry, batch: as `Model.forward`, with "labels" [B, L] int32, -100 ignored.
+            drawn: as `Model.forward`; for our model only.
 
         Returns:
             The next carry; the loss summed over the batch (divide by the global batch size);
@@ -110,7 +115,8 @@ class ACTLossHead(nn.Module):
             accuracy, exact_accuracy, q_halt_accuracy, steps, lm_loss, q_halt_loss
             [, q_continue_loss], scalars; the outputs asked for; whether all items halted.
         """
-        carry, outputs = self.model(carry=carry, batch=batch)
+        draws = {} if drawn is None else {"drawn": drawn}
+        carry, outputs = self.model(carry=carry, batch=batch, **draws)
         labels = carry.current_data["labels"]
         q_halt = outputs["q_halt_logits"]
         with torch.no_grad():
@@ -154,29 +160,52 @@ def _metrics(
     }
 
 
-@dataclass
 class MetricSums:
     """Metrics of several steps, added up on the device: reading them is left to the log line.
 
     Attributes:
-        steps: batches counted.  values: sums by name, 0-d float64 (float32 on MPS).
+        steps: batches counted.  names: of the sums, empty before the first.
+        totals: the sums, [len(names)] float64 (float32 on MPS), or None before the first.
     """
 
-    steps: int = 0
-    values: dict[str, Tensor] = field(default_factory=dict)
+    def __init__(self) -> None:
+        self.steps = 0
+        self.names: tuple[str, ...] = ()
+        self.totals: Tensor | None = None
 
     def add(self, metrics: dict[str, Tensor]) -> None:
-        """Add what `ACTLossHead` returned for one batch, or a part of it."""
-        for name, value in metrics.items():
-            wide = value.to(torch.float64 if value.device.type != "mps" else torch.float32)
-            self.values[name] = self.values[name] + wide if name in self.values else wide
+        """Add what `ACTLossHead` returned for one batch, or a part of it, in place."""
+        values = torch.stack([v.to(wide_dtype(v.device)) for v in metrics.values()])
+        if self.totals is None:
+            self.names, self.totals = tuple(metrics), torch.zeros_like(values)
+        self.totals.add_(values)
+
+    def clear(self) -> None:
+        """Forget the values, not where they are."""
+        self.steps = 0
+        if self.totals is not None:
+            self.totals.zero_()
 
     def means(self, batch: int) -> dict[str, float]:
-        """Losses per item of the batch, everything else per halted item with labels."""
-        sums = {name: float(value) for name, value in self.values.items()}
+        """Losses per item of the batch, everything else per halted item with labels; waits for the
+        device."""
+        totals = [] if self.totals is None else self.totals.tolist()
+        sums = dict(zip(self.names, totals, strict=True))
         count = max(sums.get("count", 0.0), 1.0)
         per_item = batch * max(self.steps, 1)
         return {
             f"train/{name}": value / (per_item if name.endswith("loss") else count)
             for name, value in sums.items()
         }
+
+    def state_dict(self) -> dict[str, Any]:
+        """{"steps": int, "values": {name: 0-d tensor}}."""
+        totals = [] if self.totals is None else list(self.totals.clone())
+        return {"steps": self.steps, "values": dict(zip(self.names, totals, strict=True))}
+
+    def load_state_dict(self, state: Mapping[str, Any], device: torch.device) -> None:
+        """Restore what `state_dict` returned."""
+        self.clear()
+        self.steps = int(state["steps"])
+        if values := {name: value.to(device) for name, value in state["values"].items()}:
+            self.add(values)

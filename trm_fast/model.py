@@ -32,7 +32,7 @@ from trm_fast.layers import (
     truncated_normal_,
 )
 from trm_fast.ops import Ops, Recursion, Rotary
-from trm_fast.recursion import Carry, State, halting, take_new_data
+from trm_fast.recursion import Carry, Exploration, State, halting, take_new_data
 from trm_fast.reference import linear
 
 log = logging.getLogger("trm_fast")
@@ -228,13 +228,17 @@ class Model(nn.Module):
             current_data={name: torch.empty_like(value) for name, value in batch.items()},
         )
 
-    def forward(self, carry: Carry, batch: dict[str, Tensor]) -> tuple[Carry, dict[str, Tensor]]:
+    def forward(
+        self, carry: Carry, batch: dict[str, Tensor], drawn: Exploration | None = None
+    ) -> tuple[Carry, dict[str, Tensor]]:
         """One supervision step of every item; halted ones take their row of `batch` first.
 
         Args:
             carry: of `initial_carry` or of the step before.
             batch: "inputs" [B, L] int32, "puzzle_identifiers" [B] int32, and whatever else
                 should travel with the items ("labels" [B, L]).
+            drawn: the random numbers of halting in training; None draws them from PyTorch's
+                generator, as the official code does.
 
         Returns:
             The next carry and the outputs: "logits" [B, L, V] in the forward dtype,
@@ -255,7 +259,12 @@ class Model(nn.Module):
             if self.training and config.halt_max_steps > 1:
                 against = None if config.no_ACT_continue else q_continue
                 halted = halting(
-                    steps, q_halt, against, config.halt_max_steps, config.halt_exploration_prob
+                    steps,
+                    q_halt,
+                    against,
+                    config.halt_max_steps,
+                    config.halt_exploration_prob,
+                    drawn,
                 )
                 if not config.no_ACT_continue:
                     outputs["target_q_continue"] = self._continue_target(state, data, last)

@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import NamedTuple, TypeAlias
 
+import torch
 from torch import Tensor
 
 Rotary: TypeAlias = tuple[Tensor, Tensor]  # cos and sin, each [S, K] float32
@@ -93,8 +94,10 @@ class Ops:
     deep_recursion(ops, x, y, z: [B,S,D], blocks, rotary, Recursion) -> y, z
         All cycles; gradient to x and the weights through the last one only; z is detached.
     adam_atan2_ema_(params, grads, exp_avgs, exp_avg_sqs, emas, copies, *, lr, weight_decay, beta1,
-        beta2, step, ema_decay) -> None
-        One optimizer step over lists of tensors, in place; emas and copies may be empty.
+        beta2, step, ema_decay, grad_scale=1, found_inf=0) -> None
+        One optimizer step over lists of tensors, in place; emas and copies may be empty. Gradients
+        count `grad_scale` times; nothing changes where found_inf is not 0. Both, lr, step and
+        ema_decay may be 0-d tensors on the parameters' device: then nothing waits for it.
     """
 
     embed_reset: Callable[..., tuple[Tensor, Tensor, Tensor]]
@@ -111,6 +114,11 @@ class Ops:
         tuple[Tensor, Tensor],
     ]
     adam_atan2_ema_: Callable[..., None]
+
+
+def wide_dtype(device: torch.device) -> torch.dtype:
+    """What losses, sums and rates are computed in: float64, where the device has it."""
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 OP_NAMES = tuple(field.name for field in fields(Ops))

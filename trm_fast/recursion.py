@@ -45,6 +45,12 @@ class Carry:
     halted: Tensor
     current_data: dict[str, Tensor]
 
+    def copy_(self, other: Carry) -> None:
+        """Take another one's values, in place."""
+        with torch.no_grad():
+            for mine, its in zip(_tensors(self), _tensors(other), strict=True):
+                mine.copy_(its)
+
     def to_dict(self) -> dict[str, Any]:
         """Nested dictionary of the tensors themselves, for a checkpoint."""
         states = {"z_H": self.inner_carry.z_H, "z_L": self.inner_carry.z_L}
@@ -59,6 +65,11 @@ class Carry:
         return cls(State(y, z), steps, halted, data)
 
 
+def _tensors(carry: Carry) -> list[Tensor]:
+    state = carry.inner_carry
+    return [state.z_H, state.z_L, carry.steps, carry.halted, *carry.current_data.values()]
+
+
 def take_new_data(
     halted: Tensor, batch: dict[str, Tensor], current: dict[str, Tensor]
 ) -> dict[str, Tensor]:
@@ -69,8 +80,21 @@ def take_new_data(
     }
 
 
+@dataclass
+class Exploration:
+    """What `halting` draws: uniform [B] float32 in [0, 1), least [B] int in 2..max_steps."""
+
+    uniform: Tensor
+    least: Tensor
+
+
 def halting(
-    steps: Tensor, q_halt: Tensor, q_continue: Tensor | None, max_steps: int, exploration: float
+    steps: Tensor,
+    q_halt: Tensor,
+    q_continue: Tensor | None,
+    max_steps: int,
+    exploration: float,
+    drawn: Exploration | None = None,
 ) -> Tensor:
     """Which items of a training batch stop after this step, [B] bool.
 
@@ -80,10 +104,12 @@ def halting(
         q_continue: continuation logits to compare with, or None to compare with 0.
         max_steps: steps after which an item always stops.
         exploration: probability of drawing a least number of steps in 2..max_steps.
-
-    Draws exactly one `rand_like(q_halt)` and one `randint_like(steps)`, in this order.
+        drawn: the random numbers; None draws exactly one `rand_like(q_halt)` and one
+            `randint_like(steps)`, in this order.
     """
     wants_to = q_halt > (0 if q_continue is None else q_continue)
-    explores = torch.rand_like(q_halt) < exploration
-    least = explores * torch.randint_like(steps, low=2, high=max_steps + 1)
+    if drawn is None:
+        uniform = torch.rand_like(q_halt)
+        drawn = Exploration(uniform, torch.randint_like(steps, low=2, high=max_steps + 1))
+    least = (drawn.uniform < exploration) * drawn.least
     return ((steps >= max_steps) | wants_to) & (steps >= least)

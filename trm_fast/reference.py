@@ -27,7 +27,8 @@ from torch.utils.checkpoint import checkpoint
 
 from trm_fast import fp8, quantize
 from trm_fast.data.format import IGNORE_LABEL_ID
-from trm_fast.ops import BlockWeights, Ops, Recursion, Rotary, TokenMixWeights
+from trm_fast.kernels.coefficients import step_coefficients
+from trm_fast.ops import BlockWeights, Ops, Recursion, Rotary, TokenMixWeights, wide_dtype
 
 FEATURES, TOKENS = -1, 1  # the axes of [B, S, D] that a norm can run along
 POSITION_SCALE = 0.707106781  # keeps the variance of token + position at that of a token
@@ -165,7 +166,7 @@ class _StablemaxLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        wide = logits.to(torch.float32 if logits.device.type == "mps" else torch.float64)
+        wide = logits.to(wide_dtype(logits.device))
         size = 1 + wide.abs()
         s = torch.where(wide < 0, 1 / size, size)
         valid = labels != IGNORE_LABEL_ID
@@ -331,21 +332,30 @@ def adam_atan2_ema_(
     emas: Sequence[Tensor],
     copies: Sequence[Tensor],
     *,
-    lr: float,
+    lr: float | Tensor,
     weight_decay: float,
     beta1: float,
     beta2: float,
-    step: int,
-    ema_decay: float,
+    step: int | Tensor,
+    ema_decay: float | Tensor,
+    grad_scale: float | Tensor = 1.0,
+    found_inf: float | Tensor = 0.0,
 ) -> None:
-    correction1, correction2 = 1 - beta1**step, 1 - beta2**step
-    for p, g, m, v in zip(params, grads, exp_avgs, exp_avg_sqs, strict=True):
-        g = g.to(m.dtype)
-        m.lerp_(g, 1 - beta1)
-        v.lerp_(g.square(), 1 - beta2)
-        p.mul_(1 - lr * weight_decay)
-        p.sub_(torch.atan2(m, (v / correction2).sqrt_()), alpha=lr / correction1)
-    for p, ema in zip(params, emas, strict=False):
-        ema.lerp_(p, 1 - ema_decay)
-    for p, low in zip(params, copies, strict=False):
-        low.copy_(p)
+    if not params:
+        return
+    scale, decay, rate, correction, ema_weight, skipped = step_coefficients(
+        params[0].device, lr, weight_decay, beta1, beta2, step, ema_decay, grad_scale, found_inf
+    ).unbind()
+
+    def put(t: Tensor, new: Tensor) -> None:
+        t.copy_(torch.where(skipped != 0, t, new.to(t.dtype)))
+
+    for i, (p, g, m, v) in enumerate(zip(params, grads, exp_avgs, exp_avg_sqs, strict=True)):
+        g = g.to(m.dtype) * scale
+        put(m, m.lerp(g, 1 - beta1))
+        put(v, v.lerp(g.square(), 1 - beta2))
+        put(p, p * decay - rate * torch.atan2(m, (v / correction).sqrt_()))
+        if i < len(emas):
+            put(emas[i], emas[i].lerp(p.to(emas[i].dtype), ema_weight))
+        if i < len(copies):
+            put(copies[i], p)

@@ -24,6 +24,7 @@ from trm_fast.extension.build import BuildError
 from trm_fast.inference import SetReport
 from trm_fast.interop import write_official
 from trm_fast.loading import pick_device
+from trm_fast.optim import GuardState
 from trm_fast.overrides import emit_yaml
 from trm_fast.progress import MetricsError, MetricsWriter, StatusLine, make_loggers, read_metrics
 from trm_fast.runs import Place, RunLock, latest, place
@@ -98,11 +99,11 @@ class Console:
             settings = emit_yaml(trainer.config.official_dict())
             (folder / "all_config.yaml").write_text(settings, encoding="utf-8")
 
-    def on_skip(self, trainer: Trainer, norm: float) -> None:
-        self._log(trainer.step, {"train/skipped": float(trainer.guard.skipped)})
+    def on_skip(self, trainer: Trainer, state: GuardState) -> None:
+        self._log(trainer.step, {"train/skipped": float(state.skipped)})
         self.status.message(
-            f"step {trainer.step}  the norm of the gradient is {norm}: step left out "
-            f"({trainer.guard.consecutive} in a row, {trainer.guard.skipped} in all)"
+            f"step {trainer.step}  the norm of a gradient was {state.norm}: step left out "
+            f"({state.consecutive} in a row, {state.skipped} in all)"
         )
 
     def wants_to_stop(self) -> bool:

@@ -11,6 +11,8 @@ it was given, numpy or torch (on the device of the boards).
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from math import isqrt
 from typing import Any, TypeVar
@@ -29,6 +31,8 @@ __all__ = [
     "random_color_maps",
     "random_permutations",
     "sudoku_symmetries",
+    "sudoku_symmetries_of",
+    "sudoku_words",
 ]
 
 Array = TypeVar("Array", np.ndarray, torch.Tensor)
@@ -97,10 +101,11 @@ class SudokuSymmetry:
 
     cells [N, L] int64: new cell i holds what was in old cell cells[i];
     digits [N, side + 1] int64: digit d becomes digits[d]; digits[0] == 0, blanks stay blank.
+    Both numpy, or both torch on one device; boards are taken to where they are.
     """
 
-    cells: np.ndarray
-    digits: np.ndarray
+    cells: Any
+    digits: Any
 
     def apply(self, boards: Array) -> Array:
         """Images of boards [N, L] of digits 0..side (any integer dtype, kept)."""
@@ -110,19 +115,24 @@ class SudokuSymmetry:
         """Images of token boards [N, L]: 0 padding, 1 blank, digit d as d + 1; negatives stay."""
         return _take(tokens, self.cells, self.token_maps())
 
-    def token_maps(self) -> np.ndarray:
+    def token_maps(self) -> Any:
         """The digit renaming in terms of tokens; int64 [N, side + 2], padding to padding."""
-        return np.pad(self.digits + 1, ((0, 0), (1, 0)))
+        return _after_zero(self.digits + 1)
 
     def inverse(self) -> SudokuSymmetry:
         """The symmetries that undo these exactly: s.inverse().apply(s.apply(b)) == b."""
         return SudokuSymmetry(invert_permutation(self.cells), invert_permutation(self.digits))
 
 
-def _take(boards: Array, cells: np.ndarray, values: np.ndarray) -> Array:
+def _after_zero(rows: Array) -> Array:
+    if isinstance(rows, torch.Tensor):
+        return torch.nn.functional.pad(rows, (1, 0))
+    return np.pad(rows, ((0, 0), (1, 0)))
+
+
+def _take(boards: Array, cells: Any, values: Any) -> Array:
     if isinstance(boards, torch.Tensor):
-        cell_index = torch.from_numpy(cells).to(boards.device)
-        value_map = torch.from_numpy(values).to(boards.device)
+        cell_index, value_map = (torch.as_tensor(t).to(boards.device) for t in (cells, values))
         moved = boards.gather(1, cell_index)
         renamed = value_map.gather(1, moved.long().clamp_min(0))
         return torch.where(moved < 0, moved, renamed.to(boards.dtype))
@@ -135,26 +145,61 @@ def _take(boards: Array, cells: np.ndarray, values: np.ndarray) -> Array:
 
 
 def sudoku_symmetries(n: int, rng: np.random.Generator, side: int = 9) -> SudokuSymmetry:
-    """n independent uniform symmetries of a side x side board.
+    """n independent uniform symmetries of a side x side board, in numpy.
 
     Digits, bands, rows within a band, stacks, columns within a stack, and, where the boxes are
     square, transposition (done first). For 9x9 that is the whole group of 9! * 2 * 6**8 elements.
     """
+    return _symmetry(
+        side,
+        lambda *shape: random_permutations(rng, (n, *shape[:-1]), shape[-1]),
+        lambda: rng.random(n) < 0.5,
+    )
+
+
+def sudoku_words(side: int = 9) -> int:
+    """Random words per board that `sudoku_symmetries_of` takes."""
+    bands, rows_in, stacks, cols_in = box_shape(side).axes
+    return side + bands + bands * rows_in + stacks + stacks * cols_in + 1
+
+
+def sudoku_symmetries_of(words: torch.Tensor, side: int = 9) -> SudokuSymmetry:
+    """As `sudoku_symmetries`, from words [N, sudoku_words(side)] int64 in [0, 2**32); in torch, by
+    operations that a CUDA graph can hold."""
+    at = 0
+
+    def take(*shape: int) -> torch.Tensor:
+        nonlocal at
+        count = math.prod(shape)
+        at += count
+        return words[:, at - count : at].reshape(-1, *shape)
+
+    return _symmetry(
+        side,
+        lambda *shape: take(*shape).argsort(dim=-1, stable=True),
+        lambda: take(1)[:, 0] % 2 == 1,
+    )
+
+
+def _symmetry(
+    side: int, permutations: Callable[..., Any], coins: Callable[[], Any]
+) -> SudokuSymmetry:
+    """permutations(*shape) -> [N, *shape], each row along the last axis; coins() -> [N] bool."""
     box = box_shape(side)
     bands, rows_in, stacks, cols_in = box.axes
-    digits = np.pad(random_permutations(rng, (n,), side) + 1, ((0, 0), (1, 0)))
-    rows = _line_permutations(rng, n, bands, rows_in)
-    cols = _line_permutations(rng, n, stacks, cols_in)
+    digits = _after_zero(permutations(side) + 1)
+    rows = _lines(permutations(bands), permutations(bands, rows_in))
+    cols = _lines(permutations(stacks), permutations(stacks, cols_in))
     cells = rows[:, :, None] * side + cols[:, None, :]
     if box.has_transpose:
         mirrored = cols[:, None, :] * side + rows[:, :, None]
-        cells = np.where((rng.random(n) < 0.5)[:, None, None], mirrored, cells)
-    return SudokuSymmetry(cells.reshape(n, side * side), digits)
+        cells = cells + coins()[:, None, None] * (mirrored - cells)
+    return SudokuSymmetry(cells.reshape(-1, side * side), digits)
 
 
-def _line_permutations(rng: np.random.Generator, n: int, blocks: int, within: int) -> np.ndarray:
-    order = random_permutations(rng, (n,), blocks)
-    inside = random_permutations(rng, (n, blocks), within)
+def _lines(order: Any, inside: Any) -> Any:
+    """[N, blocks], [N, blocks, within] -> the permutations of all lines [N, blocks * within]."""
+    n, blocks, within = inside.shape
     return (order[:, :, None] * within + inside).reshape(n, blocks * within)
 
 

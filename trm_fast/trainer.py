@@ -2,11 +2,9 @@
 
 Owns `Trainer`: everything a run consists of, saved and restored as a whole, so that a resumed run
 continues bitwise. Prints nothing: what happens is told to a `Reporter`. Imported by `runner.py`
-and `summary.py`. The order of operations is that of the official loop (arXiv 2510.04871,
-Algorithm 3): count the step, forward, loss / global batch, backward, learning rate, optimizers,
-EMA.
+and `summary.py`. What happens in a step is `train_step.py`'s.
 
-Dims legend: B batch, L puzzle tokens.
+Dims legend: B batch.
 """
 
 from __future__ import annotations
@@ -25,17 +23,18 @@ from torch import Tensor
 
 from trm_fast import backends, checkpoint, memory, optim
 from trm_fast.config import TrainConfig
-from trm_fast.data.augment import hand_back, sudoku_augment
 from trm_fast.data.dataset import PuzzleDataset
+from trm_fast.data.feed import Feed, resident_bytes
 from trm_fast.durable import unwritable
 from trm_fast.ema import EMA
 from trm_fast.inference import SetReport, evaluate, sudoku_rules, sudoku_side
 from trm_fast.interop import load_weights
 from trm_fast.loading import pick_device
-from trm_fast.losses import ACTLossHead, MetricSums
+from trm_fast.losses import ACTLossHead
 from trm_fast.model import Model
-from trm_fast.recursion import Carry
+from trm_fast.optim import GuardState
 from trm_fast.splits import Splits, dataset_config
+from trm_fast.train_step import TrainStep
 
 
 class TrainingStopped(RuntimeError):
@@ -58,8 +57,8 @@ class Reporter(Protocol):
     def on_checkpoint(self, trainer: Trainer, path: Path) -> None:
         """After a checkpoint is complete on disk."""
 
-    def on_skip(self, trainer: Trainer, norm: float) -> None:
-        """After a step whose gradient was not finite was left out."""
+    def on_skip(self, trainer: Trainer, state: GuardState) -> None:
+        """After `check` found steps left out whose gradient was not finite."""
 
     def wants_to_stop(self) -> bool:
         """Asked after every step and evaluated batch; True ends the run after a checkpoint."""
@@ -127,18 +126,17 @@ class Trainer:
                 load_weights(self.model, config.load_checkpoint)
             except ValueError as error:
                 raise ValueError(f"load_checkpoint: {error}") from error
-        self.head = ACTLossHead(self.model, config.arch.loss_type)
-        self.forward = torch.compile(self.head) if config.compile else self.head
-        self.optimizers = optim.build_optimizers(self.model, config)
-        self.ema = EMA(self.model, config.ema_rate, config.ema_warmup) if config.ema else None
-        self.guard = optim.NonFiniteGuard(config.max_skipped)
         self.dataset = self._train_dataset()
-        self.carries: list[Carry] = []
+        self.train_step = TrainStep(
+            config,
+            ACTLossHead(self.model, config.arch.loss_type),
+            Feed(self.dataset, self.device, self._resident()),
+            self.total_steps,
+        )
         self.step = self.iteration = 0
-        self.lr = 0.0
         self.best: tuple[float, int] | None = None
         self.reports: dict[str, SetReport] = {}
-        self._sums = MetricSums()
+        self._skipped = 0  # steps that the reporter was told about
         self._evaluated_at = self._saved_at = -1
         if resume_from is not None:
             self.resume(resume_from)
@@ -157,106 +155,47 @@ class Trainer:
         epochs = self._epochs_per_iteration()
         return PuzzleDataset(dataset_config(self.config, self.splits.paths, epochs, test=False))
 
-    def _prepare(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Augment and hand back solution cells, drawn from (seed, step) alone."""
-        config = self.config
-        fraction = 0.0
-        if config.curriculum > 0:
-            fraction = max(0.0, 1 - self.step / (config.curriculum * self.total_steps))
-        if config.augment == "none" and fraction == 0:
-            return {name: value.to(self.device) for name, value in batch.items()}
-        rng = np.random.Generator(np.random.Philox(key=[config.seed, self.step]))
-        inputs, labels = batch["inputs"].numpy(), batch["labels"].numpy()
-        if config.augment == "sudoku":
-            inputs, labels = sudoku_augment(inputs, labels, rng)
-        if fraction > 0:
-            inputs = hand_back(inputs, labels, fraction, rng)
-        changed = {"inputs": torch.from_numpy(inputs), "labels": torch.from_numpy(labels)}
-        return {name: value.to(self.device) for name, value in (batch | changed).items()}
+    def _resident(self) -> bool:
+        """Whether the data is kept on the device: on GPUs, where it takes a small part of it."""
+        if self.device.type == "cpu":
+            return False
+        return resident_bytes(self.dataset) < memory.free_bytes(self.device) / 8
+
+    @property
+    def ema(self) -> EMA | None:
+        """The moving average of the weights, if there is one."""
+        return self.train_step.ema
 
     # Training
 
-    def train_step(self, batch: dict[str, Tensor]) -> None:
-        """One optimizer step on a Batch [B, L]; nothing changes where its gradient is not finite.
-
-        Raises:
-            TrainingStopped: the loss is not finite, or too many steps in a row were left out.
-        """
+    def advance(self, name: str, examples: np.ndarray) -> None:
+        """One optimizer step on examples [B] int64 of a data set; the device is not waited for."""
         self.step += 1
         if self.step <= self.total_steps:
-            config = self.config
-            batch = self._prepare(batch)
-            loss = self._backward(batch)
-            norm = optim.clip_gradients(self.optimizers, config.grad_clip)
-            if not math.isfinite(float(loss)):
-                raise TrainingStopped(f"the loss is {float(loss)} {self._where(batch)}")
-            if not self.guard.allows(norm):
-                optim.zero_gradients(self.model, self.optimizers)
-                self.reporter.on_skip(self, float(norm))
-                if self.guard.exhausted:
-                    raise TrainingStopped(
-                        f"{self.guard.consecutive} gradients in a row are not finite, "
-                        f"the last one {self._where(batch)}"
-                    )
-                return
-            self._apply_gradients()
-        if self.ema is not None:
+            self.train_step.run(name, examples, self.step)
+        elif self.ema is not None:
             self.ema.update(self.model)
 
-    def _apply_gradients(self) -> None:
-        config = self.config
-        self.lr = optim.set_learning_rates(
-            self.optimizers,
-            self.step,
-            config.lr_warmup_steps,
-            self.total_steps,
-            config.lr_min_ratio,
-        )
-        for optimizer, _ in self.optimizers:
-            optimizer.step()
-        optim.zero_gradients(self.model, self.optimizers)
+    def check(self) -> None:
+        """See, waiting for the device, whether all steps so far could be made.
 
-    def _backward(self, batch: dict[str, Tensor]) -> Tensor:
-        """Gradients of the whole batch, part by part; returns the loss per item, 0-d."""
-        total = torch.zeros((), device=self.device)
-        rows: list[tuple[Tensor, Tensor]] = []
-        self._sums.steps += 1
-        for index in range(self.config.grad_accum):
-            part = {n: v[index * self.part :][: self.part] for n, v in batch.items()}
-            if len(self.carries) <= index:
-                self.carries.append(self.head.initial_carry(part))
-            carry, loss, metrics, _, _ = self.forward(
-                return_keys=(), carry=self.carries[index], batch=part
-            )
-            self.carries[index] = carry
-            loss = loss / self.config.global_batch_size
-            loss.backward()
-            total = total + loss.detach()
-            self._sums.add(metrics)
-            if self.config.grad_accum > 1 and self.model_config.puzzle_emb_ndim:
-                rows.append(self._take_row_gradients())
-        if rows:
-            self._put_row_gradients(rows)
-        return total
-
-    def _take_row_gradients(self) -> tuple[Tensor, Tensor]:
-        emb = self.model.puzzle_emb
-        assert emb.local_weights.grad is not None
-        taken = emb.local_ids[: self.part].clone(), emb.local_weights.grad[: self.part].clone()
-        emb.local_weights.grad = None
-        return taken
-
-    def _put_row_gradients(self, rows: list[tuple[Tensor, Tensor]]) -> None:
-        ids, grads = zip(*rows, strict=True)
-        self.model.puzzle_emb.local_ids.copy_(torch.cat(ids))
-        self.model.puzzle_emb.local_weights.grad = torch.cat(grads)
-
-    def _where(self, batch: dict[str, Tensor]) -> str:
-        ids = batch["puzzle_identifiers"].unique().tolist()
+        Raises:
+            TrainingStopped: a loss was not finite, or too many steps in a row were left out.
+        """
+        state = self.train_step.guard.read()
+        if state.skipped > self._skipped:
+            self._skipped = state.skipped
+            self.reporter.on_skip(self, state)
+        if not state.stopped_at:
+            return
+        what = f"the loss is {state.loss}"
+        if math.isfinite(state.loss):
+            what = f"{state.consecutive} gradients in a row are not finite, the last one"
+        ids = self.train_step.guard.identifiers()
         shown = ", ".join(map(str, ids[:8])) + (", ..." if len(ids) > 8 else "")
-        return (
-            f"at step {self.step} (iteration {self.iteration}, puzzle identifiers {shown}); "
-            f"the last good checkpoint is kept in {self.run_dir}"
+        raise TrainingStopped(
+            f"{what} at step {state.stopped_at} (iteration {self.iteration}, puzzle identifiers "
+            f"{shown}); the last good checkpoint is kept in {self.run_dir}"
         )
 
     # The run
@@ -265,7 +204,7 @@ class Trainer:
         """Train from where the state stands to the end; True if it got there, False if stopped.
 
         Raises:
-            TrainingStopped: see `train_step`.
+            TrainingStopped: see `check`.
             CheckpointError: a checkpoint could not be written.
         """
         if self._owes_evaluation() or (self.finished and not self.reports):
@@ -274,8 +213,8 @@ class Trainer:
             if batch is None:
                 due = self._evaluates_by_epoch()
             else:
-                self.train_step(batch)
-                if self.step % self.config.log_interval == 0 and self._sums.steps:
+                self.advance(*batch)
+                if self.step % self.config.log_interval == 0 and self.train_step.sums.steps:
                     self._report_step()
                 due = self._evaluates_now()
             if due:
@@ -293,11 +232,12 @@ class Trainer:
         self._save_once()
         return not self._owes_evaluation()
 
-    def _batches(self) -> Iterator[dict[str, Tensor] | None]:
-        """Batches to the end of the run; None where an iteration over the data ends."""
+    def _batches(self) -> Iterator[tuple[str, np.ndarray] | None]:
+        """Set name and examples of each batch to the end of the run; None where an iteration over
+        the data ends."""
         config = self.config
         while not self.finished:
-            for _, batch, _ in self.dataset:
+            for batch in self.dataset.choices():
                 yield batch
                 if self.finished:
                     return
@@ -326,9 +266,14 @@ class Trainer:
         return every is not None and self.step % every == 0 and self.step // every > left_out
 
     def _report_step(self) -> None:
-        metrics = self._sums.means(self.config.global_batch_size)
-        self._sums = MetricSums()
-        self.reporter.on_step(self, metrics | {"train/lr": self.lr})
+        config, sums = self.config, self.train_step.sums
+        self.check()
+        metrics = sums.means(config.global_batch_size)
+        sums.clear()
+        _, base = self.train_step.optimizers[-1]
+        now = min(self.step, self.total_steps), base, config.lr_warmup_steps
+        rate = optim.cosine_schedule(*now, self.total_steps, config.lr_min_ratio)
+        self.reporter.on_step(self, metrics | {"train/lr": rate})
 
     def _evaluate_and_save(self) -> None:
         """A checkpoint before the evaluation too: it may take hours, and be killed."""
@@ -349,6 +294,7 @@ class Trainer:
 
         Returns {} where there is none, and where the reporter wanted to stop meanwhile.
         """
+        self.check()
         if self.splits.test is None:
             self._evaluated_at = self.step
             return {}
@@ -405,7 +351,12 @@ class Trainer:
             self.save()
 
     def save(self) -> Path:
-        """Write a checkpoint of everything, and move the pointers `last` and `best` to it."""
+        """Write a checkpoint of everything, and move the pointers `last` and `best` to it.
+
+        Raises:
+            TrainingStopped: see `check`; nothing is written.
+        """
+        self.check()
         state = self.model.state_dict()
         path = checkpoint.save_checkpoint(
             self.run_dir,
@@ -453,15 +404,10 @@ class Trainer:
             "step": self.step,
             "iteration": self.iteration,
             "evaluated_at": self._evaluated_at,
-            "lr": self.lr,
             "best": list(self.best) if self.best else None,
-            "optimizers": [optimizer.state_dict() for optimizer, _ in self.optimizers],
-            "ema_updates": self.ema.updates if self.ema else 0,
-            "guard": self.guard.state_dict(),
             "dataset": self.dataset.state_dict(),
-            "carries": [carry.to_dict() for carry in self.carries],
-            "sums": {"steps": self._sums.steps, "values": self._sums.values},
             "rng": rng,
+            **self.train_step.state_dict(),
         }
 
     def resume(self, path: Path) -> None:
@@ -482,16 +428,12 @@ class Trainer:
         self.model.load_state_dict(saved.model, strict=True)
         if self.ema is not None and saved.ema is not None:
             self.ema.load_merged(saved.ema, state["ema_updates"])
-        for (optimizer, _), values in zip(self.optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(values)
-        self.guard.load_state_dict(state["guard"])
+        self.train_step.load_state_dict(state, min(state["step"], self.total_steps))
         self.dataset.load_state_dict(state["dataset"])
-        self.carries = [Carry.from_dict(values, self.device) for values in state["carries"]]
-        self.step, self.iteration, self.lr = state["step"], state["iteration"], state["lr"]
+        self.step, self.iteration = state["step"], state["iteration"]
+        self._skipped = state["guard"]["skipped"]
         self.best = (state["best"][0], state["best"][1]) if state["best"] else None
         self._evaluated_at, self._saved_at = state["evaluated_at"], self.step
-        sums = {name: value.to(self.device) for name, value in state["sums"]["values"].items()}
-        self._sums = MetricSums(state["sums"]["steps"], sums)
         torch.set_rng_state(state["rng"]["cpu"])
         if self.device.type == "cuda" and "cuda" in state["rng"]:
             torch.cuda.set_rng_state(state["rng"]["cuda"], self.device)

@@ -77,7 +77,7 @@ static void step_range(const StepTensors& t, const StepSettings& set, int64_t be
   const float inverse2 = 1.f / set.correction2;
   // What each result was rounded to is what the next is computed from.
   const auto step = [&](int64_t i, int64_t n) __attribute__((always_inline)) {
-    const vf g = m.rounded_as_here(grad.read(i, n));
+    const vf g = m.rounded_as_here(grad.read(i, n)) * set.scale;
     const vf m1 = m.write(i, n, lerp(m.read(i, n), g, set.weight1));
     const vf v1 = v.write(i, n, lerp(v.read(i, n), v.rounded_as_here(g * g), set.weight2));
     const vf moved = p.read(i, n) * set.decay - set.rate * atan2(m1, sqrt(v1 * inverse2));

@@ -1,5 +1,4 @@
 // The loss and the optimizer.
-#include <cmath>
 #include <tuple>
 
 #include "bind.h"
@@ -77,16 +76,18 @@ static StepTensor step_tensor(const char* name, const Tensor& t, int64_t count) 
 
 static void adam_atan2_ema_(std::vector<Tensor> params, std::vector<Tensor> grads,
                             std::vector<Tensor> exp_avgs, std::vector<Tensor> exp_avg_sqs,
-                            std::vector<Tensor> emas, std::vector<Tensor> copies, double lr,
-                            double weight_decay, double beta1, double beta2, int64_t step,
-                            double ema_decay) {
+                            std::vector<Tensor> emas, std::vector<Tensor> copies,
+                            const Tensor& coefficients, double beta1, double beta2) {
   const char* op = "adam_atan2_ema_";
   const size_t count = params.size();
   STD_TORCH_CHECK(
       grads.size() == count && exp_avgs.size() == count && exp_avg_sqs.size() == count, op, ": ",
       grads.size(), " gradients, ", exp_avgs.size(), " and ", exp_avg_sqs.size(),
       " averages for ", count, " parameters");
-  STD_TORCH_CHECK(step > 0, op, ": step is ", step, ", expected 1 or more");
+  check_tensor(op, "coefficients", coefficients, {6}, ScalarType::Float);
+  const float* given = (const float*)coefficients.const_data_ptr();
+  const StepSettings settings{(float)(1 - beta1), (float)(1 - beta2), given[0], given[1],
+                              given[2],           given[3],           given[4]};
   std::vector<StepTensors> tensors;
   tensors.reserve(count);
   for (size_t i = 0; i < count; ++i) {
@@ -98,11 +99,7 @@ static void adam_atan2_ema_(std::vector<Tensor> params, std::vector<Tensor> grad
                        i < emas.size() ? step_tensor("emas", emas[i], n) : none,
                        i < copies.size() ? step_tensor("copies", copies[i], n) : none, n});
   }
-  const double correction1 = 1 - std::pow(beta1, (double)step),
-               correction2 = 1 - std::pow(beta2, (double)step);
-  const StepSettings settings{(float)(1 - beta1),           (float)(1 - beta2),
-                              (float)correction2,           (float)(1 - lr * weight_decay),
-                              (float)(lr / correction1),    (float)(1 - ema_decay)};
+  if (given[5] != 0) return;  // the step is left out
   const TorchHost host;
   kernels().adam_atan2_ema_step(host, tensors.data(), (int64_t)count, settings);
 }

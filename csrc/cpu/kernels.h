@@ -55,8 +55,9 @@ struct StepTensors {
 };
 struct StepSettings {
   float weight1, weight2;  // of the gradient and its square in their averages
-  float correction2;       // 1 - beta2^step
+  float scale;             // of the gradient
   float decay, rate;       // p * decay - rate * atan2(...)
+  float correction2;       // 1 - beta2^step
   float ema_weight;        // of the parameter in its average
 };
 

@@ -109,6 +109,72 @@ def test_every_setting_counts(change, differs):
     assert not torch.equal(plain[differs], changed[differs])
 
 
+IMPLEMENTATIONS = {
+    "reference": (adam_atan2_ema_, torch.device("cpu")),
+    "kernel": (triton_adam_atan2_ema_, DEVICE),
+    "extension": (compiled.adam_atan2_ema_, torch.device("cpu")),
+}
+
+
+@pytest.fixture(params=IMPLEMENTATIONS)
+def step_of(request):
+    """One step on copies of given tensors by an implementation: everything it changes."""
+    if request.param == "extension":
+        request.getfixturevalue("extension")
+    function, device = IMPLEMENTATIONS[request.param]
+
+    def step(given, **settings):
+        p, g, m, v, ema, low = (t.clone().to(device) for t in given)
+        on_device = {
+            name: value.to(device) if isinstance(value, torch.Tensor) else value
+            for name, value in settings.items()
+        }
+        function([p], [g], [m], [v], [ema], [low], **on_device)
+        torch.testing.assert_close(g.cpu(), given[1], rtol=0, atol=0, equal_nan=True)
+        return [t.cpu() for t in (p, m, v, ema, low)]
+
+    return step
+
+
+def tensors_of_a_step():
+    *given, v, low = make_inputs(*[(37,)] * 6)
+    p, g, m, ema = given
+    return p, g, m, v.square(), ema, low.bfloat16()
+
+
+def test_what_changes_may_come_in_tensors(step_of):
+    given = tensors_of_a_step()
+    wide = {name: torch.tensor(SETTINGS[name], dtype=torch.float64) for name in ("lr", "ema_decay")}
+    want = step_of(given, step=7, **SETTINGS)
+    got = step_of(given, step=torch.tensor(7), **SETTINGS | wide)
+    narrow = step_of(given, step=torch.tensor(7), **SETTINGS)
+    for w, g, n in zip(want, got, narrow, strict=True):
+        assert torch.equal(g, w) and torch.equal(n, w)
+
+
+@pytest.mark.parametrize("scale", [0.25, torch.tensor(0.25)], ids=["number", "tensor"])
+def test_the_gradient_is_scaled(scale, step_of):
+    p, g, *rest = tensors_of_a_step()
+    want = step_of((p, 0.25 * g, *rest), step=2, **SETTINGS)
+    got = step_of((p, g, *rest), step=2, grad_scale=scale, **SETTINGS)
+    for w, s in zip(want, got, strict=True):
+        assert torch.equal(w, s)
+
+
+@pytest.mark.parametrize("found", [1.0, torch.tensor(1.0), torch.tensor(True)], ids=str)
+def test_nothing_changes_where_the_gradient_is_not_finite(found, step_of):
+    p, g, m, v, ema, low = tensors_of_a_step()
+    g[3] = float("nan")
+    for before, after in zip(
+        (p, m, v, ema, low),
+        step_of((p, g, m, v, ema, low), step=2, found_inf=found, **SETTINGS),
+        strict=True,
+    ):
+        assert torch.equal(before, after)
+    done = step_of((p, g, m, v, ema, low), step=2, found_inf=0 * found, **SETTINGS)
+    assert torch.isnan(done[0]).sum() == 1
+
+
 def test_no_gradient_at_all_keeps_the_weights():
     (p,) = make_inputs((4,))
     before = p.clone()
@@ -268,7 +334,8 @@ def test_kernel_is_registered_and_tells_what_it_changes():
     values = [[t] for t in make_inputs(*[(3, 4)] * 5, device=DEVICE)]
     values.append([torch.zeros(3, 4, dtype=torch.bfloat16, device=DEVICE)])
     values[3][0].square_()
-    settings = (0.01, 0.1, 0.9, 0.95, 2, 0.99)
+    coefficients = torch.tensor([1.0, 0.999, 0.05, 0.0975, 0.01, 0.0])
+    settings = (coefficients.to(values[0][0].device), 0.9, 0.95)
     check_registered(kernel._fwd, (*values, *settings))
     before = [tensors[0]._version for tensors in values]
     kernel._fwd(*values, *settings)
@@ -452,7 +519,8 @@ def test_extension_is_registered_and_tells_what_it_changes(extension):
     values = [[t] for t in make_inputs(*[(3, 4)] * 5)]
     values.append([torch.zeros(3, 4, dtype=torch.bfloat16)])
     values[3][0].square_()
-    settings = (0.01, 0.1, 0.9, 0.95, 2, 0.99)
+    coefficients = torch.tensor([1.0, 0.999, 0.05, 0.0975, 0.01, 0.0])
+    settings = (coefficients.to(values[0][0].device), 0.9, 0.95)
     check_registered(compiled._step, (*values, *settings))
     for mode in (torch.enable_grad, torch.no_grad):
         before = [tensors[0]._version for tensors in values]
@@ -497,11 +565,12 @@ def test_extension_refuses(extension):
             lists = [[t] for _ in range(6)]
             lists[i] = [wrong]
             with pytest.raises(RuntimeError, match=text):
-                compiled._step(*lists, 0.01, 0.1, 0.9, 0.95, 1, 0.99)
+                compiled._step(*lists, torch.ones(6), 0.9, 0.95)
     with pytest.raises(RuntimeError, match="2 gradients, 1 and 1 averages for 1 parameters"):
-        compiled._step([t], [t, t], [t], [t], [], [], 0.01, 0.1, 0.9, 0.95, 1, 0.99)
-    with pytest.raises(RuntimeError, match="step is 0"):
-        compiled._step([t], [t], [t], [t], [], [], 0.01, 0.1, 0.9, 0.95, 0, 0.99)
+        compiled._step([t], [t, t], [t], [t], [], [], torch.ones(6), 0.9, 0.95)
+    for wrong in (torch.ones(5), torch.ones(6).double(), torch.ones(12)[::2]):
+        with pytest.raises(RuntimeError, match="coefficients"):
+            compiled._step([t], [t], [t], [t], [], [], wrong, 0.9, 0.95)
 
 
 def test_extension_says_beforehand_what_it_does_not_serve():

@@ -1,8 +1,8 @@
 """Changes made to a batch of Sudoku tokens on the fly: random symmetry, clues handed back.
 
-Owns the augmentation of the training step, which draws from a counter-based generator, e.g.
-`np.random.Generator(np.random.Philox(key=(seed, step)))`, so that a resumed run draws the same.
-May be imported by the trainer and the builders; imports symmetry only.
+Owns the augmentation of the training step. It draws by counter (`philox.Draws`), so that a resumed
+run draws the same, and runs on the device of the batch without waiting for it. May be imported by
+the trainer; imports symmetry and philox only.
 
 Dims: B boards, L cells (16, 36 or 81). Tokens: 0 padding, 1 blank, digit d as d + 1; -100 in labels
 is kept.
@@ -12,37 +12,41 @@ from __future__ import annotations
 
 from math import isqrt
 
-import numpy as np
+import torch
+from torch import Tensor
 
-from trm_fast.symmetry import sudoku_symmetries
+from trm_fast.philox import Draws, uniform
+from trm_fast.symmetry import sudoku_symmetries_of, sudoku_words
 
-__all__ = ["hand_back", "sudoku_augment"]
+__all__ = ["augmentation_words", "hand_back", "sudoku_augment"]
 
 BLANK_TOKEN = 1
+SYMMETRY, HANDED_BACK = 1, 2  # purposes of draws
 
 
-def sudoku_augment(
-    inputs: np.ndarray, labels: np.ndarray, rng: np.random.Generator
-) -> tuple[np.ndarray, np.ndarray]:
+def augmentation_words(cells: int, symmetry: bool, handed_back: bool) -> dict[int, int]:
+    """What `Draws` must have drawn, by purpose, for boards of `cells` tokens."""
+    counts = {SYMMETRY: sudoku_words(isqrt(cells))} if symmetry else {}
+    return counts | ({HANDED_BACK: cells} if handed_back else {})
+
+
+def sudoku_augment(inputs: Tensor, labels: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
     """A random symmetry per board, the same for input and label; [B, L] each, any integer dtype.
 
-    Returns new arrays of the same shapes and dtypes. Raises ValueError for boards that are not
-    4x4, 6x6 or 9x9.
+    Returns new tensors of the same shapes and dtypes. Raises ValueError for boards that are not
+    4x4, 6x6 or 9x9. `draws` has the words of `augmentation_words`.
     """
-    symmetry = sudoku_symmetries(len(inputs), rng, isqrt(inputs.shape[1]))
+    side = isqrt(inputs.shape[1])
+    symmetry = sudoku_symmetries_of(draws.words(SYMMETRY), side)
     return symmetry.apply_tokens(inputs), symmetry.apply_tokens(labels)
 
 
-def hand_back(
-    inputs: np.ndarray, labels: np.ndarray, fraction: float, rng: np.random.Generator
-) -> np.ndarray:
+def hand_back(inputs: Tensor, labels: Tensor, fraction: float | Tensor, draws: Draws) -> Tensor:
     """inputs [B, L] with each blank replaced by its solution token with probability `fraction`.
 
     A curriculum: early in training boards have fewer holes. Blanks whose label is not a digit stay
-    blank. Draws B * L numbers whatever the fraction. Raises ValueError unless 0 <= fraction <= 1.
+    blank. `fraction` is a number or 0-d, and may lie outside [0, 1]: none or all.
     """
-    if not 0.0 <= fraction <= 1.0:
-        raise ValueError(f"fraction={fraction} is not between 0 and 1")
-    chosen = rng.random(inputs.shape, dtype=np.float32) < fraction
+    chosen = uniform(draws.words(HANDED_BACK)) < fraction
     given = chosen & (inputs == BLANK_TOKEN) & (labels > BLANK_TOKEN)
-    return np.where(given, labels.astype(inputs.dtype), inputs)
+    return torch.where(given, labels.to(inputs.dtype), inputs)

@@ -150,6 +150,11 @@ class PuzzleDataset(IterableDataset):  # type: ignore[type-arg]
         self._position: dict[str, Any] | None = None
         self._resume = False
 
+    @property
+    def sets(self) -> Mapping[str, PuzzleArrays]:
+        """The arrays by set name."""
+        return self._sets
+
     def __iter__(self) -> Iterator[tuple[str, Batch, int]]:
         worker = get_worker_info()
         if worker is not None and worker.num_workers > 1:
@@ -189,8 +194,20 @@ class PuzzleDataset(IterableDataset):  # type: ignore[type-arg]
         self._position = None if state["position"] is None else dict(state["position"])
         self._resume = self._position is not None
 
-    def _iter_train(self, start: dict[str, Any] | None) -> Iterator[tuple[str, Batch, int]]:
+    def choices(self) -> Iterator[tuple[str, np.ndarray]]:
+        """One iteration over the training data, its batches by name only.
+
+        Yields (set name, examples [B] int64 of that set), of which `collate` makes what `iter()`
+        yields. Counts and resumes as `iter()` does.
+        """
+        start = self._position if self._resume else None
+        self._resume = False
+        yield from self._choices(start)
+
+    def _choices(self, start: dict[str, Any] | None) -> Iterator[tuple[str, np.ndarray]]:
         names = list(self._sets)
+        rank = self.config.rank
+        mine = slice(rank * self.local_batch_size, (rank + 1) * self.local_batch_size)
         for set_index in range(start["set"] if start else 0, len(names)):
             name, arrays = names[set_index], self._sets[names[set_index]]
             if start is None:
@@ -198,13 +215,13 @@ class PuzzleDataset(IterableDataset):  # type: ignore[type-arg]
             sampler = _TrainSampler(arrays, self.config, self._iters, start)
             start = None
             while (chosen := sampler.draw()) is not None:
-                examples, puzzles = chosen
                 self._position = {"set": set_index, **sampler.state()}
-                rank = self.config.rank
-                mine = slice(rank * self.local_batch_size, (rank + 1) * self.local_batch_size)
-                batch = self._collate(arrays, examples[mine], puzzles[mine])
-                yield name, batch, self.config.global_batch_size
+                yield name, chosen[mine]
         self._position = None
+
+    def _iter_train(self, start: dict[str, Any] | None) -> Iterator[tuple[str, Batch, int]]:
+        for name, examples in self._choices(start):
+            yield name, self.collate(name, examples), self.config.global_batch_size
 
     def _iter_test(self, start: dict[str, Any] | None) -> Iterator[tuple[str, Batch, int]]:
         names = list(self._sets)
@@ -218,14 +235,16 @@ class PuzzleDataset(IterableDataset):  # type: ignore[type-arg]
                 end = min(total, begin + size)
                 local = begin + self.config.rank * self.local_batch_size
                 examples = np.arange(local, max(local, min(local + self.local_batch_size, end)))
-                puzzles = np.searchsorted(arrays.puzzle_indices, examples, side="right") - 1
                 self._position = {"set": set_index, "first": begin + size}
-                yield name, self._collate(arrays, examples, puzzles), end - begin
+                yield name, self.collate(name, examples), end - begin
         self._position = None
 
-    def _collate(self, arrays: PuzzleArrays, examples: np.ndarray, puzzles: np.ndarray) -> Batch:
-        """The local batch: int32, ignored labels marked, padded to local_batch_size."""
-        missing = self.local_batch_size - len(examples)
+    def collate(self, name: str, examples: np.ndarray) -> Batch:
+        """The Batch of examples [N] int of a set: ignored labels marked, padded to the local batch
+        size."""
+        arrays = self._sets[name]
+        puzzles = np.searchsorted(arrays.puzzle_indices, examples, side="right") - 1
+        missing = max(0, self.local_batch_size - len(examples))
         labels = arrays.labels[examples].astype(np.int32)
         if self.metadata.ignore_label_id is not None:
             labels[labels == self.metadata.ignore_label_id] = IGNORE_LABEL_ID
@@ -283,10 +302,9 @@ class _TrainSampler:
     def state(self) -> dict[str, Any]:
         return {"next": self._next, "rng": _state(self._rng), "inner": _state(self._inner)}
 
-    def draw(self) -> tuple[np.ndarray, np.ndarray] | None:
-        """(examples, their puzzles) of the next global batch, or None if there is no full one."""
+    def draw(self) -> np.ndarray | None:
+        """The examples of the next global batch, or None if there is no full one."""
         examples: list[np.ndarray] = []
-        puzzles: list[np.ndarray] = []
         room = self._batch_size
         while room > 0:
             # As many groups as are needed whatever their puzzles' sizes, so none is drawn in vain.
@@ -299,9 +317,8 @@ class _TrainSampler:
             sizes = self._sizes[drawn]
             taken = np.minimum(sizes, room - (np.cumsum(sizes) - sizes))
             examples.append(self._choose(drawn, sizes, taken))
-            puzzles.append(np.repeat(drawn, taken))
             room -= int(taken.sum())
-        return np.concatenate(examples), np.concatenate(puzzles)
+        return np.concatenate(examples)
 
     def _choose(self, drawn: np.ndarray, sizes: np.ndarray, taken: np.ndarray) -> np.ndarray:
         """`taken[i]` different examples of puzzle drawn[i], in random order, for all i."""

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from trm_fast.extension._common import EXTENSION, Shape, check, unsupported_dtype
+from trm_fast.kernels.coefficients import step_coefficients
 from trm_fast.kernels.registration import register
 
 __all__ = ["adam_atan2_ema_", "unsupported"]
@@ -24,8 +25,8 @@ def _fake(*args: Any) -> None:
 _step = register(
     EXTENSION,
     "adam_atan2_ema_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs,"
-    " Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] emas, Tensor(e!)[] copies, float lr,"
-    " float weight_decay, float beta1, float beta2, int step, float ema_decay) -> ()",
+    " Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] emas, Tensor(e!)[] copies, Tensor coefficients,"
+    " float beta1, float beta2) -> ()",
     _fake,
     mutates=(0, 2, 3, 4, 5),
 )
@@ -51,12 +52,14 @@ def adam_atan2_ema_(
     emas: Sequence[Tensor],
     copies: Sequence[Tensor],
     *,
-    lr: float,
+    lr: float | Tensor,
     weight_decay: float,
     beta1: float,
     beta2: float,
-    step: int,
-    ema_decay: float,
+    step: int | Tensor,
+    ema_decay: float | Tensor,
+    grad_scale: float | Tensor = 1.0,
+    found_inf: float | Tensor = 0.0,
 ) -> None:
     """One optimizer step over lists of tensors, in place; see `trm_fast.ops`.
 
@@ -81,7 +84,10 @@ def adam_atan2_ema_(
     # Elements are paired by their place in memory; views of other strides are taken through copies.
     dense = [[t.contiguous() for t in tensors[: len(params)]] for tensors in given]
     if params:  # without a tensor there is no device to run on
-        _step(*dense, lr, weight_decay, beta1, beta2, step, ema_decay)
+        coefficients = step_coefficients(
+            params[0].device, lr, weight_decay, beta1, beta2, step, ema_decay, grad_scale, found_inf
+        )
+        _step(*dense, coefficients.float(), beta1, beta2)
     for position in (0, 2, 3, 4, 5):
         for t, computed in zip(given[position], dense[position], strict=False):
             if computed is not t:

@@ -1,0 +1,268 @@
+"""The step of the trainer against a plain loop on the host, bitwise; and that it never waits.
+
+The plain loop counts in Python, looks at every gradient before it goes on, and calls the same
+operations in the same order with the same random numbers.
+"""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from training import assert_same, make_config, make_data, make_trainer
+
+from trm_fast import backends, optim
+from trm_fast.data.augment import augmentation_words, hand_back, sudoku_augment
+from trm_fast.data.feed import Feed
+from trm_fast.ema import EMA
+from trm_fast.flat import lay_out
+from trm_fast.losses import ACTLossHead, MetricSums
+from trm_fast.model import Model
+from trm_fast.philox import Draws, integers, uniform
+from trm_fast.recursion import Exploration
+from trm_fast.train_step import EXPLORATION, TrainStep
+
+MLP = {
+    "arch__mlp_t": True,
+    "arch__puzzle_emb_ndim": 0,
+    "arch__puzzle_emb_len": 0,
+    "arch__pos_encodings": "none",
+}
+VARIANTS = {
+    "attention": {},
+    "mlp-sudoku": {**MLP, "augment": "sudoku", "curriculum": 0.8, "grad_clip": 0.5},
+    "adamw": {"optimizer": "adamw", "ema_warmup": True, "grad_clip": 1.0, "lr_min_ratio": 0.1},
+    "muon": {"optimizer": "muon", **MLP},
+    "parts": {"grad_accum": 2, "ema": False},
+    "q-continue": {"arch__no_ACT_continue": False, "arch__q_logits": 2},
+    "rows-only": {"freeze_weights": True},
+    "recompute": {"arch__policy": "recompute", "arch__L_layers": 2},
+}
+STEPS = 12
+
+
+@pytest.fixture
+def data(tmp_path):
+    return make_data(tmp_path / "data")
+
+
+def settings(data, variant, **changes):
+    config = make_config(data, steps=STEPS, **VARIANTS[variant], **changes)
+    # Both libraries' kernels want whole vectors.
+    return config.replace({"arch.hidden_size": 32, "arch.intermediate_multiple": 16})
+
+
+def head_of(trainer):
+    torch.manual_seed(trainer.config.seed)
+    return ACTLossHead(Model(trainer.model_config).train(), trainer.config.arch.loss_type)
+
+
+class PlainLoop:
+    """What a training loop does that reads what it needs when it needs it."""
+
+    def __init__(self, trainer):
+        self.config, self.total = trainer.config, trainer.total_steps
+        self.head = head_of(trainer)
+        self.model = self.head.model
+        params = [p for p in self.model.parameters() if p.requires_grad]
+        for p, place in zip(params, lay_out(params), strict=True):  # the same ends, see test_flat
+            p.data = place.copy_(p.detach())
+        self.ema = EMA(self.model, self.config.ema_rate, self.config.ema_warmup)
+        self.optimizers = optim.build_optimizers(self.model, self.config)
+        self.carries, self.sums, self.step, self.skipped = [], MetricSums(), 0, 0
+
+    def run(self, batch):
+        self.step += 1
+        config, rows = self.config, torch.arange(self.config.global_batch_size)
+        sudoku, fading = config.augment == "sudoku", config.curriculum * self.total
+        counts = augmentation_words(batch["inputs"].shape[1], sudoku, self.step < fading)
+        draws = Draws(config.seed, torch.tensor(self.step), rows, {EXPLORATION: 2, **counts})
+        if sudoku:
+            batch["inputs"], batch["labels"] = sudoku_augment(
+                batch["inputs"], batch["labels"], draws
+            )
+        if self.step < fading:
+            fraction = float(np.float32(1) - np.float32(self.step / fading))
+            batch["inputs"] = hand_back(batch["inputs"], batch["labels"], fraction, draws)
+        words = draws.words(EXPLORATION)
+        drawn = uniform(words[:, 0]), integers(words[:, 1], 2, config.arch.halt_max_steps + 1)
+        ids, gradients, loss = [], [], 0.0
+        for index, part in enumerate(rows.chunk(config.grad_accum)):
+            mine = {name: value[part] for name, value in batch.items()}
+            if len(self.carries) == index:
+                self.carries.append(self.head.initial_carry(mine))
+            self.carries[index], one, metrics, _, _ = self.head(
+                (), self.carries[index], mine, Exploration(*(d[part] for d in drawn))
+            )
+            (one / config.global_batch_size).backward()
+            self.sums.add(metrics)
+            loss += one.item()
+            if config.grad_accum > 1:
+                emb = self.model.puzzle_emb
+                ids.append(emb.local_ids[: len(part)].clone())
+                gradients.append(emb.local_weights.grad[: len(part)].clone())
+                emb.local_weights.grad = None
+        if ids:
+            self.model.puzzle_emb.local_ids.copy_(torch.cat(ids))
+            self.model.puzzle_emb.local_weights.grad = torch.cat(gradients)
+        norm = optim.clip_gradients(self.optimizers, config.grad_clip)
+        if math.isfinite(loss) and math.isfinite(norm):
+            self.apply()
+        else:
+            self.skipped += 1
+        self.model.zero_grad(set_to_none=True)
+        for optimizer, _ in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)
+
+    def apply(self):
+        config, averaged = self.config, False
+        for optimizer, base in self.optimizers:
+            now = self.step, base, config.lr_warmup_steps, self.total, config.lr_min_ratio
+            rate = optim.cosine_schedule(*now)
+            adamw = isinstance(optimizer, torch.optim.AdamW)
+            for group in optimizer.param_groups:
+                group["lr"] = float(np.float32(rate)) if adamw else rate
+            if config.ema and isinstance(optimizer, optim.AdamATan2):
+                decay = float(self.ema.advance())
+                optimizer.step(emas=list(self.ema.shadow.values()), ema_decay=decay)
+                averaged = True
+            else:
+                optimizer.step()
+        if config.ema and not averaged:
+            self.ema.update(self.model)
+
+
+def state(step):
+    """Everything that decides how a run goes on."""
+    flat = {f"model.{n}": v for n, v in step.model.state_dict().items()}
+    if step.config.ema:
+        flat |= {f"ema.{n}": v for n, v in step.ema.shadow.items()}
+        flat["ema.updates"] = step.ema.updates
+    for i, (optimizer, _) in enumerate(step.optimizers):
+        for key, values in optimizer.state_dict()["state"].items():
+            flat |= {f"optimizer.{i}.{key}.{n}": torch.as_tensor(v) for n, v in values.items()}
+    for i, carry in enumerate(step.carries):
+        values = carry.to_dict()
+        flat |= {f"carry.{i}.{n}": v for n, v in (values | values.pop("current_data")).items()}
+    return flat | step.sums.state_dict()["values"]
+
+
+def poisoned(step, at):
+    """Make the gradient NaN in the given step, counted on the device or in Python."""
+    weight = step.model.inner.lm_head.weight
+    counted = getattr(step, "_count", None)
+
+    def poison(grad):
+        now = torch.tensor(step.step) if counted is None else counted
+        return torch.where(now == at, math.nan, grad)
+
+    weight.register_hook(poison)
+
+
+@pytest.mark.parametrize("backend", ["reference", "auto"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_bitwise_the_trajectory_of_a_plain_loop(data, tmp_path, variant, backend):
+    trainer = make_trainer(settings(data, variant, arch__backend=backend), tmp_path)
+    plain = PlainLoop(trainer)
+    step = trainer.train_step
+    start = {n: v.clone() for n, v in step.model.state_dict().items()}
+    assert_same(state(plain), state(step))
+    if variant != "rows-only":
+        for one in (plain, step):
+            poisoned(one, at=4)
+    while trainer.step < STEPS:
+        for name, examples in trainer.dataset.choices():
+            trainer.advance(name, examples)
+            plain.run(trainer.dataset.collate(name, examples))
+            assert_same(state(plain), state(step))
+            if trainer.step == STEPS:
+                break
+    assert step.guard.read().skipped == plain.skipped == (variant != "rows-only")
+    moved = [n for n, v in step.model.state_dict().items() if not torch.equal(v, start[n])]
+    assert moved == (["inner.puzzle_emb.weights"] if variant == "rows-only" else trained(step))
+
+
+def trained(step):
+    rows = ["inner.puzzle_emb.weights"] if step.model_config.puzzle_emb_ndim else []
+    names = rows + [name for name, _ in step.model.named_parameters()]
+    return [name for name in step.model.state_dict() if name in names]
+
+
+@pytest.mark.parametrize("variant", ["attention", "mlp-sudoku"])
+def test_data_on_the_device_gives_the_same_batches(data, tmp_path, variant):
+    trainer = make_trainer(settings(data, variant), tmp_path)
+    resident = TrainStep(
+        trainer.config,
+        head_of(trainer),
+        Feed(trainer.dataset, torch.device("cpu"), resident=True),
+        trainer.total_steps,
+    )
+    for number, (name, examples) in enumerate(trainer.dataset.choices(), start=1):
+        for step in (trainer.train_step, resident):
+            step.run(name, examples, number)
+    assert number > 4
+    assert_same(state(trainer.train_step), state(resident))
+
+
+class NeverWaits(TorchDispatchMode):
+    """Refuses what the host would have to wait for, and what is not on the device."""
+
+    def __init__(self, device):
+        super().__init__()
+        self.device, self.calls = torch.device(device), 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        forbidden = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
+        if func._schema.name in ("aten::index", "aten::index_put", "aten::index_put_"):
+            by_mask = [t for t in args[1] if t is not None and t.dtype in (torch.bool, torch.uint8)]
+            forbidden = {} if not by_mask else forbidden | set(func.tags)
+        assert not set(forbidden) & set(func.tags), f"{func} needs to see the data"
+        assert func is not torch.ops.aten.lift_fresh.default, "a tensor is made on the host"
+        out = func(*args, **(kwargs or {}))
+        for t in torch.utils._pytree.tree_leaves((args, kwargs, out)):
+            if isinstance(t, torch.Tensor):
+                assert t.device.type == self.device.type, f"{func}: a tensor on {t.device}"
+        self.calls += 1
+        return out
+
+
+@pytest.mark.parametrize("waits", ["item", "nonzero", "mask", "cpu"])
+def test_waiting_is_noticed(waits):
+    t = torch.ones(3, device="cpu" if waits in ("item", "mask", "nonzero") else "meta")
+    with pytest.raises(AssertionError), NeverWaits("meta" if waits == "cpu" else "cpu"):
+        match waits:
+            case "item":
+                t.sum().item()
+            case "nonzero":
+                t.nonzero()
+            case "mask":
+                t[t > 0]
+            case "cpu":
+                t * torch.tensor(2.0)
+
+
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_nothing_in_the_step_waits_for_the_device(data, tmp_path, variant, backend):
+    """On tensors without data, so that nothing could be read; AdamW's kernel wants some."""
+    device = "cpu" if variant in ("adamw", "muon") else "meta"
+    trainer = make_trainer(settings(data, variant, arch__backend="reference"), tmp_path)
+    model = Model(trainer.model_config).to(device).train()
+    if backend == "triton":
+        if device != "meta":
+            pytest.skip("the kernels run on GPUs; AdamW does not run on tensors without data")
+        model.inner.ops = backends.table("triton")
+    head = ACTLossHead(model, "stablemax_cross_entropy")
+    step = TrainStep(
+        trainer.config,
+        head,
+        Feed(trainer.dataset, torch.device(device), resident=True),
+        trainer.total_steps,
+    )
+    for hands_back in (True, False):
+        step._hands_back = hands_back and trainer.config.curriculum > 0
+        step._step()  # makes what is made once
+        with NeverWaits(device) as mode:
+            step._step()
+        assert mode.calls > 300

@@ -348,7 +348,7 @@ def adam_atan2_ema_(
     ).unbind()
 
     def put(t: Tensor, new: Tensor) -> None:
-        t.copy_(torch.where(skipped != 0, t, new.to(t.dtype)))
+        torch.where(skipped != 0, t, new.to(t.dtype), out=t)
 
     for i, (p, g, m, v) in enumerate(zip(params, grads, exp_avgs, exp_avg_sqs, strict=True)):
         g = g.to(m.dtype) * scale

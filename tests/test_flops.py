@@ -129,6 +129,15 @@ def test_triton_operations_count_without_running(mixer, policy):
         assert counted(model, tiny_batch(3, length=13), True) == want
 
 
+def test_the_backward_in_place_counts_as_the_other_one():
+    """It is given the gradients of the weights before the weights."""
+    weights = [(24, 7), (7, 12), (40, 16), (16, 20)]
+    settings = (None, None, True, 2, 3, 1, 1e-5, "save")
+    want = 4 * 2 * (6 * 3 * 7 * 16 * 12 + 6 * 3 * 7 * 16 * 20)
+    assert flops._recursion_bwd((3, 7, 16), [], weights, *settings) == want
+    assert flops._recursion_bwd_in_place((3, 7, 16), [], [], weights, *settings) == want
+
+
 def test_every_operation_with_products_has_a_formula(extension):
     for backend in ("cpp", "triton"):
         backends.table(backend)

@@ -93,12 +93,15 @@ B = (
     Item("step mlp_t reference", partial(steps.our_steps, mixer="mlp_t", fused=False), 45),
     *(
         Item(
-            f"inference B{batch}",
-            partial(steps.throughput, mixer="mlp_t", batch=batch),
+            f"inference {mixer} B{batch}",
+            partial(steps.throughput, mixer=mixer, batch=batch),
             45,
-            dry=batch == 768,
+            dry=(mixer, batch) == ("mlp_t", 768),
         )
-        for batch in (768, 1536)
+        for mixer, batch in (
+            *(("mlp_t", batch) for batch in (768, 1, 8, 64, 1536)),
+            *(("attention", batch) for batch in (768, 1)),
+        )
     ),
     *(
         Item(

@@ -18,16 +18,17 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from trm_fast import contenders, inference, optim
+from trm_fast import contenders, flops, optim
 from trm_fast.bench import lap
 from trm_fast.config import ModelConfig, TrainConfig
 from trm_fast.contenders import Contender, Entry, Official, official_code
 from trm_fast.data.sudoku_generator import generate
+from trm_fast.profiling import launches
 from trm_fast.suite.predictions import look_up
 from trm_fast.suite.records import measurement
 from trm_fast.suite.session import Rows, Session
 from trm_fast.suite.truth import fused_head
-from trm_fast.timing import synchronize, timed
+from trm_fast.timing import device_name, synchronize
 
 GIB = 2**30
 KERNELS_SHOWN = 30
@@ -105,6 +106,7 @@ def step_rows(session: Session, name: str, entry: Entry, count: int) -> Rows:
     if session.device.type == "cuda":
         peak = torch.cuda.max_memory_allocated(session.device) / GIB
         yield measurement(f"{name}/memory", peak, "GiB", look_up(f"{name}/memory"))
+    yield from inside(session, name, entry, "train", ms / 1e3)
 
 
 def fused_entry(session: Session, config: ModelConfig, step: str, name: str) -> Entry:
@@ -167,22 +169,47 @@ def eval_model(session: Session, config: ModelConfig) -> tuple[Any, dict[str, Te
 
 
 def throughput(session: Session, mixer: str, batch: int) -> Rows:
-    """Puzzles a second at 16 supervision steps."""
+    """Puzzles a second at 16 supervision steps: ours, and the official code's where it is given."""
     config = session.config(mixer, batch)
-    model, boards = eval_model(session, config)
-    steps = session.count(config.halt_max_steps)
-
-    def run() -> None:
-        for _ in inference.supervision_steps(model, boards, steps):
-            pass
-
-    if not session.tiny:
-        run()
-    seconds = min(timed(run, session.device)[0] for _ in range(session.count(2)))
+    config = replace(config, halt_max_steps=session.count(config.halt_max_steps))
     name = f"inference/{mixer}/B{batch}"
-    rate = len(boards["inputs"]) / seconds
-    note = f"{1e3 * seconds:.1f} ms for {steps} steps"
+    ours = fused_entry(session, config, "solve", "ours")
+    yield from solve_rows(session, name, ours)
+    if session.official is None:
+        return
+    with official_code(session.official) as official:
+        eager = Contender("official eager", official=True)
+        theirs = contenders.prepare(eager, config, "solve", official, session.device)
+        yield from solve_rows(session, f"{eager.name}/{mixer}/inference B{batch}", theirs)
+    gain = min(theirs.wall) / min(ours.wall)
+    yield measurement(f"{name}/gain", gain, "x", look_up(f"{name}/gain"), note="official eager")
+
+
+def solve_rows(session: Session, name: str, entry: Entry) -> Rows:
+    """Puzzles a second of a whole solve, its kernels and utilization."""
+    if not session.tiny:
+        lap(entry, session.device, keep=False)
+    for _ in range(session.count(3)):
+        lap(entry, session.device)
+    seconds = min(entry.wall)
+    rate = entry.config.batch_size / seconds
+    note = f"{1e3 * seconds:.1f} ms for {entry.config.halt_max_steps} steps"
     yield measurement(name, rate, "puzzles/s", look_up(name), note=note)
+    yield from inside(session, name, entry, "solve", seconds)
+
+
+def inside(session: Session, name: str, entry: Entry, step: str, seconds: float) -> Rows:
+    """On a GPU: kernels of a step, and its useful operations over the maker's peak."""
+    if session.device.type != "cuda":
+        return
+    count = launches(entry.run, session.device)
+    yield measurement(f"{name}/launches", count, "kernels", look_up(f"{name}/launches"))
+    peak = flops.device_peak(device_name(session.device))
+    if peak is not None:
+        rate = flops.step_flops(entry.config, step) / seconds / 1e12
+        percent = 100 * rate / peak.tflop_per_s
+        note = f"{rate:.1f} useful TFLOP/s"
+        yield measurement(f"{name}/mfu", percent, "%", look_up(f"{name}/mfu"), note=note)
 
 
 def latency(session: Session, mixer: str, batch: int) -> Rows:

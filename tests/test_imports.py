@@ -44,7 +44,7 @@ ORDER = [
     ["backends", "fits"],
     ["layers", "recursion"],
     ["model"],
-    ["losses", "optimizers", "ema"],
+    ["losses", "optimizers", "ema", "inference_step"],
     ["optim"],
     ["durable"],
     ["checkpoint", "viz", "progress"],

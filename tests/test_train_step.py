@@ -9,7 +9,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from capturing import InPlace, NeverWaits
 from training import assert_same, make_config, make_data, make_trainer
 
 from trm_fast import backends, optim
@@ -145,7 +145,7 @@ def state(step):
     for i, carry in enumerate(step.carries):
         values = carry.to_dict()
         flat |= {f"carry.{i}.{n}": v for n, v in (values | values.pop("current_data")).items()}
-    return flat | step.sums.state_dict()["values"]
+    return flat | {f"sum.{n}": float(v) for n, v in step.sums.state_dict()["values"].items()}
 
 
 def poisoned(step, at):
@@ -189,6 +189,26 @@ def trained(step):
     return [name for name in step.model.state_dict() if name in names]
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_where_it_is_captured_everything_stays_in_its_place(data, tmp_path, variant, monkeypatch):
+    """As a graph needs it; and the numbers are the same."""
+    plain = make_trainer(settings(data, variant), tmp_path).train_step
+    monkeypatch.setattr("trm_fast.train_step.Capture", InPlace)
+    trainer = make_trainer(settings(data, variant), tmp_path)
+    step = trainer.train_step
+    before = None
+    for number, (name, examples) in enumerate(trainer.dataset.choices(), start=1):
+        plain.run(name, examples, number)
+        step.run(name, examples, number)
+        places = [t.data_ptr() for t in state(step).values() if isinstance(t, torch.Tensor)]
+        places += [step._count.data_ptr(), step.guard._counts.data_ptr()]
+        places += [step.sums.totals.data_ptr(), *(g.data_ptr() for g in step._gradients)]
+        assert places == (before or places)
+        before = places
+    assert number > 4
+    assert_same(state(plain), state(step))
+
+
 @pytest.mark.parametrize("variant", ["attention", "mlp-sudoku"])
 def test_data_on_the_device_gives_the_same_batches(data, tmp_path, variant):
     trainer = make_trainer(settings(data, variant), tmp_path)
@@ -203,28 +223,6 @@ def test_data_on_the_device_gives_the_same_batches(data, tmp_path, variant):
             step.run(name, examples, number)
     assert number > 4
     assert_same(state(trainer.train_step), state(resident))
-
-
-class NeverWaits(TorchDispatchMode):
-    """Refuses what the host would have to wait for, and what is not on the device."""
-
-    def __init__(self, device):
-        super().__init__()
-        self.device, self.calls = torch.device(device), 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        forbidden = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
-        if func._schema.name in ("aten::index", "aten::index_put", "aten::index_put_"):
-            by_mask = [t for t in args[1] if t is not None and t.dtype in (torch.bool, torch.uint8)]
-            forbidden = {} if not by_mask else forbidden | set(func.tags)
-        assert not set(forbidden) & set(func.tags), f"{func} needs to see the data"
-        assert func is not torch.ops.aten.lift_fresh.default, "a tensor is made on the host"
-        out = func(*args, **(kwargs or {}))
-        for t in torch.utils._pytree.tree_leaves((args, kwargs, out)):
-            if isinstance(t, torch.Tensor):
-                assert t.device.type == self.device.type, f"{func}: a tensor on {t.device}"
-        self.calls += 1
-        return out
 
 
 @pytest.mark.parametrize("waits", ["item", "nonzero", "mask", "cpu"])

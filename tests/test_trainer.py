@@ -1,5 +1,6 @@
 """The training loop: its order, its schedule, what it survives, and that resuming is bitwise."""
 
+import json
 import math
 
 import numpy as np
@@ -16,7 +17,7 @@ from training import (
     make_trainer,
 )
 
-from trm_fast import checkpoint, memory, optim
+from trm_fast import checkpoint, flops, memory, optim
 from trm_fast.data.dataset import from_arrays
 from trm_fast.data.format import Metadata, PuzzleArrays, write_dataset
 from trm_fast.interop import write_official
@@ -159,6 +160,27 @@ def test_parts_of_a_batch_give_the_gradient_of_the_whole(data, tmp_path):
     rows = [t.model.puzzle_emb.weights for t in (whole, parts)]
     assert rows[0].abs().sum() > 0
     assert torch.equal(*rows)
+
+
+def test_a_profile_changes_nothing_else(data, tmp_path):
+    reporter = Recorder()
+    plain = make_trainer(make_config(data, steps=20), tmp_path / "plain")
+    profiled = make_trainer(make_config(data, steps=20, profile=True), tmp_path / "run", reporter)
+    for trainer in (plain, profiled):
+        trainer.run()
+    assert_same(everything(plain), everything(profiled))
+    ((step, line),) = reporter.profiles
+    assert (step, line) == (17, f"profile of 5 steps: {tmp_path / 'run' / 'profile' / 'ops.txt'}")
+    table = json.loads((tmp_path / "run" / "profile" / "ops.json").read_text())
+    useful = flops.step_flops(profiled.model_config, "train", 4)
+    assert table["useful_gflop"] == useful / 1e9
+    assert sum(row["gflop"] or 0 for row in table["ops"]) >= table["useful_gflop"]
+
+
+def test_a_run_too_short_for_its_profile_says_so(data, tmp_path):
+    reporter = Recorder()
+    assert make_trainer(make_config(data, profile=True), tmp_path, reporter).run()
+    assert reporter.profiles == [(8, "no profile: it takes 17 steps, the run had 8")]
 
 
 def test_evaluation_by_epochs_as_the_official_loop(data, tmp_path):

@@ -20,6 +20,7 @@ class Recorder:
     def __init__(self, stop_at=None):
         self.stop_at, self.trainer = stop_at, None
         self.steps, self.evaluations, self.saved, self.skipped = [], [], [], []
+        self.profiles = []
 
     def on_step(self, trainer, metrics):
         self.trainer = trainer
@@ -34,6 +35,9 @@ class Recorder:
 
     def on_skip(self, trainer, state):
         self.skipped.append((trainer.step, state))
+
+    def on_profile(self, trainer, line):
+        self.profiles.append((trainer.step, line))
 
     def wants_to_stop(self):
         return self.stop_at is not None and self.trainer.step >= self.stop_at

@@ -41,19 +41,19 @@ class Capture:
         self._variant: Hashable = None
         self._calls = 0
 
-    def __call__(self, variant: Hashable = None) -> None:
+    def __call__(self, variant: Hashable = None, plain: bool = False) -> None:
         """Run once. `variant`: what decides on the host which work that is; another one than last
-        time is warmed up and captured anew."""
+        time is warmed up and captured anew. `plain`: call by call, as a profiler wants it."""
         if variant != self._variant:
             self.reset()
             self._variant = variant
-        if self._graph is not None:
+        if self._graph is not None and not plain:
             self._graph.replay()
             return
         self._calls += 1
         if not self.captures:
             self._body()
-        elif self._calls <= WARMUP:
+        elif plain or self._calls <= WARMUP:
             self._aside()
         else:
             self._capture()

@@ -22,6 +22,7 @@ from torch import Tensor
 from trm_fast.config import ModelConfig
 from trm_fast.data.format import IGNORE_LABEL_ID, Metadata
 from trm_fast.data.sudoku_solver import rules_hold
+from trm_fast.inference_step import StepOutput, borrowed
 from trm_fast.losses import LOSSES
 from trm_fast.model import Model
 
@@ -44,15 +45,6 @@ def sudoku_rules(inputs: np.ndarray, preds: np.ndarray) -> np.ndarray:
     return full & rules_hold(clues, np.where(full[:, None], answers, 1))
 
 
-@dataclass
-class StepOutput:
-    """One supervision step of a batch: preds [B, L] int64, q [B] float32, logits [B, L, V]."""
-
-    preds: Tensor
-    q: Tensor
-    logits: Tensor
-
-
 def _depth(model: Model, steps: int | None) -> int:
     depth = model.config.halt_max_steps if steps is None else steps
     if depth < 1:
@@ -72,13 +64,11 @@ def supervision_steps(model: Model, batch: dict[str, Tensor], steps: int) -> Ite
     Raises:
         ValueError: steps < 1.
     """
-    data = {name: batch[name] for name in ("inputs", "puzzle_identifiers")}
-    carry = model.initial_carry(data)
-    for _ in range(_depth(model, steps)):
-        carry, outputs = model(carry, data)
-        carry.halted = torch.zeros_like(carry.halted)
-        logits = outputs["logits"]
-        yield StepOutput(logits.argmax(-1), outputs["q_halt_logits"], logits)
+    depth = _depth(model, steps)
+    with borrowed(model, len(batch["inputs"])) as step:
+        step.start(batch)
+        for _ in range(depth):
+            yield step.run()
 
 
 @dataclass
@@ -293,16 +283,16 @@ def predict(
     return Answers(*(torch.cat(column).cpu() for column in zip(*parts, strict=True)))
 
 
+@torch.inference_mode()
 def _answer(
     model: Model, batch: dict[str, Tensor], depth: int, by_q: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     size = len(batch["inputs"])
-    tokens = torch.zeros_like(batch["inputs"], dtype=torch.int64)
-    q = torch.full((size,), -torch.inf, device=tokens.device)
-    step = torch.zeros(size, dtype=torch.int64, device=tokens.device)
-    for index, out in enumerate(supervision_steps(model, batch, depth)):
-        better = out.q > q if by_q else torch.ones_like(q, dtype=torch.bool)
-        tokens = torch.where(better.unsqueeze(-1), out.preds, tokens)
-        q = torch.where(better, out.q, q)
-        step = torch.where(better, index + 1, step)
-    return tokens, q, step
+    with borrowed(model, size) as step:
+        step.start(batch)
+        for _ in range(depth):
+            out = step.run()
+        if by_q:
+            best = step.best
+            return best.tokens[:size].clone(), best.q[:size].clone(), best.step[:size].clone()
+    return out.preds, out.q, torch.full_like(out.preds[:, 0], depth)

@@ -106,6 +106,9 @@ class Console:
             f"({state.consecutive} in a row, {state.skipped} in all)"
         )
 
+    def on_profile(self, trainer: Trainer, line: str) -> None:
+        self.status.message(line)
+
     def wants_to_stop(self) -> bool:
         return self.signals.received is not None
 

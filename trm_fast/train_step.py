@@ -85,13 +85,14 @@ class TrainStep:
             grads.append(rows.grad)
         return grads
 
-    def run(self, name: str, examples: np.ndarray, step: int) -> None:
-        """Enqueue optimizer step `step` (1-based) on examples [B] int64 of a data set."""
+    def run(self, name: str, examples: np.ndarray, step: int, plain: bool = False) -> None:
+        """Enqueue optimizer step `step` (1-based) on examples [B] int64 of a data set; `plain`
+        without a graph."""
         fading = self.config.curriculum * self.total_steps
         self._hands_back = step < fading
         self.feed.put(name, examples)
         self.sums.steps += 1
-        self._capture(self._hands_back)
+        self._capture(self._hands_back, plain)
 
     def _step(self) -> None:
         """What is captured: reads and writes tensors that stay where they are."""
@@ -147,9 +148,9 @@ class TrainStep:
                 batch=part,
                 drawn=Exploration(drawn.uniform[rows], drawn.least[rows]),
             )
-            self._keep(index, carry)
             loss = loss / self.config.global_batch_size
             loss.backward()
+            self._keep(index, carry)  # not before: the backward reads what is written over
             total = total + loss.detach()
             self.sums.add(metrics)
             if self.config.grad_accum > 1 and self.model_config.puzzle_emb_ndim:

@@ -27,12 +27,14 @@ from trm_fast.data.dataset import PuzzleDataset
 from trm_fast.data.feed import Feed, resident_bytes
 from trm_fast.durable import unwritable
 from trm_fast.ema import EMA
+from trm_fast.flops import step_flops
 from trm_fast.inference import SetReport, evaluate, sudoku_rules, sudoku_side
 from trm_fast.interop import load_weights
 from trm_fast.loading import pick_device
 from trm_fast.losses import ACTLossHead
 from trm_fast.model import Model
 from trm_fast.optim import GuardState
+from trm_fast.profiling import StepProfile
 from trm_fast.splits import Splits, dataset_config
 from trm_fast.train_step import TrainStep
 
@@ -59,6 +61,9 @@ class Reporter(Protocol):
 
     def on_skip(self, trainer: Trainer, state: GuardState) -> None:
         """After `check` found steps left out whose gradient was not finite."""
+
+    def on_profile(self, trainer: Trainer, line: str) -> None:
+        """Once with profile=true: where the profile is, or why there is none."""
 
     def wants_to_stop(self) -> bool:
         """Asked after every step and evaluated batch; True ends the run after a checkpoint."""
@@ -136,6 +141,7 @@ class Trainer:
         self.step = self.iteration = 0
         self.best: tuple[float, int] | None = None
         self.reports: dict[str, SetReport] = {}
+        self._profile = self._new_profile()
         self._skipped = 0  # steps that the reporter was told about
         self._evaluated_at = self._saved_at = -1
         if resume_from is not None:
@@ -155,6 +161,20 @@ class Trainer:
         epochs = self._epochs_per_iteration()
         return PuzzleDataset(dataset_config(self.config, self.splits.paths, epochs, test=False))
 
+    def _new_profile(self) -> StepProfile:
+        config, model_config = self.config, self.model_config
+        useful = step_flops(model_config, "train", config.global_batch_size)
+        profile = StepProfile(
+            self.run_dir,
+            self.device,
+            getattr(torch, model_config.forward_dtype),
+            useful,
+            counted=not config.compile,
+            tell=lambda line: self.reporter.on_profile(self, line),
+        )
+        profile.done = not config.profile
+        return profile
+
     def _resident(self) -> bool:
         """Whether the data is kept on the device: on GPUs, where it takes a small part of it."""
         if self.device.type == "cpu":
@@ -172,7 +192,8 @@ class Trainer:
         """One optimizer step on examples [B] int64 of a data set; the device is not waited for."""
         self.step += 1
         if self.step <= self.total_steps:
-            self.train_step.run(name, examples, self.step)
+            # A profile shows the ops of plain steps: of a graph there are kernels only.
+            self.train_step.run(name, examples, self.step, plain=not self._profile.done)
         elif self.ema is not None:
             self.ema.update(self.model)
 
@@ -209,11 +230,16 @@ class Trainer:
         """
         if self._owes_evaluation() or (self.finished and not self.reports):
             self._evaluate_and_save()
+        with self._profile:
+            return self._run()
+
+    def _run(self) -> bool:
         for batch in self._batches():
             if batch is None:
                 due = self._evaluates_by_epoch()
             else:
                 self.advance(*batch)
+                self._profile.step()
                 if self.step % self.config.log_interval == 0 and self.train_step.sums.steps:
                     self._report_step()
                 due = self._evaluates_now()

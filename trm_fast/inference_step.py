@@ -1,0 +1,172 @@
+"""One supervision step in evaluation mode, on tensors that stay where they are.
+
+Owns the step that every answer comes from: on NVIDIA GPUs it is one CUDA graph for each of a few
+batch sizes, smaller batches being padded; elsewhere the same code runs call by call at the size
+given. Imported by `inference.py`.
+
+Dims legend: B items of a batch, N items of the step, N >= B, L puzzle tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from trm_fast.capture import Capture
+from trm_fast.model import Model
+
+__all__ = ["InferenceStep", "StepOutput", "borrowed", "padded_size"]
+
+KEPT = 4  # steps of one model that wait to be used again
+
+
+@dataclass
+class StepOutput:
+    """One supervision step of a batch: preds [B, L] int64, q [B] float32, logits [B, L, V]."""
+
+    preds: Tensor
+    q: Tensor
+    logits: Tensor
+
+
+@dataclass
+class Best:
+    """The answer of the step with the highest q so far, the earliest of several.
+
+    Attributes:
+        tokens: [N, L] int64.  q: [N] float32.  step: 1-based, [N] int64.
+    """
+
+    tokens: Tensor
+    q: Tensor
+    step: Tensor
+
+
+def padded_size(batch: int) -> int:
+    """Items of the graph that serves a batch: powers of two to 64, then whole 64s."""
+    if batch <= 64:
+        return 1 << max(0, batch - 1).bit_length()
+    return -(-batch // 64) * 64
+
+
+class InferenceStep:
+    """Supervision steps of up to `size` items, none of them halting early.
+
+    Args:
+        model: in evaluation mode whenever the step runs; not kept alive by it.
+        size: N.  cuda_graph: False never captures.
+
+    Attributes:
+        best: over the steps since `start`, of all N items.
+    """
+
+    def __init__(self, model: Model, size: int, cuda_graph: bool = True) -> None:
+        self._model = weakref.ref(model)
+        device, length = model.inner.H_init.device, model.config.seq_len
+        self._data = {
+            "inputs": torch.zeros(size, length, dtype=torch.int32, device=device),
+            "puzzle_identifiers": torch.zeros(size, dtype=torch.int32, device=device),
+        }
+        self._carry = model.initial_carry(self._data)
+        self._size, self._used = size, size
+        self._number = torch.zeros((), dtype=torch.int64, device=device)
+        self.best = Best(
+            torch.zeros(size, length, dtype=torch.int64, device=device),
+            torch.zeros(size, device=device),
+            torch.zeros(size, dtype=torch.int64, device=device),
+        )
+        self._output: StepOutput | None = None
+        self._capture = Capture(self._run, device, cuda_graph)
+        self._weights = _places(model) if self.captures else ()
+
+    @property
+    def captures(self) -> bool:
+        """Whether it is worth keeping: a graph is, or will be, captured."""
+        return self._capture.captures
+
+    def fits(self, model: Model) -> bool:
+        """Whether the weights still lie where a graph reads them."""
+        return self._weights == _places(model)
+
+    def start(self, batch: dict[str, Tensor]) -> None:
+        """Take new puzzles: "inputs" [B, L] int, "puzzle_identifiers" [B] int, B <= N."""
+        self._used = len(batch["inputs"])
+        for name, place in self._data.items():
+            place[: self._used].copy_(batch[name])
+            place[self._used :].zero_()
+        self._carry.halted.fill_(True)
+        self._carry.steps.zero_()
+        self._number.zero_()
+        self.best.q.fill_(-torch.inf)
+
+    def run(self) -> StepOutput:
+        """The next supervision step; the tensors are the caller's."""
+        self._capture()
+        assert self._output is not None
+        found, rows = self._output, slice(self._used)
+        if not self.captures and self._used == self._size:
+            return found
+        return StepOutput(
+            found.preds[rows].clone(), found.q[rows].clone(), found.logits[rows].clone()
+        )
+
+    def _run(self) -> None:
+        """What is captured."""
+        model = self._model()
+        assert model is not None, "the model is gone"
+        carry, outputs = model(self._carry, self._data)
+        carry.halted = torch.zeros_like(carry.halted)
+        logits, q = outputs["logits"], outputs["q_halt_logits"]
+        preds = logits.argmax(-1)
+        self._number.add_(1)
+        best, better = self.best, q > self.best.q
+        best.tokens.copy_(torch.where(better.unsqueeze(-1), preds, best.tokens))
+        best.step.copy_(torch.where(better, self._number, best.step))
+        best.q.copy_(torch.where(better, q, best.q))
+        if self.captures:
+            self._carry.copy_(carry)
+        else:
+            self._carry = carry
+        # A graph's own tensors: every replay writes them again.
+        self._output = StepOutput(preds, q, logits)
+
+
+_free: weakref.WeakKeyDictionary[Model, list[InferenceStep]] = weakref.WeakKeyDictionary()
+
+
+@contextmanager
+def borrowed(model: Model, batch: int) -> Iterator[InferenceStep]:
+    """A step for batches of `batch` items that nobody else uses meanwhile.
+
+    With CUDA graphs it is used again by later calls: capturing takes much longer than a step.
+    """
+    waiting = [step for step in _free.pop(model, []) if step.fits(model)]
+    size = padded_size(batch)
+    step = next((step for step in waiting if step._size == size), None)
+    if step is None:
+        step = InferenceStep(model, size if _is_captured(model.inner.H_init.device) else batch)
+    else:
+        waiting.remove(step)
+    _free[model] = waiting
+    try:
+        yield step
+    finally:
+        if step.captures:
+            _free.setdefault(model, []).append(step)
+            del _free[model][:-KEPT]
+
+
+def _is_captured(device: torch.device) -> bool:
+    return device.type == "cuda"
+
+
+def _places(model: Model) -> tuple[object, ...]:
+    """Where everything lies that a graph of the model reads, and which operations it runs."""
+    inner = model.inner
+    tensors = [*inner.parameters(), *inner.buffers()]
+    return (id(inner.ops), *(t.data_ptr() for t in tensors))

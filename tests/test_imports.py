@@ -65,7 +65,7 @@ ORDER = [
     ["suite.session"],
     ["suite.ceilings", "suite.truth"],
     ["suite.steps"],
-    ["suite.compiled"],
+    ["suite.compiled", "suite.engine"],
     ["suite.speed"],
     ["suite.tuning"],
     ["suite.why"],

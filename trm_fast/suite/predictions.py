@@ -109,7 +109,15 @@ TABLE: dict[str, Prediction] = {
     "official eager/mlp_t/inference B1/launches": Prediction(16 * 1237, source="1237 a step"),
     "inference/mlp_t/B768": Prediction(1100.0, 1100.0, 1400.0, "puzzles a second"),
     "inference/mlp_t/B1536": Prediction(1100.0, 1100.0, 1400.0, "puzzles a second"),
-    "latency/mlp_t/B1/graph": Prediction(0.5, 0.38, None, "134 launches without gaps"),
+    # The trainer's step with everything, as a graph, ms; reserved memory, GiB.
+    "engine/mlp_t/step": Prediction(84.0, 67.0, None, "1 ms for all but the recursion"),
+    "engine/attention/step": Prediction(79.0, 71.0, None, "1 ms for all but the recursion"),
+    "engine/mlp_t/memory": Prediction(16.5, source="states and carry copied in place"),
+    "engine/mlp_t/mfu": Prediction(39.5, 39.5, 49.5, "84 ms"),
+    "engine/attention/mfu": Prediction(46.9, 46.9, 52.2, "79 ms"),
+    # 16 supervision steps from boards on the device to answers on the host, ms.
+    "answers/mlp_t/B1/graph": Prediction(8.5, 6.0, None, "134 launches a step without gaps"),
+    "answers/mlp_t/B768/graph": Prediction(698.0, 549.0, None, "1100 to 1400 puzzles/s"),
     "official eager/mlp_t/latency B1": Prediction(5.6, source="1237 launches"),
 }
 

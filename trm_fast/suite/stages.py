@@ -10,7 +10,7 @@ from functools import partial
 
 from trm_fast.contenders import Contender
 from trm_fast.ops import OP_NAMES
-from trm_fast.suite import ceilings, compiled, speed, steps, truth, tuning, why
+from trm_fast.suite import ceilings, compiled, engine, speed, steps, truth, tuning, why
 from trm_fast.suite.session import Item
 
 EAGER = Contender("official eager", official=True)
@@ -40,6 +40,10 @@ A = (
         gate=True,
     ),
     *(
+        Item(f"captured step {mixer}", partial(engine.exact, mixer=mixer), 60, gate=True)
+        for mixer in ("mlp_t", "attention")
+    ),
+    *(
         Item(
             f"{EAGER.name} {mixer}",
             partial(steps.official_steps, mixer=mixer, contender=EAGER, count=5),
@@ -65,6 +69,10 @@ A = (
     ),
 )
 B = (
+    Item("trainer's step mlp_t", partial(engine.trainer_step, mixer="mlp_t"), 60),
+    Item(
+        "trainer's step attention", partial(engine.trainer_step, mixer="attention"), 60, dry=False
+    ),
     Item("step mlp_t", partial(steps.our_steps, mixer="mlp_t"), 90),
     Item("step attention", partial(steps.our_steps, mixer="attention"), 60, dry=False),
     *(
@@ -105,12 +113,15 @@ B = (
     ),
     *(
         Item(
-            f"latency {mixer} B{batch}",
-            partial(steps.latency, mixer=mixer, batch=batch),
-            30,
+            f"answers {mixer} B{batch}",
+            partial(engine.answers, mixer=mixer, batch=batch),
+            45,
             dry=mixer == "attention",
         )
-        for mixer, batch in (("mlp_t", 1), ("mlp_t", 8), ("mlp_t", 64), ("attention", 1))
+        for mixer, batch in (
+            *(("mlp_t", batch) for batch in (1, 8, 64, 768)),
+            ("attention", 1),
+        )
     ),
     *(Item(f"rows {op}", partial(tuning.operation, op=op), 90, dry=op == TUNED[0]) for op in TUNED),
     Item("curve mlp_t", partial(steps.curve, mixer="mlp_t", steps=300), 300),

@@ -204,46 +204,19 @@ def inside(session: Session, name: str, entry: Entry, step: str, seconds: float)
         return
     count = launches(entry.run, session.device)
     yield measurement(f"{name}/launches", count, "kernels", look_up(f"{name}/launches"))
+    yield from utilization(session, name, entry.config, step, seconds)
+
+
+def utilization(
+    session: Session, name: str, config: ModelConfig, step: str, seconds: float
+) -> Rows:
+    """Useful operations over the maker's peak, where that is known."""
     peak = flops.device_peak(device_name(session.device))
     if peak is not None:
-        rate = flops.step_flops(entry.config, step) / seconds / 1e12
-        percent = 100 * rate / peak.tflop_per_s
+        rate = flops.step_flops(config, step) / seconds / 1e12
         note = f"{rate:.1f} useful TFLOP/s"
+        percent = 100 * rate / peak.tflop_per_s
         yield measurement(f"{name}/mfu", percent, "%", look_up(f"{name}/mfu"), note=note)
-
-
-def latency(session: Session, mixer: str, batch: int) -> Rows:
-    """Milliseconds of one supervision step for few boards: eager, and as a CUDA graph."""
-    config = session.config(mixer, batch)
-    model, boards = eval_model(session, config)
-    del boards["labels"]
-    with torch.device(session.device):
-        carry = model.initial_carry(boards)
-    for part in ("z_H", "z_L"):
-        getattr(carry.inner_carry, part).zero_()
-    with torch.no_grad():
-        for _ in range(session.count(3)):
-            _, outputs = model(carry, boards)
-        walls = [
-            wall_seconds(lambda: model(carry, boards), session.device)
-            for _ in range(session.count(30))
-        ]
-    name = f"latency/{mixer}/B{batch}"
-    yield measurement(
-        f"{name}/eager", 1e3 * statistics.median(walls), "ms", look_up(f"{name}/eager")
-    )
-    if session.device.type != "cuda":
-        return
-    graph = torch.cuda.CUDAGraph()
-    with torch.no_grad(), torch.cuda.graph(graph):
-        captured, replayed = model(carry, boards)
-    graph.replay()
-    same = torch.equal(replayed["logits"], outputs["logits"])
-    walls = [wall_seconds(graph.replay, session.device) for _ in range(30)]
-    note = "" if same else "the replay's logits differ from the eager ones"
-    yield measurement(
-        f"{name}/graph", 1e3 * statistics.median(walls), "ms", look_up(f"{name}/graph"), note=note
-    )
 
 
 def sudoku_batches(config: ModelConfig, boards: int) -> Iterator[dict[str, Tensor]]:

@@ -131,6 +131,24 @@ def test_few_are_kept(model, in_place):
     assert len(inference_step._free[model]) == inference_step.KEPT
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("mixer", ["attention", "mlp_t"])
+def test_weights_are_rounded_once_to_the_same_bits(mixer, dtype, in_place):
+    """Where plain PyTorch serves, which rounds them in every step."""
+    changes = {"mlp_t": True, "pos_encodings": "none"} if mixer == "mlp_t" else {}
+    model = tiny_model(**changes, forward_dtype=dtype, backend="reference")
+    with borrowed(model, 4) as step, torch.inference_mode():
+        assert step._rounded.keys() == dict(model.named_parameters()).keys()
+        for scale in (1.0, 0.5):
+            for p in model.parameters():
+                p.mul_(scale)
+            step.start(batch_of(4))
+            found = [step.run() for _ in range(STEPS)]
+            for out, (preds, q, logits) in zip(found, by_hand(model, batch_of(4)), strict=True):
+                assert torch.equal(out.logits, logits) and torch.equal(out.q, q)
+                assert torch.equal(out.preds, preds)
+
+
 def test_other_weights_are_read_and_moved_ones_found(model, in_place):
     batch = batch_of(3)
     before = list(supervision_steps(model, batch, 1))

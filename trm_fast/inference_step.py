@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.func import functional_call
 
 from trm_fast.capture import Capture
 from trm_fast.model import Model
@@ -83,6 +84,7 @@ class InferenceStep:
         self._output: StepOutput | None = None
         self._capture = Capture(self._run, device, cuda_graph)
         self._weights = _places(model) if self.captures else ()
+        self._rounded = _rounded(model) if self.captures else {}
 
     @property
     def captures(self) -> bool:
@@ -94,7 +96,13 @@ class InferenceStep:
         return self._weights == _places(model)
 
     def start(self, batch: dict[str, Tensor]) -> None:
-        """Take new puzzles: "inputs" [B, L] int, "puzzle_identifiers" [B] int, B <= N."""
+        """Take new puzzles, "inputs" [B, L] int, "puzzle_identifiers" [B] int, B <= N; and the
+        weights as they are now."""
+        model = self._model()
+        assert model is not None, "the model is gone"
+        masters = dict(model.named_parameters())
+        for name, copy in self._rounded.items():
+            copy.copy_(masters[name])
         self._used = len(batch["inputs"])
         for name, place in self._data.items():
             place[: self._used].copy_(batch[name])
@@ -119,7 +127,7 @@ class InferenceStep:
         """What is captured."""
         model = self._model()
         assert model is not None, "the model is gone"
-        carry, outputs = model(self._carry, self._data)
+        carry, outputs = functional_call(model, self._rounded, (self._carry, self._data))
         carry.halted = torch.zeros_like(carry.halted)
         logits, q = outputs["logits"], outputs["q_halt_logits"]
         preds = logits.argmax(-1)
@@ -163,6 +171,15 @@ def borrowed(model: Model, batch: int) -> Iterator[InferenceStep]:
 
 def _is_captured(device: torch.device) -> bool:
     return device.type == "cuda"
+
+
+def _rounded(model: Model) -> dict[str, Tensor]:
+    """Copies of the weights in the forward dtype, made once for many steps; {} where they are in it
+    already, or are to be quantised from more."""
+    dtype = model.inner.forward_dtype
+    if dtype == torch.float32 or model.config.quantize != "none":
+        return {}
+    return {name: p.detach().to(dtype) for name, p in model.named_parameters()}
 
 
 def _places(model: Model) -> tuple[object, ...]:

@@ -9,6 +9,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from trm_fast import backends
+from trm_fast import contenders as contending
 from trm_fast.backends import Choice
 from trm_fast.contenders import (
     Contender,
@@ -129,6 +130,25 @@ def test_fused_operations_are_a_contender_named_after_their_backends(monkeypatch
         Contender("cpp, recompute", backend="auto", policy="recompute"),
     ]
     assert found[-1] == Contender("matmuls only", products=True)
+
+
+def test_solving_goes_the_way_of_users_where_something_is_fused(monkeypatch):
+    used = []
+    real = contending.supervision_steps
+
+    def watched(*arguments):
+        used.append(arguments)
+        return real(*arguments)
+
+    monkeypatch.setattr(contending, "supervision_steps", watched)
+    plain, ours = (
+        prepare(c, RECIPE.model, "solve", None, CPU)
+        for c in (Contender("reference"), Contender("cpp", backend="auto"))
+    )
+    assert plain.run()[1].shape == (2, 9, 11)
+    assert used == []
+    assert ours.run()[1].shape == (2, 9, 11)
+    assert [steps for _, _, steps in used] == [RECIPE.model.halt_max_steps]
 
 
 def test_on_a_gpu_the_official_code_is_compiled_and_padded(monkeypatch):

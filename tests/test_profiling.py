@@ -167,6 +167,16 @@ def test_a_short_run_says_how_many_steps_it_takes(count, tmp_path):
     assert profiled(tmp_path, 5, backend="reference")[1] != said
 
 
+def test_what_counts_is_loaded_when_it_is_needed(tmp_path, monkeypatch):
+    """A trainer has one of these whether it profiles or not, and Triton takes its time to load."""
+    monkeypatch.setattr(profiling, "OpCounts", lambda: pytest.fail("loaded"))
+    with StepProfile(tmp_path, CPU, torch.float32, 1.0) as profile:
+        profile.step()
+        profile.done = True
+        for _ in range(20):
+            profile.step()
+
+
 def test_an_error_of_the_training_passes(tmp_path):
     said = []
     with (

@@ -343,7 +343,7 @@ def prepare(
         return loss, outputs["logits"]
 
     def solve(steps: int) -> Any:
-        way = official_answers if contender.official else answers
+        way = plain_answers if contender.backend == "reference" else answers
         return None, way(call, batch, steps, device)
 
     if step == "solve":
@@ -353,17 +353,15 @@ def prepare(
 
 
 def answers(model: Any, batch: dict[str, Tensor], steps: int, device: torch.device) -> Tensor:
-    """Logits [B, L, V] after `steps` supervision steps of our model."""
+    """Logits [B, L, V] after `steps` supervision steps of our model, as its users get them."""
     for out in supervision_steps(model, batch, steps):
         logits = out.logits
     return logits
 
 
 @torch.inference_mode()
-def official_answers(
-    model: Any, batch: dict[str, Tensor], steps: int, device: torch.device
-) -> Tensor:
-    """The same of the official model, which halts nowhere before in evaluation."""
+def plain_answers(model: Any, batch: dict[str, Tensor], steps: int, device: torch.device) -> Tensor:
+    """The same of any model call by call; in evaluation none halts before."""
     with torch.device(device):
         carry = model.initial_carry(batch)
     for _ in range(steps):

@@ -187,8 +187,8 @@ class StepProfile:
         self.folder, self.device, self.dtype, self.useful = folder / FOLDER, device, dtype, useful
         self.warm_up, self.steps, self.tell = warm_up, steps, tell
         self.done = False
-        self._counts = OpCounts() if counted else None
-        self._counting = False
+        self._counted, self._counting = counted, False
+        self._counts: OpCounts | None = None  # made when it is needed: it loads Triton
         self._profiler: torch.profiler.profile | None = None
         self._taken = 0
         self._begin = 0.0
@@ -224,7 +224,8 @@ class StepProfile:
 
     def _next(self, number: int) -> None:
         """`number`: 0 after the warm-up, 1 after the counted step, 2 after one in the profiler."""
-        if number == 0 and self._counts is not None:
+        if number == 0 and self._counted:
+            self._counts = OpCounts()
             self._counts.__enter__()
             self._counting = True
         elif number == 1:

@@ -111,7 +111,7 @@ def step_rows(session: Session, name: str, entry: Entry, count: int) -> Rows:
 
 def fused_entry(session: Session, config: ModelConfig, step: str, name: str) -> Entry:
     """Our step on the compiled backends, as `contenders.prepare` makes one."""
-    made = contenders.prepare(Contender(name), config, step, None, session.device)
+    made = contenders.prepare(Contender(name, backend="auto"), config, step, None, session.device)
     ops = fused_head(session, config).model.inner.ops  # type: ignore[union-attr]
     made.head.model.inner.ops = ops  # type: ignore[union-attr]
     return made

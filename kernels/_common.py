@@ -26,7 +26,7 @@ E4M3 = torch.float8_e4m3fn
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MAX_WIDTH = 1024  # features of a token: one row of them is a tile
 ALIGNMENT = 16  # elements that sizes in memory are multiples of: tensor maps need 16 bytes
-E4M3_TILE = tl.constexpr(128)  # products of e4m3 that the tensor cores of sm_89 and sm_90 may sum
+E4M3_TILE = 128  # products of e4m3 that the tensor cores of sm_89 and sm_90 may sum
 
 INTERPRET = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
@@ -148,12 +148,13 @@ def row_scale(ssq_ptr, offs, count, TILES: tl.constexpr, WIDTH: tl.constexpr, ep
 def e4m3_rows(w: Tensor) -> tuple[Tensor, Tensor]:
     """w [..., K] float32, row by row -> e4m3 of that shape and a step each, [...] float32.
 
-    The step is a power of two that `e4m3_step` would find; what is not finite becomes NaN.
+    The step is the one that `e4m3_step` finds; what is not finite becomes NaN.
     """
-    most = w.abs().amax(-1, keepdim=True).nan_to_num(1, posinf=1).clamp_min(2.0**-100)
-    step = torch.ldexp(torch.ones_like(most), torch.frexp(most).exponent - 8)
-    scaled = torch.where(w.isfinite(), w / step, torch.nan)  # below 256, or of a row with a NaN
-    return scaled.clamp(-448, 448).to(E4M3), step.squeeze(-1)
+    most = w.abs().amax(-1, keepdim=True).view(torch.int32)
+    power = most.bitwise_and(0x7F800000).clamp_min(27 << 23)
+    step = (power - (7 << 23)).view(torch.float32)
+    not_finite = w - w  # is NaN, else 0
+    return (w / step + not_finite).to(E4M3), step.squeeze(-1)
 
 
 def round_up(size: int, multiple: int = ALIGNMENT) -> int:

@@ -127,7 +127,7 @@ def linear(
         squares = new_squares(a, count, width)
     ssq = squares if isinstance(squares, Tensor) else None
     assert ssq is None or ssq.shape == (columns, count)
-    assert a_step is None or block_k == E4M3_TILE.value
+    assert a_step is None or block_k == E4M3_TILE
     if out.numel():
         w_block = [block_k, block_n] if w_is_kn else [block_n, block_k]
         run(

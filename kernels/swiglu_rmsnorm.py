@@ -171,7 +171,7 @@ def gate_up(
     inner = weight.shape[1]
     row = pick("gate_up", h, M=count, N=inner)
     block_m, block_n, block_k = (row.tiles[f"BLOCK_{axis}"] for axis in "MNK")
-    assert a_step is None or block_n == E4M3_TILE.value
+    assert a_step is None or block_n == E4M3_TILE
     if count:
         run(
             _gate_up_kernel, (triton.cdiv(count, block_m) * triton.cdiv(inner, block_n),), row, h,
@@ -193,7 +193,7 @@ def swiglu_e4m3(h: Tensor, w: ChannelE4M3, ssq: Tensor | None, eps: float) -> tu
     count, inner = len(h), w.down.shape[1]
     narrow = finish_norm(h, ssq, eps, out=torch.empty_like(h, dtype=E4M3), step=w.h_step)
     a = narrow.new_empty(count, inner)
-    a_step = h.new_empty(triton.cdiv(inner, E4M3_TILE.value), count, dtype=torch.float32)
+    a_step = h.new_empty(triton.cdiv(inner, E4M3_TILE), count, dtype=torch.float32)
     gate_up(narrow, w.gate_up, a=a, w_step=w.gate_up_step, a_step=a_step)
     total, squares = linear(
         a, w.down, h, squares=True, h_ssq=ssq, eps=eps, a_step=a_step, w_step=w.down_step

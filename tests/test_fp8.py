@@ -5,12 +5,14 @@ from dataclasses import replace
 
 import pytest
 import torch
+from capturing import NeverWaits
 from parity import make_inputs, relative_l2
 from tiny import MIXERS, tiny_batch, tiny_config, tiny_model
 
 from trm_fast import backends, fp8, reference
 from trm_fast.config import ConfigError, ModelConfig
 from trm_fast.losses import ACTLossHead
+from trm_fast.model import Model
 from trm_fast.ops import (
     OP_NAMES,
     AttentionWeights,
@@ -325,3 +327,25 @@ def test_gpus_from_capability_8_9_on_have_kernels(monkeypatch, capability):
 def test_where_there_are_no_8_bit_floats_it_is_refused():
     with pytest.raises(ValueError, match="deep_recursion on mps .*PyTorch has no 8-bit floats"):
         recursion_on("mps")
+
+
+@pytest.mark.parametrize("grad", [False, True], ids=["answers", "training"])
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+def test_nothing_waits_for_the_device(backend, grad):
+    """So that a step can be captured."""
+    config = tiny_config(**SIZES, forward_dtype="bfloat16", backend="reference", quantize="fp8")
+    model = Model(config).to("meta").train(grad)
+    if backend == "triton":
+        model.inner.ops = backends.table("triton")
+    batch = {name: t.to("meta") for name, t in tiny_batch().items()}
+
+    def step():
+        with torch.set_grad_enabled(grad):
+            logits = model(model.initial_carry(batch), batch)[1]["logits"]
+            if grad:
+                logits.float().sum().backward()
+
+    step()  # makes what is made once
+    with NeverWaits("meta") as mode:
+        step()
+    assert mode.calls > 30

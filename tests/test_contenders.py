@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from capturing import InPlace
 from torch.utils.flop_counter import FlopCounterMode
 
 from trm_fast import backends
@@ -164,6 +165,9 @@ def test_on_a_gpu_the_official_code_is_compiled_and_padded(monkeypatch):
         "official compiled": (True, 0),
         "official compiled, padded": (True, 112),
     }
+    graph = [c for c in contenders(CASES["official"], device) if c.captured]
+    assert [(c.name, c.backend) for c in graph] == [("triton, graph", "auto")]
+    assert not any(c.captured for c in contenders(CASES["official"], device, step="solve"))
     assert official(CASES["nano-trm"])["official compiled, padded"] == (True, 96)
     assert "official compiled, padded" not in official(CASES["attention"])
     assert official(CASES["official"], compiling="never") == {
@@ -243,3 +247,21 @@ def test_the_official_token_mlp_is_the_same_with_padded_rows(official_path):
         assert type(entry.head.model.inner.L_level.layers[0].mlp_t).__name__ == "PaddedSwiGLU"
         check_parity(entry, "train", official, CPU)
     assert 0 < entry.errors["one_cycle"] < 1e-5
+
+
+def test_a_captured_train_step_is_the_same_in_tensors_that_stay(monkeypatch):
+    monkeypatch.setattr(contending, "Capture", InPlace)
+    config = replace(quick(CASES["official"]).model, forward_dtype="float32")
+    plain = Contender("plain", policy="save")
+    entries = [
+        prepare(contender, config, "train", None, CPU)
+        for contender in (plain, replace(plain, name="graph", captured=True))
+    ]
+    first = outcome(entries[1])
+    places = [p.grad.data_ptr() for p in entries[1].head.parameters()]
+    for again in range(2):  # gradients are not added up
+        found, wanted = (outcome(entry) for entry in reversed(entries))
+        assert found.keys() == wanted.keys() == first.keys()
+        for name, value in wanted.items():
+            assert torch.equal(found[name], value), (again, name)
+    assert places == [p.grad.data_ptr() for p in entries[1].head.parameters()]

@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trm_fast import backends
+from trm_fast.capture import Capture
 from trm_fast.config import ModelConfig
 from trm_fast.floor import matmuls
 from trm_fast.inference import supervision_steps
@@ -121,6 +122,7 @@ class Contender:
         policy: of the recursion's memory; None leaves the configuration's.
         quantize: of the products with weights; checked against a reference that does the same.
         products: no model, only the step's matrix products.
+        captured: as one CUDA graph, which is how a training runs.
     """
 
     name: str
@@ -133,6 +135,7 @@ class Contender:
     policy: str | None = None
     quantize: str = "none"
     products: bool = False
+    captured: bool = False
 
 
 def fused(config: ModelConfig, device: torch.device) -> str:
@@ -168,6 +171,8 @@ def contenders(
         if name != "reference":
             backend = "auto" if kernels else "reference"
             found.append(Contender(name, backend=backend, policy=policy))
+    if kernels and device.type == "cuda" and step == "train":
+        found.append(Contender(f"{kernels}, graph", backend="auto", policy="save", captured=True))
     for way in quantized if kernels else ():
         found.append(Contender(f"{kernels}, {way}", backend="auto", policy="save", quantize=way))
     compiled = compiling == "always" or (
@@ -330,9 +335,11 @@ def prepare(
     rows = getattr(head.model.inner, "puzzle_emb", None)  # type: ignore[union-attr]
 
     def train() -> Any:
-        head.zero_grad(set_to_none=True)
-        if rows is not None:
-            rows.local_weights.grad = None
+        head.zero_grad(set_to_none=not contender.captured)
+        if rows is not None and rows.local_weights.grad is not None:
+            rows.local_weights.grad = (
+                rows.local_weights.grad.zero_() if contender.captured else None
+            )
         _, loss, _, outputs, _ = call(return_keys=("logits",), carry=carry, batch=batch)
         loss.backward()
         return loss, outputs["logits"]
@@ -349,7 +356,25 @@ def prepare(
     if step == "solve":
         run, first = partial(solve, config.halt_max_steps), partial(solve, 1)
         return Entry(contender, config, head, run, first)
+    if contender.captured:
+        return Entry(contender, config, head, captured(train, device))
     return Entry(contender, config, head, train if step == "train" else infer)
+
+
+def captured(step: Callable[[], Any], device: torch.device) -> Callable[[], Any]:
+    """The same as one CUDA graph, after a few plain calls; what it returns lies in its place."""
+    returned: list[Any] = []
+
+    def body() -> None:
+        returned[:] = [step()]
+
+    capture = Capture(body, device)
+
+    def run() -> Any:
+        capture()
+        return returned[0]
+
+    return run
 
 
 def answers(model: Any, batch: dict[str, Tensor], steps: int, device: torch.device) -> Tensor:

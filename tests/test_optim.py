@@ -344,6 +344,8 @@ def test_which_optimizers_are_built():
     assert kinds(build_optimizers(Toy(rows=False), config())) == ["AdamATan2"]
     assert kinds(build_optimizers(Head(Toy()), config())) == ["SparseEmbeddingSignSGD", "AdamATan2"]
     assert kinds(build_optimizers(Toy(rows=False), config(optimizer="adamw"))) == ["AdamW"]
+    ((adamw, _),) = build_optimizers(Toy(rows=False), config(optimizer="adamw"))
+    assert adamw.param_groups[0]["capturable"], "PyTorch refuses a capture otherwise"
     frozen = build_optimizers(Head(Toy()), config(freeze_weights=True))
     assert kinds(frozen) == ["SparseEmbeddingSignSGD"] and frozen[0][1] == 1e-1
     with pytest.raises(ValueError, match="no block matrices"):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -120,7 +120,10 @@ def _weight_optimizers(
         assert config.optimizer == "adamw", config.optimizer
     if named:
         others = [p for _, p in named]
-        adamw = torch.optim.AdamW(others, 0.0, betas, weight_decay=decay, fused=True)
+        settings: Any = {"betas": betas, "weight_decay": decay, "fused": True, "capturable": True}
+        adamw = torch.optim.AdamW(others, 0.0, **settings)
+        # Without this it warns of the plain steps before a capture.
+        adamw._warned_capturable_if_run_uncaptured = True  # type: ignore[attr-defined]
         built.append((adamw, config.lr))
     return built
 

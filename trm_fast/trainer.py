@@ -120,10 +120,10 @@ class Trainer:
             vocab_size=metadata.vocab_size,
             num_puzzle_identifiers=metadata.num_puzzle_identifiers,
         )
-        self.part = config.global_batch_size // config.grad_accum
+        part = config.global_batch_size // config.grad_accum
         dtype = getattr(torch, self.model_config.forward_dtype)
         engine = backends.recursion_engine(self.device, dtype, self.model_config)
-        self.step_bytes = memory.check_fits(self.model_config, self.part, self.device, engine)
+        self.step_bytes = memory.check_fits(self.model_config, part, self.device, engine)
         torch.manual_seed(config.seed)
         self.model = Model(self.model_config).to(self.device).train()
         if config.load_checkpoint and resume_from is None:

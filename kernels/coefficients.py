@@ -37,7 +37,7 @@ def step_coefficients(
             1 - ema_decay,
             float(found_inf != 0),
         ]
-        return torch.tensor(values, dtype=wide).to(device, non_blocking=True)
+        return torch.tensor(values, dtype=wide).to(device)
     # Numbers are filled in, not copied to the device: a graph cannot be captured around a copy.
     lr, step, ema_decay, grad_scale, found_inf = (
         value.to(device, wide)

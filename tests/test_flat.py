@@ -17,12 +17,18 @@ def filled(seed=0):
 
 
 def test_laid_out_tensors_are_zeros_one_after_another():
-    places = lay_out(filled(), torch.float64)
+    places = lay_out([t.double() for t in filled()])
     assert [t.shape for t in places] == [torch.Size(shape) for shape in SHAPES]
     assert all(t.dtype == torch.float64 and not t.any() and t.is_contiguous() for t in places)
     starts = [t.data_ptr() - places[0].data_ptr() for t in places]
     assert starts == [0, ALIGNMENT, 2 * ALIGNMENT, 4 * ALIGNMENT]
     assert lay_out([]) == []
+    halves = [t.half() for t in filled()]
+    mixed = lay_out([halves[0], filled()[1], halves[2]], torch.float32)
+    assert [t.dtype for t in mixed] == [torch.float32] * 3
+    mixed = lay_out([halves[0], filled()[1], halves[2]])
+    assert [t.dtype for t in mixed] == [torch.float16, torch.float32, torch.float16]
+    assert len(joined([mixed[0], mixed[2]])) == 1 and len(joined(mixed)) == 3
 
 
 def test_joined_covers_them_all():

@@ -3,11 +3,12 @@
 import copy
 import gc
 import weakref
+from dataclasses import replace
 
 import pytest
 import torch
 from answering import boards, tiny_config, tiny_model
-from capturing import InPlace, NeverWaits
+from capturing import InPlace, NeverWaits, Recorded
 
 from trm_fast import backends, inference_step
 from trm_fast.inference import predict, supervision_steps
@@ -72,11 +73,35 @@ def test_padding_changes_no_answer(model, count):
 
 
 @pytest.mark.parametrize("count", [1, 5])
-def test_captured_or_not(model, count, in_place):
-    for seed in (0, 1):
+@pytest.mark.parametrize("capture", [InPlace, Recorded])
+def test_captured_or_not(model, count, capture, in_place, monkeypatch):
+    """All outputs are looked at after the last step: each is its reader's own."""
+    monkeypatch.setattr(inference_step, "Capture", capture)
+    Recorded.made = 0
+    for seed in range(4):
         batch = batch_of(count, seed)
         outs = list(supervision_steps(model, batch, STEPS))
         assert_same(outs, by_hand(model, batch))
+    assert Recorded.made == (capture is Recorded)
+
+
+def test_what_is_not_a_number_is_never_the_best(model, in_place, monkeypatch):
+    def forward(carry, batch, real=model.forward):
+        carry, outputs = real(carry, batch)
+        outputs["q_halt_logits"] = outputs["q_halt_logits"].masked_fill(bad, torch.nan)
+        return carry, outputs
+
+    bad = torch.tensor([False] * 4)
+    first, second = batch_of(4), batch_of(4, 1)
+    predict(model, *first.values(), steps=STEPS)
+    bad = torch.tensor([True, False, False, True])
+    monkeypatch.setattr(model, "forward", forward)
+    with borrowed(model, 4) as step, torch.inference_mode():
+        step.start(second)
+        preds = [step.run().preds for _ in range(STEPS)]
+        assert torch.equal(step.best.tokens[bad], preds[0][bad])
+        assert step.best.step[bad].tolist() == [1, 1]
+        assert step.best.q[bad].tolist() == [-torch.inf] * 2
 
 
 def test_everything_stays_in_its_place(model, in_place):
@@ -161,6 +186,37 @@ def test_other_weights_are_read_and_moved_ones_found(model, in_place):
     model.inner.lm_head.weight.data = model.inner.lm_head.weight.data.clone()
     with borrowed(model, 3) as another:
         assert another is not step
+
+
+@pytest.mark.parametrize("what", ["ops", "config"])
+def test_what_decides_the_work_is_found_too(model, in_place, what):
+    with borrowed(model, 3) as step:
+        pass
+    if what == "ops":
+        model.inner.ops = replace(model.inner.ops, inject=backends.table("reference").swiglu)
+    else:
+        model.inner.config = replace(model.inner.config, L_cycles=2)
+    with borrowed(model, 3) as another:
+        assert another is not step
+
+
+def test_hooks_are_called_every_time(model, in_place):
+    seen = []
+    model.inner.register_forward_hook(lambda *_: seen.append(1))
+    list(supervision_steps(model, batch_of(3), STEPS))
+    assert len(seen) == STEPS
+    with borrowed(model, 3) as step:
+        assert step._size == 3, "as it is, without a graph"
+
+
+def test_without_graphs_on_request(model, in_place, monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        inference_step, "Capture", lambda *args: asked.append(args[2]) or InPlace(*args)
+    )
+    list(supervision_steps(model, batch_of(3), 1))
+    list(supervision_steps(model, batch_of(3), 1, cuda_graph=False))
+    assert asked == [True, False]
 
 
 def test_a_model_is_copied_and_forgotten_without_its_steps(model, in_place):

@@ -244,8 +244,18 @@ def test_free_bytes_without_linux(monkeypatch, names, pages):
 
 
 def test_free_bytes_on_accelerators(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 70)
-    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 50)
+    def segment(device, pool, total, allocated):
+        sizes = {"total_size": total, "allocated_size": allocated}
+        return {"device": device, "segment_pool_id": pool, **sizes}
+
+    segments = [
+        segment(0, (0, 0), 70, 50),
+        segment(0, (0, 0), 5, 5),
+        segment(0, (0, 3), 900, 0),  # a captured graph's
+        segment(1, (0, 0), 900, 0),
+    ]
+    monkeypatch.setattr(torch.cuda, "memory_snapshot", lambda: segments)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1000, 5000))
     assert memory.free_bytes(torch.device("cuda")) == 1020
     monkeypatch.setattr(torch.mps, "recommended_max_memory", lambda: 500)

@@ -4,12 +4,14 @@ The plain loop counts in Python, looks at every gradient before it goes on, and 
 operations in the same order with the same random numbers.
 """
 
+import gc
 import math
+import weakref
 
 import numpy as np
 import pytest
 import torch
-from capturing import InPlace, NeverWaits
+from capturing import InPlace, NeverWaits, Recorded
 from training import assert_same, make_config, make_data, make_trainer
 
 from trm_fast import backends, optim
@@ -187,6 +189,97 @@ def trained(step):
     rows = ["inner.puzzle_emb.weights"] if step.model_config.puzzle_emb_ndim else []
     names = rows + [name for name, _ in step.model.named_parameters()]
     return [name for name in step.model.state_dict() if name in names]
+
+
+@pytest.mark.parametrize("backend", ["reference", "auto"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_replayed_without_python_it_is_the_same(data, tmp_path, variant, backend, monkeypatch):
+    """Nothing that changes from step to step is frozen into what a graph repeats."""
+    plain = make_trainer(settings(data, variant, arch__backend=backend), tmp_path).train_step
+    monkeypatch.setattr("trm_fast.train_step.Capture", Recorded)
+    trainer = make_trainer(settings(data, variant, arch__backend=backend), tmp_path)
+    step, number, replayed = trainer.train_step, 0, 0
+    while number < STEPS:
+        for name, examples in trainer.dataset.choices():
+            number += 1
+            replayed += step.captured
+            for one in (plain, step):
+                one.run(name, examples, number)
+            assert_same(state(plain), state(step))
+            if number == STEPS:
+                break
+    fades = VARIANTS[variant].get("curriculum", 0)  # another variant: captured anew
+    assert replayed == (6 if fades else STEPS - 4)
+
+
+def test_a_resumed_step_is_captured_anew(data, tmp_path, monkeypatch):
+    """In tensors of its own: a graph would go on with the ones it knew."""
+    config = settings(data, "attention", save_interval=1)
+    straight = make_trainer(config, tmp_path / "straight")
+    monkeypatch.setattr("trm_fast.train_step.Capture", Recorded)
+    again = make_trainer(config, tmp_path / "again")
+    for trainer in (straight, again):
+        trainer.run()
+    assert again.train_step.captured
+    again.resume(tmp_path / "straight" / "step_5")
+    assert not again.train_step.captured
+    again.run()
+    assert_same(state(straight.train_step), state(again.train_step))
+
+
+def test_a_profiler_is_given_plain_calls(data, tmp_path, monkeypatch):
+    monkeypatch.setattr("trm_fast.train_step.Capture", Recorded)
+    trainer = make_trainer(settings(data, "attention"), tmp_path)
+    name, examples = next(iter(trainer.dataset.choices()))
+    for number in range(1, 8):
+        trainer.train_step.run(name, examples, number, plain=True)
+    assert not trainer.train_step.captured
+
+
+def test_the_puzzles_that_are_told_are_those_worked_on(data, tmp_path):
+    """Not the new ones of the batch, which unfinished items did not take."""
+    trainer = make_trainer(settings(data, "attention"), tmp_path)
+    poisoned(trainer.train_step, at=2)
+    trainer.train_step.guard.limit = 1
+    for number, first in ((1, 0), (2, 4)):
+        trainer.train_step.run("all", np.arange(first, first + 4), number)
+    worked_on = trainer.train_step.carries[0].current_data["puzzle_identifiers"]
+    assert trainer.train_step.guard.identifiers() == worked_on.unique().tolist()
+    trainer.train_step.run("all", np.array([3, 3, 3, 3]), 3)
+    assert trainer.train_step.guard.identifiers() == worked_on.unique().tolist()
+
+
+def test_what_is_done_to_the_model_between_steps(data, tmp_path):
+    trainer = make_trainer(settings(data, "attention"), tmp_path / "a")
+    other = make_trainer(settings(data, "attention"), tmp_path / "b").train_step
+    step, batches = trainer.train_step, list(trainer.dataset.choices())
+    for number, batch in enumerate(batches, start=1):
+        step.model.zero_grad()
+        for one in (step, other):
+            one.run(*batch, number)
+    assert_same(state(step), state(other))
+    with pytest.raises(ValueError, match="3 examples were given, a batch has 4"):
+        step.run("all", np.arange(3), 6)
+    step.model.eval()
+    with pytest.raises(ValueError, match="the model is in evaluation mode"):
+        step.run(*batches[0], 6)
+    step.model.train().double().float()
+    with pytest.raises(ValueError, match="weights were moved after its training step was made"):
+        step.run(*batches[0], 6)
+    with pytest.raises(ValueError, match="the feed has batches of 4, global_batch_size is 8"):
+        TrainStep(step.config.replace({"global_batch_size": 8}), step.head, step.feed, 9)
+
+
+def test_a_step_is_freed_with_the_last_reference(data, tmp_path):
+    trainer = make_trainer(settings(data, "attention"), tmp_path)
+    trainer.run()
+    gone = weakref.ref(trainer.train_step)
+    gc.disable()
+    try:
+        del trainer.train_step
+        assert gone() is None
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

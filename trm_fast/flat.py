@@ -18,21 +18,22 @@ __all__ = ["joined", "lay_out"]
 ALIGNMENT = 256  # bytes: what allocators give, so that no kernel takes a slower path for a view
 
 
-def lay_out(tensors: Sequence[Tensor], dtype: torch.dtype | None = None) -> list[Tensor]:
-    """Zeros of the tensors' shapes, contiguous, one after another in one buffer.
+def lay_out(tensors: Sequence[Tensor], least: torch.dtype | None = None) -> list[Tensor]:
+    """Zeros like the tensors, contiguous, those of each dtype one after another in one buffer.
 
     Args:
-        tensors: on one device; any strides.  dtype: of the new ones; None takes the first's.
+        tensors: on one device; any strides.
+        least: a dtype that each one's is promoted with; None leaves them.
     """
-    if not tensors:
-        return []
-    dtype, device = dtype or tensors[0].dtype, tensors[0].device
-    places, end = _places([t.numel() for t in tensors], dtype.itemsize)
-    buffer = torch.zeros(end, dtype=dtype, device=device)
-    return [
-        buffer[place : place + t.numel()].view(t.shape)
-        for place, t in zip(places, tensors, strict=True)
-    ]
+    found: dict[int, Tensor] = {}
+    for dtype in dict.fromkeys(t.dtype for t in tensors):
+        members = [i for i, t in enumerate(tensors) if t.dtype == dtype]
+        new = dtype if least is None else torch.promote_types(dtype, least)
+        places, end = _places([tensors[i].numel() for i in members], new.itemsize)
+        buffer = torch.zeros(end, dtype=new, device=tensors[0].device)
+        for i, place in zip(members, places, strict=True):
+            found[i] = buffer[place : place + tensors[i].numel()].view(tensors[i].shape)
+    return [found[i] for i in range(len(tensors))]
 
 
 def joined(tensors: Sequence[Tensor]) -> list[Tensor]:

@@ -53,19 +53,22 @@ def _depth(model: Model, steps: int | None) -> int:
 
 
 @torch.inference_mode()
-def supervision_steps(model: Model, batch: dict[str, Tensor], steps: int) -> Iterator[StepOutput]:
+def supervision_steps(
+    model: Model, batch: dict[str, Tensor], steps: int, cuda_graph: bool = True
+) -> Iterator[StepOutput]:
     """The model's outputs after each of `steps` supervision steps, none of them halting early.
 
     Args:
         model: in evaluation mode.
         batch: "inputs" [B, L] int32 and "puzzle_identifiers" [B] int32 on the model's device.
         steps: M >= 1, also beyond halt_max_steps.
+        cuda_graph: False runs call by call on NVIDIA GPUs too.
 
     Raises:
         ValueError: steps < 1.
     """
     depth = _depth(model, steps)
-    with borrowed(model, len(batch["inputs"])) as step:
+    with borrowed(model, len(batch["inputs"]), cuda_graph) as step:
         step.start(batch)
         for _ in range(depth):
             yield step.run()
@@ -120,12 +123,15 @@ class SetReport:
 class _Tally:
     """Sums over batches of one set; `report` divides them."""
 
-    def __init__(self, steps: int, loss_type: str, rules: Rules | None) -> None:
+    def __init__(
+        self, steps: int, loss_type: str, rules: Rules | None, cuda_graph: bool = True
+    ) -> None:
         self.per_step = np.zeros((steps, 4))  # accuracy, exact, q agrees, valid
         self.ends = np.zeros(6)  # lm loss, q loss; best-q accuracy, exact, valid, step
         self.puzzles = 0
         self.loss = LOSSES[loss_type]
         self.rules = rules
+        self.cuda_graph = cuda_graph
 
     def add(self, model: Model, batch: dict[str, Tensor], collect: dict[str, list[Tensor]]) -> None:
         """Count a batch in which every row has at least one label that is not ignored."""
@@ -136,7 +142,8 @@ class _Tally:
         best_q = torch.full((len(labels),), -torch.inf, device=labels.device)
         best = torch.zeros(4, len(labels), device=labels.device)  # accuracy, exact, valid, step
         inputs = batch["inputs"].cpu().numpy()
-        for index, out in enumerate(supervision_steps(model, batch, len(self.per_step))):
+        outputs = supervision_steps(model, batch, len(self.per_step), self.cuda_graph)
+        for index, out in enumerate(outputs):
             right = mask & (out.preds == labels)
             solved = right.sum(-1) == counts
             accuracy = right.sum(-1) / counts
@@ -186,6 +193,7 @@ def evaluate(
     loss_type: str = "stablemax_cross_entropy",
     rules: Rules | None = None,
     collect: dict[str, list[Tensor]] | None = None,
+    cuda_graph: bool = True,
 ) -> dict[str, SetReport]:
     """Measure a model on labelled puzzles, set by set.
 
@@ -198,6 +206,7 @@ def evaluate(
         loss_type: a name in `LOSSES`.  rules: adds `valid`, see `sudoku_rules`.
         collect: lists that get, batch by batch, the tensors they are named after: those of the
             batch, or "logits", "preds", "q_halt_logits" of the last step.
+        cuda_graph: False runs call by call on NVIDIA GPUs too.
 
     Raises:
         ValueError: no puzzles at all, or steps < 1.
@@ -209,7 +218,7 @@ def evaluate(
     model.eval()
     try:
         for name, batch, _ in batches:
-            tally = tallies.setdefault(name, _Tally(depth, loss_type, rules))
+            tally = tallies.setdefault(name, _Tally(depth, loss_type, rules, cuda_graph))
             rows = (batch["labels"] != IGNORE_LABEL_ID).any(-1).nonzero().squeeze(-1)
             if max_puzzles is not None:
                 rows = rows[: max(0, max_puzzles - tally.puzzles)]

@@ -9,6 +9,7 @@ Dims legend: B items of a batch, N items of the step, N >= B, L puzzle tokens, V
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -40,7 +41,7 @@ class Best:
     """The answer of the step with the highest q so far, the earliest of several.
 
     Attributes:
-        tokens: [N, L] int64.  q: [N] float32.  step: 1-based, [N] int64.
+        tokens: [N, L] int64.  q: [N] float32, where NaN counts as -inf.  step: 1-based, [N] int64.
     """
 
     tokens: Tensor
@@ -91,6 +92,11 @@ class InferenceStep:
         """Whether it is worth keeping: a graph is, or will be, captured."""
         return self._capture.captures
 
+    @property
+    def captured(self) -> bool:
+        """Whether the next run is the replay of a graph."""
+        return self._capture.captured
+
     def fits(self, model: Model) -> bool:
         """Whether the weights still lie where a graph reads them."""
         return self._weights == _places(model)
@@ -110,7 +116,6 @@ class InferenceStep:
         self._carry.halted.fill_(True)
         self._carry.steps.zero_()
         self._number.zero_()
-        self.best.q.fill_(-torch.inf)
 
     def run(self) -> StepOutput:
         """The next supervision step; the tensors are the caller's."""
@@ -132,10 +137,11 @@ class InferenceStep:
         logits, q = outputs["logits"], outputs["q_halt_logits"]
         preds = logits.argmax(-1)
         self._number.add_(1)
-        best, better = self.best, q > self.best.q
+        best, known = self.best, torch.where(q.isnan(), -torch.inf, q)
+        better = (known > best.q) | (self._number == 1)
         best.tokens.copy_(torch.where(better.unsqueeze(-1), preds, best.tokens))
         best.step.copy_(torch.where(better, self._number, best.step))
-        best.q.copy_(torch.where(better, q, best.q))
+        best.q.copy_(torch.where(better, known, best.q))
         if self.captures:
             self._carry.copy_(carry)
         else:
@@ -145,32 +151,44 @@ class InferenceStep:
 
 
 _free: weakref.WeakKeyDictionary[Model, list[InferenceStep]] = weakref.WeakKeyDictionary()
+_lock = threading.Lock()
 
 
 @contextmanager
-def borrowed(model: Model, batch: int) -> Iterator[InferenceStep]:
+def borrowed(model: Model, batch: int, cuda_graph: bool = True) -> Iterator[InferenceStep]:
     """A step for batches of `batch` items that nobody else uses meanwhile.
 
-    With CUDA graphs it is used again by later calls: capturing takes much longer than a step.
+    With CUDA graphs it is used again by later calls: capturing takes much longer than a step. A
+    model with hooks is run call by call, so that they are.
     """
-    waiting = [step for step in _free.pop(model, []) if step.fits(model)]
-    size = padded_size(batch)
-    step = next((step for step in waiting if step._size == size), None)
+    graphs = cuda_graph and _is_captured(model.inner.H_init.device) and not _hooks(model)
+    step = _take(model, padded_size(batch)) if graphs else None
     if step is None:
-        step = InferenceStep(model, size if _is_captured(model.inner.H_init.device) else batch)
-    else:
-        waiting.remove(step)
-    _free[model] = waiting
+        step = InferenceStep(model, padded_size(batch) if graphs else batch, graphs)
     try:
         yield step
     finally:
         if step.captures:
-            _free.setdefault(model, []).append(step)
-            del _free[model][:-KEPT]
+            with _lock:
+                _free.setdefault(model, []).append(step)
+                del _free[model][:-KEPT]
+
+
+def _take(model: Model, size: int) -> InferenceStep | None:
+    """One that waits, if there is one of this size; those that fit no more are dropped."""
+    with _lock:
+        waiting = [step for step in _free.get(model, []) if step.fits(model)]
+        found = next((step for step in waiting if step._size == size), None)
+        _free[model] = [step for step in waiting if step is not found]
+    return found
 
 
 def _is_captured(device: torch.device) -> bool:
     return device.type == "cuda"
+
+
+def _hooks(model: Model) -> bool:
+    return any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
 def _rounded(model: Model) -> dict[str, Tensor]:
@@ -183,7 +201,7 @@ def _rounded(model: Model) -> dict[str, Tensor]:
 
 
 def _places(model: Model) -> tuple[object, ...]:
-    """Where everything lies that a graph of the model reads, and which operations it runs."""
+    """Where everything lies that a graph of the model reads, and what decides its work."""
     inner = model.inner
     tensors = [*inner.parameters(), *inner.buffers()]
-    return (id(inner.ops), *(t.data_ptr() for t in tensors))
+    return (inner.ops, inner.config, model.config, *(t.data_ptr() for t in tensors))

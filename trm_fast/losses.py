@@ -207,5 +207,6 @@ class MetricSums:
         """Restore what `state_dict` returned."""
         self.clear()
         self.steps = int(state["steps"])
-        if values := {name: value.to(device) for name, value in state["values"].items()}:
+        wide = wide_dtype(device)
+        if values := {name: value.to(wide).to(device) for name, value in state["values"].items()}:
             self.add(values)

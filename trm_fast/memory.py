@@ -180,7 +180,13 @@ def step_bytes(config: ModelConfig, batch: int, policy: str, engine: str = "refe
 def free_bytes(device: torch.device) -> int:
     """Memory that a process can still take on the device, in bytes."""
     if device.type == "cuda":
-        reusable = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        index = torch.cuda.current_device() if device.index is None else device.index
+        reusable = sum(
+            segment["total_size"] - segment["allocated_size"]
+            for segment in torch.cuda.memory_snapshot()
+            # Those of captured graphs are theirs, also while they are not replayed.
+            if segment["device"] == index and tuple(segment["segment_pool_id"]) == (0, 0)
+        )
         return torch.cuda.mem_get_info(device)[0] + reusable
     if device.type == "mps":
         return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()

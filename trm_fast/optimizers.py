@@ -88,7 +88,7 @@ class AdamATan2(Optimizer):
                 ema <- ema_decay ema + (1 - ema_decay) p.
         """
         loss = _evaluate(closure)
-        average_of = dict(zip(self.param_groups[0]["params"], emas, strict=False))
+        average_of = dict(zip(self.param_groups[0]["params"], emas, strict=True)) if emas else {}
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
             self._make_state(params)
@@ -124,9 +124,8 @@ class AdamATan2(Optimizer):
             raise ValueError("AdamATan2 was given a sparse gradient; only dense ones are allowed")
         if not new:
             return
-        dtype = torch.promote_types(new[0].dtype, torch.float32)
         count = torch.zeros((), dtype=torch.int64, device=new[0].device)
-        averages = lay_out(new, dtype), lay_out(new, dtype)
+        averages = lay_out(new, torch.float32), lay_out(new, torch.float32)
         for p, exp_avg, exp_avg_sq in zip(new, *averages, strict=True):
             step = count if self.capturable else 0
             self.state[p] = {"step": step, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}

@@ -1,6 +1,6 @@
 """Random numbers by counter: what is drawn depends on its place, not on what was drawn before.
 
-Owns Philox-4x32-10 in integer operations of PyTorch: the same bits on every device, nothing that a
+Owns Philox-4x32-10 in integer operations of PyTorch: no rounding on any device, nothing that a
 CUDA graph could not replay, and no state to save. A number is named by seed, purpose, optimizer
 step, row of the global batch and position in the row, so that a resumed run and a run on another
 number of processes draw the same. Imported by the modules of the training step; imports torch only.

@@ -59,9 +59,10 @@ class Carry:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], device: torch.device) -> Carry:
-        """What `to_dict` returned, on `device`."""
-        data = {name: value.to(device) for name, value in values["current_data"].items()}
-        y, z, steps, halted = (values[n].to(device) for n in ("z_H", "z_L", "steps", "halted"))
+        """A copy of what `to_dict` returned, on `device`."""
+        data = {n: value.to(device, copy=True) for n, value in values["current_data"].items()}
+        names = ("z_H", "z_L", "steps", "halted")
+        y, z, steps, halted = (values[name].to(device, copy=True) for name in names)
         return cls(State(y, z), steps, halted, data)
 
 

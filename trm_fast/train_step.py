@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from trm_fast import optim
 from trm_fast.capture import Capture
@@ -59,6 +59,11 @@ class TrainStep:
         self.model, self.head, self.model_config = model, head, model.config
         self.part = config.global_batch_size // config.grad_accum
         device = feed.device
+        if feed.dataset.local_batch_size != config.global_batch_size:
+            raise ValueError(
+                f"the feed has batches of {feed.dataset.local_batch_size}, "
+                f"global_batch_size is {config.global_batch_size}"
+            )
         _gather(list(model.parameters()))
         self.ema = EMA(model, config.ema_rate, config.ema_warmup) if config.ema else None
         self.optimizers = optim.build_optimizers(model, config)
@@ -69,41 +74,57 @@ class TrainStep:
         self._rows = torch.arange(config.global_batch_size, device=device)
         ids = torch.zeros(config.global_batch_size, dtype=torch.int32, device=device)
         self.guard = optim.NonFiniteGuard(config.max_skipped, ids)
-        self._gradients = self._lay_out_gradients()
+        self._places = self._lay_out_gradients()
+        self._gradients = joined([grad for p, grad in self._places if isinstance(p, nn.Parameter)])
+        self._gradients += [g for p, g in self._places if not isinstance(p, nn.Parameter)]
+        self._weights = [p.data_ptr() for p, _ in self._places]
         self._hands_back = False
-        self._capture = Capture(self._step, device, config.cuda_graph)
+        # Dropout draws from PyTorch's generator, which a recomputed pass looks up on the host.
+        captured = config.cuda_graph and not self.model_config.dropout
+        self._capture = Capture(self._step, device, captured)
 
-    def _lay_out_gradients(self) -> list[Tensor]:
-        """Zero gradients of everything that is trained, as few tensors as they can be joined to."""
-        params = [p for p in self.model.parameters() if p.requires_grad]
-        for p, grad in zip(params, lay_out(params), strict=True):
-            p.grad = grad
-        grads = joined([p.grad for p in params])
+    def _lay_out_gradients(self) -> list[tuple[Tensor, Tensor]]:
+        """Everything that is trained, each with the tensor that is its gradient from now on."""
+        params: list[Tensor] = [p for p in self.model.parameters() if p.requires_grad]
+        places = list(zip(params, lay_out(params), strict=True))
         if self.model_config.puzzle_emb_ndim:
             rows = self.model.puzzle_emb.local_weights
-            rows.grad = torch.zeros_like(rows)
-            grads.append(rows.grad)
-        return grads
+            places.append((rows, torch.zeros_like(rows).detach()))
+        return places
+
+    @property
+    def captured(self) -> bool:
+        """Whether the next step is the replay of a graph."""
+        return self._capture.captured
 
     def run(self, name: str, examples: np.ndarray, step: int, plain: bool = False) -> None:
         """Enqueue optimizer step `step` (1-based) on examples [B] int64 of a data set; `plain`
-        without a graph."""
-        fading = self.config.curriculum * self.total_steps
-        self._hands_back = step < fading
+        without a graph.
+
+        Raises:
+            ValueError: another number of examples; a model in evaluation mode, or whose weights
+                were moved meanwhile.
+        """
+        if not self.model.training:
+            raise ValueError("the model is in evaluation mode: call train() before a step")
+        if self._weights != [p.data_ptr() for p, _ in self._places]:
+            raise ValueError("the model's weights were moved after its training step was made")
+        for p, grad in self._places:
+            p.grad = grad  # whatever became of it between two steps
         self.feed.put(name, examples)
+        self._count.fill_(step)
+        self._hands_back = step < self.config.curriculum * self.total_steps
         self.sums.steps += 1
         self._capture(self._hands_back, plain)
 
     def _step(self) -> None:
         """What is captured: reads and writes tensors that stay where they are."""
         config = self.config
-        self._count.add_(1)
         batch, drawn = self._next_batch()
         for grad in self._gradients:
             grad.zero_()
-        loss = self._backward(batch, drawn)
+        loss, ids = self._backward(batch, drawn)
         norm = optim.clip_gradients(self.optimizers, config.grad_clip)
-        ids = batch["puzzle_identifiers"]
         found_inf = self.guard.check(self._count, loss, norm, ids)
         optim.set_learning_rates(
             self.optimizers,
@@ -132,9 +153,11 @@ class TrainStep:
         drawn = Exploration(uniform(words[:, 0]), integers(words[:, 1], 2, most + 1))
         return batch | {"inputs": inputs, "labels": labels}, drawn
 
-    def _backward(self, batch: dict[str, Tensor], drawn: Exploration) -> Tensor:
-        """Gradients of the whole batch, part by part; returns the loss per item, 0-d."""
+    def _backward(self, batch: dict[str, Tensor], drawn: Exploration) -> tuple[Tensor, Tensor]:
+        """Gradients of the whole batch, part by part; returns the loss per item, 0-d, and the
+        puzzle identifiers [B] of what was worked on."""
         total = torch.zeros((), device=self.feed.device)
+        worked_on: list[Tensor] = []
         row_ids: list[Tensor] = []
         row_gradients: list[Tensor] = []
         for index in range(self.config.grad_accum):
@@ -152,6 +175,7 @@ class TrainStep:
             loss.backward()
             self._keep(index, carry)  # not before: the backward reads what is written over
             total = total + loss.detach()
+            worked_on.append(carry.current_data["puzzle_identifiers"])
             self.sums.add(metrics)
             if self.config.grad_accum > 1 and self.model_config.puzzle_emb_ndim:
                 emb = self.model.puzzle_emb
@@ -162,7 +186,7 @@ class TrainStep:
             emb = self.model.puzzle_emb
             emb.local_ids.copy_(torch.cat(row_ids))
             emb.local_weights.grad.copy_(torch.cat(row_gradients))
-        return total
+        return total, torch.cat(worked_on)
 
     def _keep(self, index: int, carry: Carry) -> None:
         """What the next step goes on from; in place, where the step is captured."""
@@ -189,7 +213,8 @@ class TrainStep:
     # Checkpoints
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything but weights, their average and the count of steps; waits for the device."""
+        """Everything but weights, their average and the count of steps: the live tensors. Waits for
+        the device."""
         return {
             "optimizers": [optimizer.state_dict() for optimizer, _ in self.optimizers],
             "ema_updates": self.ema.updates if self.ema else 0,
@@ -198,22 +223,19 @@ class TrainStep:
             "sums": self.sums.state_dict(),
         }
 
-    def load_state_dict(self, state: dict[str, Any], step: int) -> None:
-        """Restore what `state_dict` returned after `step` steps."""
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what `state_dict` returned."""
         device = self.feed.device
         for (optimizer, _), values in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(values)
         self.guard.load_state_dict(state["guard"])
         self.carries = [Carry.from_dict(values, device) for values in state["carries"]]
         self.sums.load_state_dict(state["sums"], device)
-        self._count.fill_(step)
         self._capture.reset()
 
 
 def _gather(params: list[torch.nn.Parameter]) -> None:
     """Move parameters into one buffer, those of each dtype one after another."""
-    for dtype in dict.fromkeys(p.dtype for p in params):
-        members = [p for p in params if p.dtype == dtype]
-        for p, place in zip(members, lay_out(members), strict=True):
-            place.copy_(p.detach())
-            p.data = place
+    for p, place in zip(params, lay_out(params), strict=True):
+        place.copy_(p.detach())
+        p.data = place

@@ -338,6 +338,7 @@ class Trainer:
                 loss_type=config.arch.loss_type,
                 rules=sudoku_rules if sudoku_side(self.splits.test) else None,
                 collect=collect,
+                cuda_graph=config.cuda_graph,
             )
             self._evaluated_at = self.step
         if self._evaluated_at != self.step:
@@ -454,7 +455,7 @@ class Trainer:
         self.model.load_state_dict(saved.model, strict=True)
         if self.ema is not None and saved.ema is not None:
             self.ema.load_merged(saved.ema, state["ema_updates"])
-        self.train_step.load_state_dict(state, min(state["step"], self.total_steps))
+        self.train_step.load_state_dict(state)
         self.dataset.load_state_dict(state["dataset"])
         self.step, self.iteration = state["step"], state["iteration"]
         self._skipped = state["guard"]["skipped"]

@@ -50,7 +50,15 @@ class Feed:
             }
 
     def put(self, name: str, examples: np.ndarray) -> None:
-        """Make examples [B] int64 of a set the batch; on the host, without waiting."""
+        """Make examples [B] int64 of a set the batch; on the host, without waiting.
+
+        Raises:
+            ValueError: another number of examples than B.
+        """
+        if len(examples) != self.dataset.local_batch_size:
+            raise ValueError(
+                f"{len(examples)} examples were given, a batch has {self.dataset.local_batch_size}"
+            )
         if self.resident:
             self._copy(self._examples, torch.from_numpy(examples + self._offsets[name]))
         else:
@@ -67,8 +75,11 @@ class Feed:
         }
 
     def _copy(self, place: Tensor, values: Tensor) -> None:
-        # Pinned memory is given back by the allocator only after the copy, so nobody waits.
-        place.copy_(values.pin_memory() if place.is_cuda else values, non_blocking=True)
+        if place.is_cuda:
+            # Pinned memory is given back by its allocator only after the copy, so nobody waits.
+            place.copy_(values.pin_memory(), non_blocking=True)
+        else:
+            place.copy_(values)
 
 
 def _token_dtypes(vocab_size: int) -> tuple[torch.dtype, torch.dtype]:

@@ -110,19 +110,32 @@ def exact(session: Session, mixer: str) -> Rows:
             else:
                 steps.run()
     found = captured.state()
+    must_be_captured(session, f"the {mixer} step", captured.step.captured)
     for name, value in plain.state().items():
         if not torch.equal(value, found[name]):
             raise ParityError(f"the captured {mixer} step: {name} differs from plain calls")
     yield measurement(f"engine/{mixer}/exact", 1.0, "of 1", note=f"{plain.taken} steps, bitwise")
 
 
+def must_be_captured(session: Session, what: str, captured: bool) -> None:
+    """On a GPU a plain step must not be taken for a graph.
+
+    Raises:
+        ParityError: it is one.
+    """
+    if session.device.type == "cuda" and not captured:
+        raise ParityError(f"{what} was not captured: the log says why")
+
+
 def trainer_step(session: Session, mixer: str) -> Rows:
     """ms, memory, launches and utilization of the trainer's step, as a graph."""
     steps = Steps(session, mixer, captured=True)
-    if session.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(session.device)
     for _ in range(session.count(6)):
         steps.run()
+    must_be_captured(session, f"the {mixer} step", steps.step.captured)
+    if session.device.type == "cuda":  # what was reserved on the way there is given back
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(session.device)
     count = session.count(20)
     synchronize(session.device)
     begin = time.perf_counter()
@@ -163,6 +176,8 @@ def answers(session: Session, mixer: str, batch: int) -> Rows:
         with torch.inference_mode():
             found.append(solve())
             walls = [wall_seconds(solve, session.device) for _ in range(session.count(5))]
+        if captured:
+            must_be_captured(session, name, step.captured)
         ms = 1e3 * statistics.median(walls)
         rate = config.batch_size / statistics.median(walls)
         note = f"{config.halt_max_steps} steps, {rate:.0f} puzzles/s"

@@ -1,7 +1,7 @@
 """What every kernel here uses: arithmetic that is right in the interpreter too, and host checks.
 
-Owns the jit helpers `up`, `down`, `dot` and `tiles`, those of e4m3 (8-bit floats), and the host
-functions that every op needs.
+Owns `begin`, with which every kernel begins, the jit helpers `up`, `down`, `dot` and `tiles`, those
+of e4m3 (8-bit floats), and the host functions that every op needs.
 Imported by the modules of `trm_fast.kernels` only.
 
 Triton's interpreter keeps bfloat16 as raw 16-bit integers: it adds, compares and multiplies those
@@ -48,6 +48,18 @@ class Shape(Protocol):
     mlp_t: bool
     dropout: float
     quantize: str
+
+
+@inlined
+def begin(PDL: tl.constexpr):
+    """The first statement of every kernel, of the constant that `_runtime.run` gives it.
+
+    With PDL the launch did not wait for the kernel in front of it. So nothing in memory is touched
+    before that one has ended and all it wrote can be seen; only then may the one behind start.
+    """
+    if PDL and not INTERPRET:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
 
 
 @inlined

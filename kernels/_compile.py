@@ -34,10 +34,15 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
+from trm_fast.kernels import _runtime
 from trm_fast.kernels._runtime import Launch
 
 BATCH = 8  # kernels that one process compiles at a time
-SCHEMA = 2  # of the cached results: raise it when `Compiled`, or how one is read, changes
+SCHEMA = 3  # of the cached results: raise it when `Compiled`, or how one is read, changes
+
+# What `_common.begin` becomes with PDL, in this order; and what reads or writes global memory.
+PDL = ("ACQBULK", "PREEXIT")
+GLOBAL = r"(LD|ST|ATOM|RED)G?|LDGSTS|UTMA\w+|UBLK\w+"
 
 # Instructions that tell how a kernel multiplies and how it reaches memory. Those for matrices:
 # HMMA up to sm_8x, HGMMA (wgmma) of sm_90, UTC*MMA (tcgen05) of sm_100; QMMA, QGMMA and UTCQMMA of
@@ -46,6 +51,7 @@ MIX = (
     *("HGMMA", "HMMA", "UTCHMMA", "QGMMA", "QMMA", "UTCQMMA", "UTCIMMA", "UTCOMMA"),
     *("FFMA", "FFMA2", "MUFU"),
     *("UTMALDG", "UTMASTG", "LDGSTS", "LDG", "STG", "LDTM", "LDSM", "STSM", "LDL", "STL", "BAR"),
+    *PDL,
 )
 
 
@@ -59,7 +65,7 @@ class Variant:
         signature: argument -> "*bf16", "tensordesc<bf16[128, 64]>", "i32", "fp32" or "constexpr".
         constants: position -> value, of arguments that are compiled in: also None, and 1.
         attrs: position -> what is known of the others: that they are multiples of 16.
-        options: num_warps and num_stages.
+        options: num_warps, num_stages, and launch_pdl with PDL.
     """
 
     module: str
@@ -68,7 +74,7 @@ class Variant:
     signature: dict[str, str]
     constants: dict[tuple[int, ...], Any]
     attrs: dict[tuple[int, ...], Any]
-    options: dict[str, int]
+    options: dict[str, Any]
     key: str
 
 
@@ -83,6 +89,7 @@ class Compiled:
         tensor_memory: columns of sm_100's tensor memory.
         warps: of a block, those included that warp specialization added.
         dot: whether the kernel multiplies matrices.
+        waits: `waits_first` of the code.
         mix: instruction of MIX -> how often it stands in the code.
     """
 
@@ -96,6 +103,7 @@ class Compiled:
     tensor_memory: int
     warps: int
     dot: bool
+    waits: bool
     mix: dict[str, int]
 
 
@@ -114,7 +122,7 @@ def variant(launch: Launch, arch: int) -> Variant:
     if arch == 80 and any(getattr(t, "dtype", None) == torch.float8_e4m3fn for t in tensors):
         arch = 89
     binder, backend, compiler = _binder(kernel, arch)
-    options = {"num_warps": launch.row.num_warps, "num_stages": launch.row.num_stages}
+    options = _runtime.options(launch.row, launch.args)
     given = {**launch.args, **options}
     bound, specialization, rest = binder(**given)
     parsed, signature, constants, attrs = kernel._pack_args(
@@ -156,8 +164,17 @@ def read_ptxas(log: str) -> dict[str, Any]:
     }
 
 
-def read_sass(text: str, sizes: Sequence[int]) -> list[dict[str, int]]:
-    """How often each instruction of MIX stands in each kernel of a disassembly of several.
+def waits_first(code: Sequence[str]) -> bool:
+    """Whether a kernel waits for the one in front of it, then lets the one behind start, and only
+    then touches global memory."""
+    touching = (i for i, name in enumerate(code) if re.fullmatch(GLOBAL, name))
+    before = code[: next(touching, len(code))]
+    return [name for name in before if name in PDL] == list(PDL)
+
+
+def read_sass(text: str, sizes: Sequence[int]) -> list[tuple[dict[str, int], bool]]:
+    """How often each instruction of MIX stands in each kernel of a disassembly of several, and
+    whether the kernel waits first.
 
     Args:
         sizes: the kernels' bytes, in order; an instruction has 16.
@@ -169,12 +186,13 @@ def read_sass(text: str, sizes: Sequence[int]) -> list[dict[str, int]]:
     found = re.findall(line, text, re.M)
     if len(found) * 16 != sum(sizes):
         raise ValueError(f"nvdisasm shows {len(found)} instructions in {sum(sizes)} bytes")
-    mixes, start = [], 0
+    read, start = [], 0
     for size in sizes:
-        counts = Counter(found[start : start + size // 16])
+        code = found[start : start + size // 16]
         start += size // 16
-        mixes.append({name: counts[name] for name in MIX if counts[name]})
-    return mixes
+        counts = Counter(code)
+        read.append(({name: counts[name] for name in MIX if counts[name]}, waits_first(code)))
+    return read
 
 
 def instructions(cubin: bytes) -> bytes:
@@ -190,7 +208,7 @@ def instructions(cubin: bytes) -> bytes:
     )
 
 
-def _mixes(arch: int, codes: Sequence[bytes]) -> list[dict[str, int]]:
+def _read_codes(arch: int, codes: Sequence[bytes]) -> list[tuple[dict[str, int], bool]]:
     """The instructions of several kernels, by one run of the disassembler.
 
     It needs a quarter of a second to start, and a hundredth for a kernel.
@@ -224,7 +242,7 @@ def _compiler_log() -> Iterator[io.StringIO]:
 
 
 def _compile(of: Variant) -> tuple[Compiled, bytes] | str:
-    """What the compiler makes of it, without a mix, and the code; or why it makes nothing."""
+    """What the compiler makes of it but for what is read of the code; the code; or why nothing."""
     try:
         kernel = getattr(importlib.import_module(of.module), of.function)
         source = ASTSource(kernel, of.signature, of.constants, of.attrs)
@@ -237,6 +255,7 @@ def _compile(of: Variant) -> tuple[Compiled, bytes] | str:
             tensor_memory=made.metadata.tmem_size or 0,
             warps=made.metadata.num_warps,
             dot="tt.dot" in made.asm["ttir"],
+            waits=False,
             mix={},
         )
         return result, instructions(made.asm["cubin"])
@@ -248,11 +267,15 @@ def compile_batch(batch: Sequence[Variant]) -> list[Compiled | str]:
     """What the compiler makes of each, or one line that says why nothing. All are of one arch."""
     made = [_compile(of) for of in batch]
     codes = [result[1] for result in made if not isinstance(result, str)]
-    mixes = iter(_mixes(batch[0].arch, codes) if codes else [])
-    return [
-        result if isinstance(result, str) else replace(result[0], mix=next(mixes))
-        for result in made
-    ]
+    read = iter(_read_codes(batch[0].arch, codes) if codes else [])
+    results: list[Compiled | str] = []
+    for result in made:
+        if isinstance(result, str):
+            results.append(result)
+        else:
+            mix, waits = next(read)
+            results.append(replace(result[0], mix=mix, waits=waits))
+    return results
 
 
 def one_line(error: BaseException) -> str:
@@ -280,7 +303,7 @@ def load(folder: Path, key: str) -> Compiled | None:
         return None
     if not isinstance(kept, dict) or set(kept) != {field.name for field in fields(Compiled)}:
         return None
-    kinds = {"serialized": bool, "dot": bool, "mix": dict}
+    kinds = {"serialized": bool, "dot": bool, "waits": bool, "mix": dict}
     sound = all(type(value) is kinds.get(name, int) for name, value in kept.items())
     if not sound or not all(type(count) is int for count in kept["mix"].values()):
         return None

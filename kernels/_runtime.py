@@ -2,11 +2,14 @@
 
 Every kernel is launched through `run`, so that `report` compiles exactly what would be launched: it
 calls the same host functions on tensors without memory, inside `recording`.
+Owns the switch of programmatic dependent launch (PDL): a kernel is brought onto the GPU while the
+one in front of it still runs, and waits there (`_common.begin`).
 Imported by `launch`, the op modules and `report`.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -44,6 +47,7 @@ class Launch:
 
 _recorded: list[Launch] | None = None
 _forced: int | None = None
+_pdl = os.environ.get("TRM_FAST_PDL") == "1"
 
 
 def architecture(device: torch.device) -> int:
@@ -69,6 +73,23 @@ def forced_architecture(arch: int) -> Iterator[None]:
         yield
     finally:
         _forced = before
+
+
+@contextmanager
+def dependent_launches(on: bool = True) -> Iterator[None]:
+    """Inside, PDL is on or off for the whole process; outside it is on with TRM_FAST_PDL=1."""
+    global _pdl
+    before, _pdl = _pdl, on
+    try:
+        yield
+    finally:
+        _pdl = before
+
+
+def has_dependent_launches(device: torch.device) -> bool:
+    """Whether kernels on `device` may be launched so: what is compiled for sm_90 or newer."""
+    launched = device.type == "cuda" and not triton.knobs.runtime.interpret
+    return architecture(device) >= 90 and (launched or _recorded is not None)
 
 
 @contextmanager
@@ -101,9 +122,19 @@ def _outline(value: Any) -> Any:
     return value.new_empty(0) if isinstance(value, Tensor) else value
 
 
+def options(row: Settings, args: Mapping[str, Any]) -> dict[str, Any]:
+    """How to compile and launch with these arguments: never with one half of PDL alone."""
+    pdl = {"launch_pdl": True} if args["PDL"] else {}
+    return {"num_warps": row.num_warps, "num_stages": row.num_stages, **pdl}
+
+
 def run(kernel: Any, grid: tuple[int, ...], row: Settings, like: Tensor, **args: Any) -> None:
-    """kernel[grid](**args) with the settings of `row`, on the device of `like`."""
+    """kernel[grid](**args) with the settings of `row`, on the device of `like`.
+
+    The kernel's last argument, PDL, is added here.
+    """
     args |= row.tiles
+    args["PDL"] = _pdl and has_dependent_launches(like.device)
     if _recorded is not None:
         outlines = {name: _outline(value) for name, value in args.items()}
         _recorded.append(Launch(kernel, row, outlines))
@@ -113,9 +144,9 @@ def run(kernel: Any, grid: tuple[int, ...], row: Settings, like: Tensor, **args:
             "Triton kernels take CPU tensors only in the interpreter: TRITON_INTERPRET=1 in the "
             "environment before Python starts"
         )
-    options = {"num_warps": row.num_warps, "num_stages": row.num_stages}
+    how = options(row, args)
     if like.device.type == "cuda" and like.device.index != torch.cuda.current_device():
         with torch.cuda.device(like.device):
-            kernel[grid](**args, **options)
+            kernel[grid](**args, **how)
     else:
-        kernel[grid](**args, **options)
+        kernel[grid](**args, **how)

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from trm_fast.kernels._common import check, down, inlined, unsupported, unsupported_dtype, up
+from trm_fast.kernels._common import begin, check, down, inlined, unsupported, unsupported_dtype, up
 from trm_fast.kernels._runtime import run
 from trm_fast.kernels.coefficients import step_coefficients
 from trm_fast.kernels.launch import pick
@@ -63,8 +63,9 @@ def _lerp(a, b, weight):
 @triton.jit
 def _step_kernel(
     p_ptr, grad_ptr, m_ptr, v_ptr, ema_ptr, copy_ptr, coefficients_ptr, count,
-    weight1, weight2, BLOCK: tl.constexpr,
+    weight1, weight2, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    begin(PDL)
     if tl.load(coefficients_ptr + SKIPPED) != 0.0:
         return
     scale, decay = tl.load(coefficients_ptr + SCALE), tl.load(coefficients_ptr + DECAY)

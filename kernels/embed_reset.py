@@ -21,6 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from trm_fast.kernels._common import (
+    begin,
     check,
     dot,
     down,
@@ -54,8 +55,9 @@ def _embed_reset_fwd_kernel(
     tokens_ptr, rows_ptr, embedding_ptr, positions_ptr, halted_ptr, y_ptr, z_ptr, y_init_ptr,
     z_init_ptr, x_out_ptr, y_out_ptr, z_out_ptr, count, scale,
     S: tl.constexpr, PREFIX: tl.constexpr, VOCABULARY: tl.constexpr,
-    WIDTH: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_M: tl.constexpr,
+    WIDTH: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_M: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    begin(PDL)
     offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_d = tl.arange(0, COLUMNS)[None, :]
     inside = offs_m < count
@@ -94,11 +96,13 @@ def _embedding_bwd_kernel(
     grad_ptr, tokens_ptr, partial_ptr, count,
     S: tl.constexpr, PREFIX: tl.constexpr, VOCABULARY: tl.constexpr, WIDTH: tl.constexpr,
     COLUMNS: tl.constexpr, CHUNK: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """partial[c, v] = sum of grad over the tokens of chunk c that are v; COLUMNS >= VOCABULARY.
 
     A gradient that is not finite spreads to every v of its chunk; the step is lost with either.
     """
+    begin(PDL)
     num_d: tl.constexpr = (WIDTH + BLOCK_D - 1) // BLOCK_D
     chunk = tl.program_id(0).to(tl.int64) // num_d
     offs_d = tl.program_id(0) % num_d * BLOCK_D + tl.arange(0, BLOCK_D)

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from trm_fast.kernels._common import check, down, unsupported, unsupported_dtype, up
+from trm_fast.kernels._common import begin, check, down, unsupported, unsupported_dtype, up
 from trm_fast.kernels._runtime import run
 from trm_fast.kernels.launch import pick
 from trm_fast.kernels.registration import TRITON, register
@@ -25,7 +25,10 @@ __all__ = ["inject", "unsupported"]
 
 
 @triton.jit
-def _inject_fwd_kernel(z_ptr, y_ptr, x_ptr, out_ptr, count, BLOCK: tl.constexpr):
+def _inject_fwd_kernel(
+    z_ptr, y_ptr, x_ptr, out_ptr, count, BLOCK: tl.constexpr, PDL: tl.constexpr
+):  # fmt: skip
+    begin(PDL)
     offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = offs < count
     out_type = out_ptr.dtype.element_ty

@@ -21,6 +21,7 @@ from torch import Tensor
 from trm_fast.kernels._common import (
     E4M3_TILE,
     aligned,
+    begin,
     check,
     dot,
     down,
@@ -46,11 +47,13 @@ def _linear_kernel(
     eps,
     K: tl.constexpr, N: tl.constexpr, W_IS_KN: tl.constexpr, H_TILES: tl.constexpr,
     TMA: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """out = h + a @ w, with w stored [N, K] or, W_IS_KN, [K, N]; h scaled by its deferred norm.
 
     With steps a and w are e4m3: w's belong to columns, a's to rows and blocks of BLOCK_K.
     """
+    begin(PDL)
     a_tiles = tiles(a_source, [count, K], [K, 1], [BLOCK_M, BLOCK_K], TMA)
     if W_IS_KN:
         w_tiles = tiles(w_source, [K, N], [N, 1], [BLOCK_K, BLOCK_N], TMA)

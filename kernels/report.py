@@ -29,7 +29,7 @@ from torch import Tensor
 
 from trm_fast.kernels import _compile
 from trm_fast.kernels._compile import Compiled, Variant
-from trm_fast.kernels._runtime import ARCHITECTURES, Launch, recording
+from trm_fast.kernels._runtime import ARCHITECTURES, Launch, dependent_launches, recording
 from trm_fast.kernels.launch import ROWS, Row
 
 # In the order in which they build on each other; each has a module of its name here.
@@ -62,6 +62,7 @@ class Line:
     Attributes:
         ops: modules whose examples made it.
         flags: argument -> how it shows, of those that tell this launch from others of its kernel.
+        pdl: whether it is launched so.
     """
 
     ops: tuple[str, ...]
@@ -70,6 +71,7 @@ class Line:
     dtype: str
     flags: Mapping[str, str]
     result: Compiled | str
+    pdl: bool = False
 
     def name(self) -> str:
         flags = ", ".join(self.flags.values())
@@ -99,9 +101,11 @@ def _maker(dtype: torch.dtype) -> Callable[..., Tensor]:
     return make
 
 
-def record(module: Any, arch: int, dtype: str) -> tuple[list[Launch], str | None]:
+def record(
+    module: Any, arch: int, dtype: str, pdl: bool = False
+) -> tuple[list[Launch], str | None]:
     """The launches of a module's examples, and why there are not more if they failed."""
-    with recording(arch) as launches, torch.no_grad():
+    with recording(arch) as launches, dependent_launches(pdl), torch.no_grad():
         try:
             for _ in module.examples(_maker(DTYPES[dtype])):
                 pass
@@ -146,33 +150,34 @@ def collect(
 ) -> tuple[list[tuple[Line, Variant]], list[str]]:
     """Every different launch of the modules' examples, not compiled yet, and what went wrong.
 
-    bfloat16, which models run in, stands for 16 bits. In float32, and on sm_90 in float16, each
-    kernel and row is compiled once, with the most arguments that an example gives it.
+    bfloat16, which models run in, stands for 16 bits. In float32, and on sm_90 in float16 and with
+    PDL, each kernel and row is compiled once, with the most arguments that an example gives it.
     A launch that took a row of 32 bits counts as float32 whatever the examples' dtype was; e4m3
     belongs to the states that it comes from.
     """
     found: dict[tuple[int, str, str], tuple[Launch, Variant, list[str]]] = {}
     wrong: list[str] = []
-    once: dict[tuple[int, str, str], tuple[int, str, str]] = {}
-    passes = [(arch, BITS[b]) for arch in archs for b in bits]
+    once: dict[tuple[int, str, str, bool], tuple[int, str, str]] = {}
+    passes = [(arch, BITS[b], False) for arch in archs for b in bits]
     if 90 in archs and 16 in bits:
-        passes.append((90, "fp16"))
+        passes += [(90, "fp16", False), (90, "bf16", True)]
     for op, module in modules.items():
         if not hasattr(module, "examples"):
             wrong.append(f"{op}: the module has no function `examples`")
             continue
-        for arch, dtype in passes:
-            launches, failure = record(module, arch, dtype)
-            if failure:
+        for arch, dtype, pdl in passes:
+            launches, failure = record(module, arch, dtype, pdl)
+            whole = dtype == "bf16" and not pdl
+            if failure and not pdl:  # without PDL it is the same
                 wrong.append(f"{op}, sm_{arch}, {dtype}: the examples failed: {failure}")
-            if dtype != "bf16":
+            if not whole:
                 launches.sort(key=_absent)
             for launch in launches:
                 of = _compile.variant(launch, arch)
                 shown = {8: f"e4m3+{dtype}", 16: dtype}.get(launch.row.bits, "fp32")
                 key = (id(launch.row), of.key, shown)
-                if dtype != "bf16":
-                    key = once.setdefault((id(launch.row), of.function, dtype), key)
+                if not whole:
+                    key = once.setdefault((id(launch.row), of.function, dtype, pdl), key)
                 ops = found.setdefault(key, (launch, of, []))[2]
                 ops.extend({op}.difference(ops))
     return _lines(found), wrong
@@ -193,7 +198,8 @@ def _lines(
         differing = seen[key[0], of.function, key[2]]
         flags = {n: t for n, t in traits[key].items() if t and _tells(t, differing[n])}
         kernel = of.function.removeprefix("_").removesuffix("_kernel")
-        lines.append((Line(tuple(ops), kernel, launch.row, key[2], flags, ""), of))
+        pdl = launch.args["PDL"]
+        lines.append((Line(tuple(ops), kernel, launch.row, key[2], flags, "", pdl), of))
     lines.sort(key=lambda pair: (OPS.index(pair[0].ops[0]), pair[1].function, pair[1].arch))
     return lines
 
@@ -214,7 +220,7 @@ def blocks(result: Compiled, arch: int) -> tuple[int, int]:
     return min(most, by_registers), min(most, by_shared)
 
 
-def problems(result: Compiled | str, arch: int, bits: int) -> Iterator[str]:
+def problems(result: Compiled | str, arch: int, bits: int, pdl: bool = False) -> Iterator[str]:
     """What is wrong with one kernel, a line each: the rules of the gate."""
     if isinstance(result, str):
         yield f"does not compile: {result}"
@@ -235,6 +241,10 @@ def problems(result: Compiled | str, arch: int, bits: int) -> Iterator[str]:
         yield f"wants {result.scratch} bytes of global scratch memory at each launch"
     if result.serialized:
         yield "wgmma instructions are serialized"
+    if pdl and not result.waits:
+        yield f"touches memory before {' and '.join(_compile.PDL)}, or has no such instructions"
+    if not pdl and (extra := [name for name in _compile.PDL if name in result.mix]):
+        yield f"has {' and '.join(extra)} without PDL"
     if result.dot:
         yield from _dot_problems(result.mix, arch, bits)
 
@@ -270,7 +280,7 @@ def gate(
     wrong, clean, reached = [], set(), set()
     for line in lines:
         reached.add(id(line.row))
-        found = list(problems(line.result, line.row.arch, line.row.bits))
+        found = list(problems(line.result, line.row.arch, line.row.bits, line.pdl))
         wrong += [f"{line.name()}: {problem}" for problem in found]
         if not found:
             clean |= {(op, line.row.arch, line.row.bits) for op in line.ops}

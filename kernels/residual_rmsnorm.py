@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from trm_fast.kernels._common import (
+    begin,
     check,
     down,
     inlined,
@@ -41,7 +42,9 @@ FEATURES, TOKENS = 2, 1  # the axes of [B, S, D] that a norm can run along
 def _finish_norm_kernel(
     total_ptr, ssq_ptr, add_ptr, out_ptr, count, eps, inverse,
     WIDTH: tl.constexpr, COLUMNS: tl.constexpr, TILES: tl.constexpr, BLOCK_M: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
+    begin(PDL)
     offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_d = tl.arange(0, COLUMNS)
     mask = (offs_m < count)[:, None] & (offs_d < WIDTH)[None, :]
@@ -90,7 +93,9 @@ def finish_norm(
 def _norm_bwd_kernel(
     grad_ptr, total_ptr, ssq_ptr, d_ptr, normed_ptr, count, eps,
     WIDTH: tl.constexpr, COLUMNS: tl.constexpr, TILES: tl.constexpr, BLOCK_M: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
+    begin(PDL)
     offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_d = tl.arange(0, COLUMNS)
     mask = (offs_m < count)[:, None] & (offs_d < WIDTH)[None, :]
@@ -140,8 +145,9 @@ def _rounded_sum(h_ptr, u_ptr, offs, mask):
 @triton.jit
 def _features_fwd_kernel(
     h_ptr, u_ptr, total_ptr, ssq_ptr, out_ptr, count, eps,
-    WIDTH: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_M: tl.constexpr,
+    WIDTH: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_M: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    begin(PDL)
     offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_d = tl.arange(0, COLUMNS)
     mask = (offs_m < count)[:, None] & (offs_d < WIDTH)[None, :]
@@ -167,7 +173,9 @@ def _tokens_offsets(WIDTH: tl.constexpr, S: tl.constexpr, BLOCK_D: tl.constexpr)
 def _tokens_fwd_kernel(
     h_ptr, u_ptr, total_ptr, ssq_ptr, out_ptr, eps,
     S: tl.constexpr, WIDTH: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
+    begin(PDL)
     item, offs_d, first = _tokens_offsets(WIDTH, S, BLOCK_D)
     squares = tl.zeros((BLOCK_S, BLOCK_D), tl.float32)
     for s in range(0, S, BLOCK_S):
@@ -193,7 +201,9 @@ def _tokens_fwd_kernel(
 def _tokens_bwd_kernel(
     grad_ptr, total_ptr, ssq_ptr, d_ptr, eps,
     S: tl.constexpr, WIDTH: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
+    begin(PDL)
     item, offs_d, first = _tokens_offsets(WIDTH, S, BLOCK_D)
     ssq = tl.load(ssq_ptr + item * WIDTH + offs_d, mask=offs_d < WIDTH, other=0.0)
     scale = tl.rsqrt(ssq / S + eps)[None, :]

@@ -26,6 +26,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from trm_fast.kernels._common import (
     Shape,
+    begin,
     check,
     dot,
     down,
@@ -110,8 +111,9 @@ def _rope_attention_fwd_kernel(
     qkv_ptr, v_source, out_source, lse_ptr, cos_ptr, sin_ptr, ssq_ptr, boards, eps,
     SCALE: tl.constexpr, S: tl.constexpr, HEADS: tl.constexpr, K: tl.constexpr,
     SSQ_TILES: tl.constexpr, TMA: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_HALF: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    BLOCK_K: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    begin(PDL)
     D: tl.constexpr = HEADS * K
     v_tiles = _head_tiles(v_source, boards, 3 * HEADS, S, 3 * D, K, BLOCK_S, BLOCK_K, TMA)
     out_tiles = _head_tiles(out_source, boards, HEADS, S, D, K, BLOCK_S, BLOCK_K, TMA)
@@ -148,9 +150,10 @@ def _rope_attention_bwd_kernel(
     boards, eps,
     SCALE: tl.constexpr, S: tl.constexpr, HEADS: tl.constexpr, K: tl.constexpr,
     SSQ_TILES: tl.constexpr, TMA: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_HALF: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    BLOCK_K: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """d may be qkv: a program reads what it writes before it writes it, and nothing else."""
+    begin(PDL)
     D: tl.constexpr = HEADS * K
     grad_tiles = _head_tiles(grad_source, boards, HEADS, S, D, K, BLOCK_S, BLOCK_K, TMA)
     v_tiles = _head_tiles(v_source, boards, 3 * HEADS, S, 3 * D, K, BLOCK_S, BLOCK_K, TMA)

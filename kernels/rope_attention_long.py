@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from trm_fast.kernels._common import down, inlined, round_up, row_scale, up
+from trm_fast.kernels._common import begin, down, inlined, round_up, row_scale, up
 from trm_fast.kernels._runtime import run
 from trm_fast.kernels.launch import Row, pick
 
@@ -66,9 +66,10 @@ def _turn_fwd_kernel(
     qkv_ptr, out_ptr, cos_ptr, sin_ptr, ssq_ptr, count, eps,
     S: tl.constexpr, HEADS: tl.constexpr, K: tl.constexpr, PARTS: tl.constexpr,
     SSQ_TILES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_HEADS: tl.constexpr,
-    BLOCK_HALF: tl.constexpr,
+    BLOCK_HALF: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """The first PARTS of q, k and v, scaled; q and k rotated."""
+    begin(PDL)
     WIDTH: tl.constexpr = HEADS * K
     offs_m, offs_row, mask, offs_table, mask_table = _offsets(
         count, S, HEADS, K, BLOCK_M, BLOCK_HEADS, BLOCK_HALF
@@ -92,9 +93,10 @@ def _turn_fwd_kernel(
 def _turn_bwd_kernel(
     dq_ptr, dk_ptr, dv_ptr, d_ptr, cos_ptr, sin_ptr, count,
     S: tl.constexpr, HEADS: tl.constexpr, K: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_HEADS: tl.constexpr, BLOCK_HALF: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_HEADS: tl.constexpr, BLOCK_HALF: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """dq and dk, rotated back, and dv into one tensor."""
+    begin(PDL)
     WIDTH: tl.constexpr = HEADS * K
     offs_m, offs_row, mask, offs_table, mask_table = _offsets(
         count, S, HEADS, K, BLOCK_M, BLOCK_HEADS, BLOCK_HALF

@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from trm_fast.kernels._common import check, down, inlined, unsupported_dtype, up
+from trm_fast.kernels._common import begin, check, down, inlined, unsupported_dtype, up
 from trm_fast.kernels._runtime import run
 from trm_fast.kernels.launch import pick
 from trm_fast.kernels.registration import TRITON, register
@@ -68,8 +68,9 @@ def _parts(
 @triton.jit
 def _stablemax_fwd_kernel(
     logits_ptr, labels_ptr, loss_ptr, preds_ptr, correct_ptr, count,
-    VOCABULARY: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_M: tl.constexpr,
+    VOCABULARY: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_M: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    begin(PDL)
     offs_n, offs_v, mask, x, label, _, _, _, s_label, rest = _parts(
         logits_ptr, labels_ptr, count, VOCABULARY, COLUMNS, BLOCK_M
     )
@@ -89,8 +90,9 @@ def _stablemax_fwd_kernel(
 @triton.jit
 def _stablemax_bwd_kernel(
     grad_ptr, logits_ptr, labels_ptr, d_ptr, count,
-    VOCABULARY: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_M: tl.constexpr,
+    VOCABULARY: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_M: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    begin(PDL)
     offs_n, offs_v, mask, _, label, size, s, is_label, s_label, rest = _parts(
         logits_ptr, labels_ptr, count, VOCABULARY, COLUMNS, BLOCK_M
     )

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from trm_fast.kernels._common import check, down, inlined, unsupported, unsupported_dtype, up
+from trm_fast.kernels._common import begin, check, down, inlined, unsupported, unsupported_dtype, up
 from trm_fast.kernels._runtime import run
 from trm_fast.kernels.launch import pick
 from trm_fast.kernels.registration import TRITON, register
@@ -39,8 +39,9 @@ def _offsets(count, F: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexp
 @triton.jit
 def _swiglu_fwd_kernel(
     gate_up_ptr, out_ptr, count,
-    F: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    F: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    begin(PDL)
     offs_m, offs_f, mask = _offsets(count, F, BLOCK_M, BLOCK_N)
     out_type = out_ptr.dtype.element_ty
     gate_ptr = gate_up_ptr + offs_m * (2 * F) + offs_f
@@ -53,8 +54,9 @@ def _swiglu_fwd_kernel(
 @triton.jit
 def _swiglu_bwd_kernel(
     grad_ptr, gate_up_ptr, d_ptr, count,
-    F: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    F: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    begin(PDL)
     offs_m, offs_f, mask = _offsets(count, F, BLOCK_M, BLOCK_N)
     d_type = d_ptr.dtype.element_ty
     gate_ptr = gate_up_ptr + offs_m * (2 * F) + offs_f

@@ -24,6 +24,7 @@ from trm_fast.kernels._common import (
     E4M3,
     E4M3_TILE,
     aligned,
+    begin,
     check,
     dot,
     dot_e4m3,
@@ -101,13 +102,14 @@ def pack_e4m3(w_gate_up: Tensor, w_down: Tensor, norm_count: int) -> ChannelE4M3
 def _gate_up_kernel(
     h_source, w_source, a_source, gu_source, ssq_ptr, w_step_ptr, a_step_ptr, count, eps,
     D: tl.constexpr, F: tl.constexpr, TILES: tl.constexpr, TMA: tl.constexpr, ARCH: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """a = silu(g) * u. The norm that h stands for is a factor per row: it commutes with W.
 
     With steps all three are e4m3: those of W, and of h, are factors of g and u; those of a are
     found here, where a row's part of this tile is at hand.
     """
+    begin(PDL)
     h_tiles = tiles(h_source, [count, D], [D, 1], [BLOCK_M, BLOCK_K], TMA)
     w_tiles = tiles(w_source, [2, F, D], [F * D, D, 1], [1, BLOCK_N, BLOCK_K], TMA)
     num_n: tl.constexpr = (F + BLOCK_N - 1) // BLOCK_N
@@ -206,8 +208,9 @@ def swiglu_e4m3(h: Tensor, w: ChannelE4M3, ssq: Tensor | None, eps: float) -> tu
 def _swiglu_bwd_kernel(
     d_source, w_source, gu_source, d_gu_source, a_source, count,
     D: tl.constexpr, F: tl.constexpr, TMA: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    begin(PDL)
     d_tiles = tiles(d_source, [count, D], [D, 1], [BLOCK_M, BLOCK_K], TMA)
     w_tiles = tiles(w_source, [D, F], [F, 1], [BLOCK_K, BLOCK_N], TMA)
     gu_tiles = tiles(gu_source, [count, 2, F], [2 * F, F, 1], [BLOCK_M, 1, BLOCK_N], TMA)

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from trm_fast.kernels._common import (
     aligned,
+    begin,
     check,
     dot,
     down,
@@ -144,9 +145,10 @@ def _token_mix_fwd_kernel(
     h_ptr, ssq_ptr, add_ptr, s_ptr, y_ptr, rstd_ptr,
     gate_up_0, gate_up_1, gate_up_2, down_0, down_1, down_2, count, eps,
     S: tl.constexpr, D: tl.constexpr, F: tl.constexpr, TILES: tl.constexpr, TMA: tl.constexpr,
-    SPLIT: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_F: tl.constexpr,
+    SPLIT: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_F: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """F is F'. With ssq, h stands for its norm over the features; add is added to that."""
+    begin(PDL)
     PIECES: tl.constexpr = _count(S, SPLIT)
     sources = (gate_up_0, gate_up_1, gate_up_2), (down_0, down_1, down_2)
     gate_up, w_down = _weight_tiles(*sources, S, F, SPLIT, BLOCK_F, TMA)
@@ -195,13 +197,14 @@ def _token_mix_bwd_kernel(
     grad_ptr, s_ptr, y_ptr, rstd_ptr, ds_ptr, s_rows_ptr, dh_rows_ptr, dgu_source, a_source,
     gate_up_0, gate_up_1, gate_up_2, down_0, down_1, down_2, boards,
     S: tl.constexpr, D: tl.constexpr, F: tl.constexpr, TMA: tl.constexpr,
-    SPLIT: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_F: tl.constexpr,
+    SPLIT: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_F: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """dh, the gradient of the sum; then the hidden layer again, its gradient, and that of s.
 
     Writes what the weight gradients are products of, by features: s and dh [B*D,S'], and with one
     row of [B,D] each, the gradient of gate and up and the hidden layer a.
     """
+    begin(PDL)
     PIECES: tl.constexpr = _count(S, SPLIT)
     PADDED: tl.constexpr = (S + 15) // 16 * 16
     sources = (gate_up_0, gate_up_1, gate_up_2), (down_0, down_1, down_2)

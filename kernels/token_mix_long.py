@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from trm_fast.kernels._common import dot, down, inlined, tiles, up
+from trm_fast.kernels._common import begin, dot, down, inlined, tiles, up
 from trm_fast.kernels._runtime import descriptor, run
 from trm_fast.kernels.launch import pick
 from trm_fast.kernels.residual_rmsnorm import finish_norm
@@ -27,9 +27,10 @@ from trm_fast.kernels.residual_rmsnorm import finish_norm
 def _hidden_kernel(
     s_source, dh_source, gate_up_source, down_source, a_source, dgu_source, boards,
     S: tl.constexpr, D: tl.constexpr, F: tl.constexpr, TMA: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_S: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_S: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """a = silu(g) * u with g, u = s.T @ gate_up.T; with dh also the gradient of g and u."""
+    begin(PDL)
     PADDED: tl.constexpr = (S + 15) // 16 * 16
     s_tiles = tiles(s_source, [boards, S, D], [S * D, D, 1], [1, BLOCK_S, BLOCK_D], TMA)
     gate_up = tiles(
@@ -70,12 +71,13 @@ def _hidden_kernel(
 def _tokens_kernel(
     x_source, w_source, h_source, out_source, ssq_ptr, boards,
     S: tl.constexpr, D: tl.constexpr, K: tl.constexpr, W_IS_KS: tl.constexpr, TMA: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """out = h + w @ x.T of every board: x [B,D,K]; w [S',K] or, W_IS_KS, [K,S'].
 
     ssq [T,B*D]: per tile of tokens, the sums of their squares.
     """
+    begin(PDL)
     PADDED: tl.constexpr = (S + 15) // 16 * 16
     x_tiles = tiles(x_source, [boards, D, K], [D * K, K, 1], [1, BLOCK_N, BLOCK_K], TMA)
     h_tiles = tiles(h_source, [boards, S, D], [S * D, D, 1], [1, BLOCK_M, BLOCK_N], TMA)
@@ -119,9 +121,10 @@ def _columns(D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCKS: tl.constexpr):
 def _finish_tokens_kernel(
     y_ptr, ssq_ptr, rstd_ptr, boards, eps,
     S: tl.constexpr, D: tl.constexpr, TILES: tl.constexpr,
-    BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """y, the sums [B,S,D], times rstd, which their partial sums of squares ssq [T,B*D] give."""
+    begin(PDL)
     BLOCKS: tl.constexpr = (S + BLOCK_S - 1) // BLOCK_S
     board, offs_d, part = _columns(D, BLOCK_D, BLOCKS)
     row = board * D + offs_d
@@ -142,8 +145,10 @@ def _finish_tokens_kernel(
 def _tokens_norm_bwd_kernel(
     grad_ptr, s_ptr, y_ptr, rstd_ptr, dh_ptr, s_rows_ptr, dh_rows_ptr,
     S: tl.constexpr, D: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """dh [B,S,D], the gradient of the sum from that of its norm; and s and dh as rows [B*D,S']."""
+    begin(PDL)
     PADDED: tl.constexpr = (S + 15) // 16 * 16
     dtype: tl.constexpr = dh_ptr.dtype.element_ty
     board, offs_d, _ = _columns(D, BLOCK_D, 1)

@@ -19,14 +19,14 @@ from trm_fast.kernels.launch import Row
 
 def _sum_kernel(
     a_source, b_ptr, out_ptr, count, half, eps, one,
-    WIDTH: tl.constexpr, FAST: tl.constexpr, BLOCK_M: tl.constexpr,
+    WIDTH: tl.constexpr, FAST: tl.constexpr, BLOCK_M: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     tl.store(out_ptr + tl.arange(0, BLOCK_M), a_source + b_ptr)
 
 
 def _difference_kernel(
     a_source, b_ptr, out_ptr, count, half, eps, one,
-    WIDTH: tl.constexpr, FAST: tl.constexpr, BLOCK_M: tl.constexpr,
+    WIDTH: tl.constexpr, FAST: tl.constexpr, BLOCK_M: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     tl.store(out_ptr + tl.arange(0, BLOCK_M), a_source - b_ptr)
 
@@ -39,7 +39,7 @@ ROWS = {
 }
 CLEAN = Compiled(
     registers=128, stack=0, spill_stores=0, spill_loads=0, serialized=False, shared=65536,
-    scratch=0, tensor_memory=0, warps=8, dot=True, mix={"HGMMA": 4, "STG": 8},
+    scratch=0, tensor_memory=0, warps=8, dot=True, waits=False, mix={"HGMMA": 4, "STG": 8},
 )  # fmt: skip
 
 
@@ -53,7 +53,7 @@ def arguments(**changes: Any) -> dict[str, Any]:
         "b_ptr": meta(97, 512, dtype=torch.float32),
         "out_ptr": meta(97, 512),
         **{"count": 96, "half": 97, "eps": 1e-5, "one": 1},
-        **{"WIDTH": 512, "FAST": False, "BLOCK_M": 64},
+        **{"WIDTH": 512, "FAST": False, "BLOCK_M": 64, "PDL": False},
     }
     return args | changes
 

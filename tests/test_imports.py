@@ -79,13 +79,13 @@ RANK = {name: rank for rank, row in enumerate(ORDER) for name in row}
 # Names that any module may take from the package itself, whose __init__ loads the rest lazily.
 FROM_PACKAGE = {"__version__"}
 KERNELS_MAY_IMPORT = {
-    *("__future__", "collections", "contextlib", "dataclasses", "functools", "typing"),
+    *("__future__", "collections", "contextlib", "dataclasses", "functools", "os", "typing"),
     *("torch", "triton"),
 }
 # The compile report is a command and runs compilers: it may use more of the standard library.
 REPORT_MAY_IMPORT = KERNELS_MAY_IMPORT | {
     *("argparse", "concurrent", "hashlib", "importlib", "io", "json"),
-    *("multiprocessing", "os", "pathlib", "re", "struct", "subprocess", "sys", "tempfile", "time"),
+    *("multiprocessing", "pathlib", "re", "struct", "subprocess", "sys", "tempfile", "time"),
 }
 REPORT = {"_compile.py", "report.py"}
 # What registers an op, and what an optimizer step is made of, is shared with the Triton kernels.

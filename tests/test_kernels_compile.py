@@ -34,15 +34,22 @@ def test_arguments_are_typed_as_a_launch_types_them():
     of = variant(a_source=blocks, b_ptr=None)
     assert list(of.signature.values()) == [
         *("tensordesc<bf16[64, 32]>", "constexpr", "*bf16", "i32", "i32", "fp32", "constexpr"),
-        *("constexpr", "constexpr", "constexpr"),
+        *("constexpr", "constexpr", "constexpr", "constexpr"),
     ]
     # None, and integers that are 1, are compiled in as well.
-    assert of.constants == {(1,): None, (6,): 1, (7,): 512, (8,): False, (9,): 64}
+    assert of.constants == {(1,): None, (6,): 1, (7,): 512, (8,): False, (9,): 64, (10,): False}
     known = {position[0] for position, attr in of.attrs.items() if attr}
     assert known == {2, 3}  # pointers, and integers that are multiples of 16
     assert of.attrs[3,] == [["tt.divisibility", 16]]
     assert of.options == {"num_warps": 8, "num_stages": 2}
     assert (of.module, of.function, of.arch) == ("launches", "_sum_kernel", 90)
+
+
+def test_the_wait_and_the_launch_that_needs_it_are_compiled_together():
+    of = variant(PDL=True)
+    assert of.constants[10,] is True
+    assert of.options == {"num_warps": 8, "num_stages": 2, "launch_pdl": True}
+    assert of.key != variant().key
 
 
 @pytest.mark.parametrize("arch, compiled_for", [(80, 89), (90, 90), (100, 100)])
@@ -152,8 +159,25 @@ SASS = """\t.headerflags\t@"EF_CUDA_64BIT_ADDRESS EF_CUDA_SM90 EF_CUDA_VIRTUAL_S
 
 def test_instructions_are_counted_for_each_kernel():
     first, second = _compile.read_sass(SASS, [64, 64])
-    assert first == {"UTMALDG": 1, "LDG": 1}
-    assert second == {"HGMMA": 1, "UTCHMMA": 1, "LDGSTS": 1}
+    assert first == ({"UTMALDG": 1, "LDG": 1}, False)
+    assert second == ({"HGMMA": 1, "UTCHMMA": 1, "LDGSTS": 1}, False)
+
+
+@pytest.mark.parametrize(
+    ("code", "waits"),
+    [
+        ("LDC ACQBULK PREEXIT LDG", True),
+        ("LDC ACQBULK IMAD PREEXIT LDS BAR UTMALDG STG", True),
+        ("ACQBULK PREEXIT", True),
+        ("LDC LDG", False),
+        ("LDC ACQBULK LDG", False),
+        ("PREEXIT ACQBULK LDG", False),  # the order is the kernels' rule
+        *((f"{name} ACQBULK PREEXIT", False) for name in ("LDG", "ST", "UTMALDG", "LDGSTS")),
+        *((f"ACQBULK {name} PREEXIT", False) for name in ("LD", "STG", "ATOMG", "REDG", "UBLKCP")),
+    ],
+)
+def test_a_kernel_that_waits_touches_no_global_memory_before(code, waits):
+    assert _compile.waits_first(code.split()) is waits
 
 
 def test_a_disassembly_of_other_length_is_an_error():
@@ -224,6 +248,7 @@ def damaged(whole: str) -> list[str]:
         *("", whole[: len(whole) // 2], "[1, 2]", "null", "\x00\xff"),
         json.dumps({**kept, "registers": "many"}),
         json.dumps({**kept, "dot": 1}),
+        json.dumps({**kept, "waits": None}),
         json.dumps({**kept, "mix": {"STG": None}}),
         json.dumps({name: value for name, value in kept.items() if name != "shared"}),
         json.dumps({**kept, "new": 1}),

@@ -17,7 +17,7 @@ import torch
 from launches import CLEAN, KERNEL, ROWS, arguments, compiled
 
 from trm_fast import ops
-from trm_fast.kernels import _compile, report
+from trm_fast.kernels import _compile, _runtime, report
 from trm_fast.kernels._compile import Compiled
 from trm_fast.kernels._runtime import architecture, run
 
@@ -69,10 +69,18 @@ def test_all_but_bfloat16_is_compiled_once_for_a_kernel_and_row():
         counts[key] = counts.get(key, 0) + 1
     archs = (80, 90, 100)
     assert counts == {
-        **{(arch, "bf16"): 3 for arch in archs},
+        **{(80, "bf16"): 3, (90, "bf16"): 4, (100, "bf16"): 3},  # one of sm_90 with PDL
         **{(arch, "fp32"): 1 for arch in archs},
         (90, "fp16"): 1,
     }
+
+
+def test_one_launch_of_each_kernel_and_row_is_compiled_with_pdl_on_sm_90(monkeypatch):
+    lines, _ = lines_of(SimpleNamespace(examples=examples), [80, 90, 100], [16, 32])
+    (pdl,) = (one for one in lines if one.pdl)
+    assert (pdl.row.arch, pdl.dtype, tuple(pdl.flags.values())) == (90, "bf16", ("PDL",))
+    monkeypatch.setattr(_runtime, "_pdl", True)  # as TRM_FAST_PDL=1 would
+    assert lines_of(SimpleNamespace(examples=examples), [80, 90, 100], [16, 32])[0] == lines
 
 
 def test_two_ops_that_launch_the_same_share_a_line():
@@ -129,6 +137,8 @@ def mixed(**mix: int) -> dict[str, Any]:
         (100, 16, {"tensor_memory": 1024}, "needs 1024 columns of tensor memory, of 512"),
         (90, 16, {"scratch": 384}, "wants 384 bytes of global scratch memory at each launch"),
         (90, 16, {"serialized": True}, "wgmma instructions are serialized"),
+        (90, 16, mixed(ACQBULK=1, HGMMA=4), "has ACQBULK without PDL"),
+        (90, 16, mixed(ACQBULK=1, PREEXIT=1, HGMMA=4), "has ACQBULK and PREEXIT without PDL"),
         (80, 16, mixed(FFMA=9), "multiplies matrices without HMMA"),
         (90, 16, mixed(FFMA=9), "multiplies matrices without HGMMA"),
         (90, 16, mixed(HGMMA=4, HMMA=2), "multiplies matrices with 2 HMMA instead of HGMMA"),
@@ -144,6 +154,15 @@ def mixed(**mix: int) -> dict[str, Any]:
 )
 def test_each_rule_is_broken_once(arch, bits, changes, problem):
     assert list(report.problems(replace(clean(arch, bits), **changes), arch, bits)) == [problem]
+
+
+def test_with_pdl_a_kernel_has_to_wait_first():
+    late = "touches memory before ACQBULK and PREEXIT, or has no such instructions"
+    pdl = replace(line(90, 16), pdl=True, flags={"PDL": "PDL"})
+    (wrong,) = report.gate([*ALL, pdl], ["inject"], (), *WHOLE)
+    assert wrong == f"sum, row sum, sm_90, bf16 (PDL): {late}"
+    waiting = replace(clean(90, 16), waits=True, mix={"HGMMA": 4, "ACQBULK": 1, "PREEXIT": 1})
+    assert report.gate([*ALL, replace(pdl, result=waiting)], ["inject"], (), *WHOLE) == []
 
 
 @pytest.mark.parametrize(
@@ -202,7 +221,9 @@ def test_e4m3_is_listed_with_the_states_it_comes_from():
 
     lines, wrong = lines_of(SimpleNamespace(examples=narrow), [90], [16, 32])
     assert wrong == []
-    assert [line.dtype for line in lines] == ["e4m3+bf16", "e4m3+fp32", "e4m3+fp16"]
+    types = [(line.dtype, line.pdl) for line in lines]
+    plain = [(f"e4m3+{dtype}", False) for dtype in ("bf16", "fp32", "fp16")]
+    assert types == [*plain, ("e4m3+bf16", True)]
     assert lines[0].name() == "sum, row sum, sm_90, e4m3+bf16"
 
 
@@ -315,9 +336,10 @@ def test_only_a_check_fails(monkeypatch, capsys, tmp_path, compiled, check, stat
     wrong = shown[shown.index("") + 1 : -2]
     assert wrong[:2] == [*broken, "token_mix: the module has no function `examples`"]
     assert "sum, row sum, sm_80, bf16: multiplies matrices without HMMA" in wrong
-    assert not any("sm_90, bf16" in text or "sm_90, fp16" in text for text in wrong)
+    ours = [text for text in wrong if "sm_90, bf16" in text or "sm_90, fp16" in text]
+    assert len(ours) == 1 and "(PDL): touches memory before" in ours[0]
     assert re.fullmatch(
-        rf"Triton \S+: 9 launches, 9 compiled anew, \d+ s, {len(wrong)} violations", shown[-2]
+        rf"Triton \S+: 10 launches, 10 compiled anew, \d+ s, {len(wrong)} violations", shown[-2]
     )
     assert shown[-1] == "no kernel for swiglu"
     written = json.loads(given.json.read_text(encoding="utf-8"))
@@ -335,7 +357,10 @@ def test_the_command_compiles_although_the_session_interprets(monkeypatch, capfd
     assert status == 0, text
     assert f"Triton {report.triton.__version__}: " in text and "no violations" in text
     written = json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))
-    made = {one["kernel"]: one["result"] for one in written["launches"]}
+    pdl = {one["kernel"]: one["result"] for one in written["launches"] if one["pdl"]}
+    made = {one["kernel"]: one["result"] for one in written["launches"] if not one["pdl"]}
+    assert set(pdl) == set(made)
+    assert all(one["waits"] and one["mix"]["ACQBULK"] == 1 for one in pdl.values())
     assert set(made) == {"embed_reset_fwd", "embedding_bwd"}
     assert made["embed_reset_fwd"]["mix"].keys() >= {"LDG", "STG"}
     assert not made["embed_reset_fwd"]["dot"]

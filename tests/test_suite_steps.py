@@ -1,14 +1,16 @@
-"""Whole steps in the GPU suite: rates, utilization, and the official code beside ours."""
+"""Whole steps in the GPU suite: rates, utilization, the official code beside ours, and answers."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from trm_fast.contenders import Contender, prepare
+from trm_fast.contenders import Contender, ParityError, prepare
 from trm_fast.flops import step_flops
-from trm_fast.suite import steps
+from trm_fast.suite import engine, steps
 from trm_fast.suite.session import Session
 from trm_fast.workloads import CASES, quick
 
@@ -55,3 +57,49 @@ def test_the_official_code_solves_beside_ours(tmp_path, official_path, monkeypat
     ]
     ours, theirs, gain = (row["value"] for row in rows)
     assert gain == pytest.approx(ours / theirs)
+
+
+class Switch:
+    """In place of the kernels' switch of dependent launches; `wrong` inside makes other answers."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, wrong: bool = False) -> None:
+        self.wrong, self.on, self.seen = wrong, False, []
+        monkeypatch.setattr(engine, "pdl_switch", lambda device: self.turn)
+        monkeypatch.setattr(engine, "InferenceStep", self.step)
+
+    @contextmanager
+    def turn(self, on: bool) -> Iterator[None]:
+        self.on = on
+        yield
+        self.on = False
+
+    def step(self, model: object, size: int, captured: bool) -> SimpleNamespace:
+        best = SimpleNamespace(tokens=torch.zeros(size, 81))
+
+        def start(boards: dict[str, torch.Tensor]) -> None:
+            self.seen.append((captured, self.on))
+            best.tokens = torch.full((size, 81), float(self.on and self.wrong))
+
+        return SimpleNamespace(start=start, run=lambda: None, best=best, captured=captured)
+
+
+@pytest.mark.parametrize(("batch", "pdl"), [(1, ["graph, PDL"]), (8, [])])
+def test_one_board_is_answered_with_dependent_launches_too(tmp_path, monkeypatch, batch, pdl):
+    switch = Switch(monkeypatch)
+    rows = list(engine.answers(tiny_session(tmp_path), "attention", batch))
+    names = [row["name"].split("/")[-1] for row in rows]
+    assert names == ["plain", "graph", *pdl]
+    assert list(dict.fromkeys(switch.seen)) == [
+        *((False, False), (True, False)),
+        *[(True, True)] * len(pdl),
+    ]
+
+
+def test_answers_that_differ_with_dependent_launches_are_an_error(tmp_path, monkeypatch):
+    Switch(monkeypatch, wrong=True)
+    with pytest.raises(ParityError, match="/graph, PDL: the answers differ from those of plain"):
+        list(engine.answers(tiny_session(tmp_path), "attention", 1))
+
+
+def test_a_cpu_has_no_dependent_launches():
+    assert engine.pdl_switch(CPU) is None

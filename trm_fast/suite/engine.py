@@ -8,10 +8,11 @@ Dims legend: B batch, L puzzle tokens.
 
 from __future__ import annotations
 
+import importlib
 import statistics
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -157,14 +158,33 @@ def trainer_step(session: Session, mixer: str) -> Rows:
     yield from utilization(session, name, steps.config, "train", seconds)
 
 
+def pdl_switch(device: torch.device) -> Callable[[bool], AbstractContextManager[None]] | None:
+    """What turns the kernels' programmatic dependent launch on and off, where the GPU has it.
+
+    (By name: only `backends` imports kernels otherwise.)
+    """
+    if device.type != "cuda":
+        return None
+    kernels: Any = importlib.import_module("trm_fast.kernels._runtime")
+    return kernels.dependent_launches if kernels.has_dependent_launches(device) else None
+
+
 def answers(session: Session, mixer: str, batch: int) -> Rows:
-    """From boards on the device to answers on the host, all supervision steps: captured or not."""
+    """From boards on the device to answers on the host, all supervision steps: captured or not.
+
+    Of one board also with programmatic dependent launch (PDL), on GPUs that have it: there the
+    kernels are so short that their starts count.
+    """
     config = session.config(mixer, batch)
     config = replace(config, halt_max_steps=session.count(config.halt_max_steps))
     model, boards = eval_model(session, config)
     name = f"answers/{mixer}/B{batch}"
     found: list[Tensor] = []
-    for way, captured in (("plain", False), ("graph", True)):
+    ways = [("plain", False, False), ("graph", True, False)]
+    switch = pdl_switch(session.device) if batch == 1 else None
+    if switch:
+        ways.append(("graph, PDL", True, True))
+    for way, captured, pdl in ways:
         step = InferenceStep(model, config.batch_size, captured)
 
         def solve(step: InferenceStep = step) -> Tensor:
@@ -173,7 +193,7 @@ def answers(session: Session, mixer: str, batch: int) -> Rows:
                 step.run()
             return step.best.tokens.cpu()
 
-        with torch.inference_mode():
+        with torch.inference_mode(), switch(pdl) if switch else nullcontext():
             found.append(solve())
             walls = [wall_seconds(solve, session.device) for _ in range(session.count(5))]
         if captured:
@@ -182,5 +202,5 @@ def answers(session: Session, mixer: str, batch: int) -> Rows:
         rate = config.batch_size / statistics.median(walls)
         note = f"{config.halt_max_steps} steps, {rate:.0f} puzzles/s"
         yield measurement(f"{name}/{way}", ms, "ms", look_up(f"{name}/{way}"), note=note)
-    if not torch.equal(*found):
-        raise ParityError(f"{name}: the captured step's answers differ from plain calls")
+        if not torch.equal(found[0], found[-1]):
+            raise ParityError(f"{name}/{way}: the answers differ from those of plain calls")

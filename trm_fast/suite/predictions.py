@@ -117,6 +117,7 @@ TABLE: dict[str, Prediction] = {
     "engine/attention/mfu": Prediction(46.9, 46.9, 52.2, "79 ms"),
     # 16 supervision steps from boards on the device to answers on the host, ms.
     "answers/mlp_t/B1/graph": Prediction(8.5, 6.0, None, "134 launches a step without gaps"),
+    "answers/mlp_t/B1/graph, PDL": Prediction(6.0, source="0.38 ms a step of 134 launches"),
     "answers/mlp_t/B768/graph": Prediction(698.0, 549.0, None, "1100 to 1400 puzzles/s"),
     "official eager/mlp_t/latency B1": Prediction(5.6, source="1237 launches"),
 }

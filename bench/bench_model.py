@@ -10,6 +10,8 @@ import pytest
 import torch
 
 from trm_fast import bench
+from trm_fast.race import lap, set_up
+from trm_fast.timing import collector_off
 from trm_fast.workloads import default_cases, plan, quick
 
 PLAN = plan(default_cases())
@@ -28,7 +30,7 @@ def race(request, official):
         single = case.config["batch_size"] == 1
         case = quick(case).of(case.config["forward_dtype"], 1 if single else 2)
     device = torch.device(option("--bench-device"))
-    return bench.set_up(case, step, official, device, option("--compile"))
+    return set_up(case, step, official, device, option("--compile"))
 
 
 @pytest.mark.parametrize("threads", [1, 2])
@@ -36,16 +38,16 @@ def bench_model(race, threads, benchmark, results, peaks):
     count = threads if race.device.type == "cpu" else None
     if threads > 1 and count not in (bench.default_threads(race.device) or []):
         pytest.skip("needs a CPU of two cores")
-    with bench.given_threads(count) as cpus, bench.collector_off():
+    with bench.given_threads(count) as cpus, collector_off():
         race.start()
         reference, *others = race.entries
 
         def turns_of_the_others():
             for entry in others:
-                bench.lap(entry, race.device)
+                lap(entry, race.device)
 
         benchmark.pedantic(
-            bench.lap, (reference, race.device), setup=turns_of_the_others, rounds=race.case.rounds
+            lap, (reference, race.device), setup=turns_of_the_others, rounds=race.case.rounds
         )
         results.append(race.result(cpus))
     peaks(count)

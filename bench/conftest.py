@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from trm_fast import bench, op_bench, timing
-from trm_fast.contenders import COMPILE, Official, official_code
+from trm_fast.contenders import COMPILE
+from trm_fast.official import Official, official_code
 from trm_fast.op_cases import cases
 
 RESULTS = pytest.StashKey[dict[str, list[Any]]]()

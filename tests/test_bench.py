@@ -14,17 +14,18 @@ import pytest
 import torch
 
 from trm_fast import bench
+from trm_fast import race as racing
 from trm_fast.contenders import (
     PRODUCTS,
     Contender,
     ParityError,
     contenders,
     fused,
-    official_code,
     outcome,
-    prepare,
 )
 from trm_fast.flops import step_flops
+from trm_fast.official import official_code
+from trm_fast.race import LEAST_TURNS, set_up
 from trm_fast.workloads import CASES, Case, quick
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -32,56 +33,53 @@ CPU = torch.device("cpu")
 RECIPE = quick(CASES["recipe"])
 
 
-def test_the_matmuls_are_a_row_without_parity(monkeypatch):
-    kinds = [Contender("reference", policy="save"), Contender(PRODUCTS, products=True)]
-    monkeypatch.setattr(bench, "contenders", lambda *_: kinds)
-    monkeypatch.setattr(bench, "check_parity", lambda *_: pytest.fail("nothing to compare"))
-    race = bench.set_up(RECIPE, "train", None, CPU)
-    race.run(1)
-    reference, products = race.result()["rows"]
-    assert (products["saved_mib"], products["policy"], products["errors"]) == (None, None, {})
-    assert reference["policy"] == "save"
-    assert products["useful_gflop"] == reference["useful_gflop"]
+SHORT = ["--quick", "--compile=never", "--case", "recipe", "--dtype", "float32"]
+SHORT += ["--batch", "3", "--rounds", "1", "--threads", "1", "--step", "inference"]
 
 
-def test_nothing_is_timed_after_failed_parity(monkeypatch, capsys):
-    def broken(*_):
-        raise ParityError("reference compiled, train step: loss differs; nothing was timed")
-
-    monkeypatch.setattr(bench, "check_parity", broken)
-    monkeypatch.setattr(bench, "contenders", lambda *_: [Contender("reference"), Contender("b")])
-    monkeypatch.setattr(bench.Race, "run", lambda *_: pytest.fail("timed"))
-    assert bench.main(["--quick", "--case", "recipe", "--step", "train"]) == 1
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    said = captured.err.splitlines()[-1]
-    assert said.startswith("trm-fast bench: reference compiled, train step: loss differs")
-
-
-def test_a_contender_that_cannot_run_says_why(monkeypatch):
-    def failing(contender, *rest):
-        if contender.name == "b":
-            raise RuntimeError("no C++ compiler\nlong story")
-        return prepare(contender, *rest)
-
-    monkeypatch.setattr(bench, "prepare", failing)
-    monkeypatch.setattr(bench, "contenders", lambda *_: [Contender("reference"), Contender("b")])
-    race = bench.set_up(RECIPE, "train", None, CPU)
-    assert [e.contender.name for e in race.entries] == ["reference"]
-    assert race.absent == {"b": "failed: no C++ compiler"}
-
-
-def test_a_run_that_is_ended_leaves_the_races_that_it_has_run(tmp_path, monkeypatch):
+@pytest.mark.parametrize("file", ["out.json", "-"])
+def test_a_run_that_is_ended_reports_the_races_that_it_has_run(file, tmp_path, monkeypatch, capsys):
     def interrupt(*arguments):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(bench, "measure_memory", interrupt)
-    arguments = ["--quick", "--compile=never", "--case", "recipe", "--dtype", "float32"]
-    arguments += ["--batch", "3", "--rounds", "1", "--threads", "1", "--step", "inference"]
-    with pytest.raises(KeyboardInterrupt):
-        bench.main([*arguments, "--json", str(tmp_path / "out.json")])
-    found = json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))
+    path = file if file == "-" else str(tmp_path / file)
+    assert bench.main([*SHORT, "--json", path]) == 130
+    said = capsys.readouterr()
+    assert said.err.splitlines()[-1] == "trm-fast bench: interrupted"
+    if file == "-":
+        found = json.loads(said.out)
+    else:
+        found = json.loads((tmp_path / file).read_text(encoding="utf-8"))
+        assert "recipe, inference step" in said.out
     assert [(r["step"], r["threads"]) for r in found["results"]] == [("inference", 1)]
+
+
+def test_a_run_that_is_ended_at_once_says_so(monkeypatch, capsys):
+    def interrupt(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(bench, "set_up", interrupt)
+    assert bench.main(SHORT) == 130
+    assert capsys.readouterr().out == ""
+
+
+def test_what_computes_something_else_is_said_and_the_others_are_timed(monkeypatch, capsys):
+    def broken(*_):
+        raise ParityError("b, inference step: loss differs; it was not timed")
+
+    monkeypatch.setattr(racing, "check_parity", broken)
+    monkeypatch.setattr(racing, "contenders", lambda *_: [Contender("reference"), Contender("b")])
+    assert bench.main([*SHORT, "--part", "steps", "--json", "-"]) == 1
+    said = capsys.readouterr()
+    (result,) = json.loads(said.out)["results"]
+    assert [(r["contender"], r["available"]) for r in result["rows"]] == [
+        ("reference", True),
+        ("b", False),
+    ]
+    line = "wrong: b, inference step: loss differs; it was not timed"
+    assert result["rows"][1]["note"] == line
+    assert said.err.splitlines()[-1] == f"trm-fast bench: {line}"
 
 
 def test_the_json_of_a_quick_run_without_the_official_code(capsys):
@@ -146,10 +144,10 @@ def test_the_json_of_a_quick_run_without_the_official_code(capsys):
 
 
 def test_turns_end_when_the_seconds_are_used_up():
-    race = bench.set_up(RECIPE, "inference", None, CPU, compiling="never")
+    race = set_up(RECIPE, "inference", None, CPU, compiling="never")
     race.start()
     race.run(50, seconds=0.0)
-    assert {len(e.wall) for e in race.entries} == {bench.LEAST_TURNS}
+    assert {len(e.wall) for e in race.entries} == {LEAST_TURNS}
 
 
 @pytest.mark.parametrize(
@@ -157,6 +155,7 @@ def test_turns_end_when_the_seconds_are_used_up():
     [
         (["--official", "nowhere"], "nowhere: not a checkout of the official code"),
         (["--batch", "0"], "batch_size"),
+        (["--json", "nowhere/x.json"], "--json nowhere/x.json: there is no folder nowhere"),
         (["--device", "gpu"], "gpu"),
         (["--dtype", "bfloat"], "forward_dtype"),
         (["--quantize", "int4"], "cannot quantize to 'int4'; allowed: int8, fp8"),
@@ -177,7 +176,7 @@ def test_an_unknown_case_exits_2(capsys):
 
 
 def test_the_clocks_are_cleared_of_warm_up():
-    race = bench.set_up(RECIPE, "inference", None, CPU, compiling="never")
+    race = set_up(RECIPE, "inference", None, CPU, compiling="never")
     assert race.entries[0].wall == []
     race.run(3)
     assert {len(e.wall) for e in race.entries} == {3}
@@ -189,7 +188,7 @@ def test_the_clocks_are_cleared_of_warm_up():
 @pytest.mark.parametrize("step", ["train", "inference", "solve"])
 def test_the_official_code_agrees_and_is_timed(case: Case, step, official_path):
     with official_code(official_path) as official:
-        race = bench.set_up(case, step, official, CPU, compiling="never")
+        race = set_up(case, step, official, CPU, compiling="never")
         race.run(1)
     assert race.absent == {}
     names = [e.contender.name for e in race.entries]
@@ -246,7 +245,7 @@ def test_eight_bits_are_a_contender(way, extension):
     """Checked against the reference in eight bits; of training, which does not notice int8, none
     then."""
     for step, there in (("train", way == "fp8"), ("inference", True)):
-        race = bench.set_up(RECIPE, step, None, CPU, "never", quantized=[way])
+        race = set_up(RECIPE, step, None, CPU, "never", quantized=[way])
         names = [entry.contender.name for entry in race.entries]
         assert names == ["reference", "cpp", *[f"cpp, {way}"] * there, "matmuls only"]
     entry = race.entries[2]

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from capturing import InPlace
+from capturing import Recorded
 from torch.utils.flop_counter import FlopCounterMode
 
 from trm_fast import backends
@@ -14,7 +14,6 @@ from trm_fast import contenders as contending
 from trm_fast.backends import Choice
 from trm_fast.contenders import (
     Contender,
-    Fields,
     ParityError,
     check_parity,
     compare,
@@ -23,12 +22,12 @@ from trm_fast.contenders import (
     fused,
     make_batch,
     make_carry,
-    official_code,
     outcome,
     prepare,
 )
 from trm_fast.floor import matmuls
 from trm_fast.flops import step_flops
+from trm_fast.official import Fields, official_code
 from trm_fast.workloads import CASES, quick
 
 CPU = torch.device("cpu")
@@ -90,7 +89,7 @@ def test_one_changed_weight_is_refused():
     assert entry.errors == {"one_cycle": 0.0, "loss": 0.0}
     with torch.no_grad():
         entry.head.model.inner.lm_head.weight.mul_(2)
-    with pytest.raises(ParityError, match="changed, train step: loss differs.*nothing was timed"):
+    with pytest.raises(ParityError, match="changed, train step: loss differs.*it was not timed"):
         check_parity(entry, "train", None, CPU)
 
 
@@ -149,7 +148,7 @@ def test_solving_goes_the_way_of_users_where_something_is_fused(monkeypatch):
     assert plain.run()[1].shape == (2, 9, 11)
     assert used == []
     assert ours.run()[1].shape == (2, 9, 11)
-    assert [steps for _, _, steps in used] == [RECIPE.model.halt_max_steps]
+    assert [steps for _, _, steps, _ in used] == [RECIPE.model.halt_max_steps]
 
 
 def test_on_a_gpu_the_official_code_is_compiled_and_padded(monkeypatch):
@@ -249,15 +248,17 @@ def test_the_official_token_mlp_is_the_same_with_padded_rows(official_path):
     assert 0 < entry.errors["one_cycle"] < 1e-5
 
 
-def test_a_captured_train_step_is_the_same_in_tensors_that_stay(monkeypatch):
-    monkeypatch.setattr(contending, "Capture", InPlace)
+def test_a_captured_train_step_is_compared_as_it_is_replayed(monkeypatch):
+    monkeypatch.setattr(contending, "Capture", Recorded)
     config = replace(quick(CASES["official"]).model, forward_dtype="float32")
     plain = Contender("plain", policy="save")
     entries = [
         prepare(contender, config, "train", None, CPU)
         for contender in (plain, replace(plain, name="graph", captured=True))
     ]
+    assert (entries[0].captured(), entries[1].captured()) == (None, False)
     first = outcome(entries[1])
+    assert entries[1].captured()
     places = [p.grad.data_ptr() for p in entries[1].head.parameters()]
     for again in range(2):  # gradients are not added up
         found, wanted = (outcome(entry) for entry in reversed(entries))
@@ -265,3 +266,30 @@ def test_a_captured_train_step_is_the_same_in_tensors_that_stay(monkeypatch):
         for name, value in wanted.items():
             assert torch.equal(found[name], value), (again, name)
     assert places == [p.grad.data_ptr() for p in entries[1].head.parameters()]
+
+
+def test_a_capture_that_fails_is_no_contender():
+    graph = Contender("graph", policy="save", captured=True)
+    entry = prepare(graph, RECIPE.model, "train", None, CPU)  # a CPU has no graphs
+    with pytest.raises(RuntimeError, match="no CUDA graph could be made of it"):
+        outcome(entry)
+
+
+def test_a_solve_is_compared_as_it_is_replayed(monkeypatch):
+    """Two supervision steps each: the graph is there after the second solve."""
+    states, runs = iter([False, False, True]), []
+    monkeypatch.setattr(contending, "solves_captured", lambda *_: next(states))
+    monkeypatch.setattr(
+        contending, "answers", lambda *given: runs.append(given[2:]) or torch.ones(2, 9, 11)
+    )
+    config = replace(RECIPE.model, halt_max_steps=2)
+    entry = prepare(Contender("ours", backend="auto"), config, "solve", None, CPU)
+    outcome(entry, brief=True)
+    assert runs == [(2, True), (2, True), (1, True)]
+    entry.plain()
+    assert runs[3:] == [(2, False)]
+
+
+def test_solving_on_a_cpu_has_no_graph():
+    entry = prepare(Contender("ours", backend="auto"), RECIPE.model, "solve", None, CPU)
+    assert entry.captured() is None

@@ -1,9 +1,9 @@
 """`trm-fast bench`: the train step and the inference step, timed against the baselines.
 
-Owns the protocol for whole steps and the command; the clocks are those of `timing.py`, the tables
-those of `bench_report.py`. Imported by `__main__.py`, `suite`, bench/ and its tests. Protocol:
-every contender gets the same weights, batch and carry and must agree with the reference before
-anything is timed; then, for each number of threads, all take turns, one step each, in one process;
+Owns the races of a run and the command; one race is that of `race.py`, the clocks are those of
+`timing.py`, the tables those of `bench_report.py`. Imported by `__main__.py`, bench/ and its tests.
+Protocol: every contender gets the same weights, batch and carry and must agree with the reference
+before it is timed; then, for each number of threads, all take turns, one step each, in one process;
 the first turn is dropped; medians and minima are kept. A train step is forward, loss and backward
 without the optimizer; an inference step is one supervision step under `torch.inference_mode`; a
 solve is all halt_max_steps of them. A ratio holds only between rows of one race.
@@ -17,187 +17,37 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # OpenMP reads it when torc
 
 import argparse
 import contextlib
-import gc
 import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from trm_fast import memory_bench, micro_bench
-from trm_fast.bench_report import add_fractions, gains, head, ratios, row, table
-from trm_fast.config import QUANTIZED, ModelConfig
+from trm_fast.bench_report import add_fractions, gains, head, table
+from trm_fast.config import QUANTIZED
 from trm_fast.console import say, show_builds
-from trm_fast.contenders import (
-    COMPILE,
-    Entry,
-    Official,
-    ParityError,
-    check_parity,
-    contenders,
-    effective_config,
-    kept_for_backward,
-    official_code,
-    prepare,
-)
+from trm_fast.contenders import COMPILE
 from trm_fast.extension import library
 from trm_fast.flops import STEPS
 from trm_fast.loading import pick_device
+from trm_fast.official import official_code
 from trm_fast.ops import POLICIES
-from trm_fast.profiling import launches
-from trm_fast.timing import (
-    basis,
-    collector_off,
-    environment,
-    matmul_peak,
-    on_threads,
-    timed,
-)
+from trm_fast.race import WRONG, release, set_up
+from trm_fast.timing import environment, matmul_peak, on_threads
 from trm_fast.workloads import CASES, Case, default_cases, plan, quick
 
 __all__ = ["main", "run_cases"]
 
 SCHEMA = 3
 PARTS = ("steps", "memory", "micro")
-LEAST_TURNS = 3
 SECONDS = 120.0  # for the turns of one race; a step of the official code takes 5 s in float32
 
 Progress = Callable[[str], None]
-
-
-def lap(entry: Entry, device: torch.device, keep: bool = True) -> None:
-    """One step, timed."""
-    wall, cpu = timed(entry.run, device)
-    if keep:
-        entry.wall.append(wall)
-        entry.cpu.append(cpu)
-
-
-@dataclass
-class Race:
-    """The contenders of one case and step, checked; `absent` says why others are not."""
-
-    case: Case
-    step: str
-    device: torch.device
-    entries: list[Entry]
-    absent: dict[str, str]
-
-    def start(self) -> None:
-        """Forget all times; one untimed turn, for what depends on the number of threads."""
-        for entry in self.entries:
-            entry.wall.clear()
-            entry.cpu.clear()
-            lap(entry, self.device, keep=False)
-
-    def run(self, rounds: int, seconds: float = float("inf")) -> None:
-        """`rounds` timed turns of every contender; each turn starts with another one.
-
-        After LEAST_TURNS no new turn begins once all turns together have taken `seconds`.
-        """
-        begin = time.perf_counter()
-        with collector_off():
-            for turn in range(rounds):
-                if turn >= LEAST_TURNS and time.perf_counter() - begin > seconds:
-                    break
-                for i in range(len(self.entries)):
-                    entry = self.entries[(turn + i) % len(self.entries)]
-                    if self.device.type == "cuda":  # memory that another one had is found again
-                        lap(entry, self.device, keep=False)
-                    lap(entry, self.device)
-
-    def result(self, cpus: Sequence[int] | None = None) -> dict:
-        """The JSON object of the times since `start`, on the threads that PyTorch has now."""
-        rows = [row(e, self.step, self.device) for e in self.entries]
-        rows += [
-            {"contender": name, "available": False, "note": why}
-            for name, why in self.absent.items()
-        ]
-        return {
-            "case": self.case.name,
-            "about": self.case.about,
-            "step": self.step,
-            "threads": torch.get_num_threads(),
-            "cpus": None if cpus is None else list(cpus),
-            "clock": basis(self.device),
-            "launched": "kernels" if self.device.type == "cuda" else "operations",
-            "config": self.case.model.to_dict(),
-            "rows": rows,
-            "ratios": ratios(rows, basis(self.device)),
-        }
-
-
-def set_up(
-    case: Case,
-    step: str,
-    official: Official | None,
-    device: torch.device,
-    compiling: str = "auto",
-    policies: Sequence[str] = (),
-    quantized: Sequence[str] = (),
-) -> Race:
-    """Build and check all contenders of a case, `policies` in place of the case's own, and
-    those that are `quantized` so, as far as the step notices.
-
-    Raises:
-        ParityError: one of them computes something else.
-    """
-    entries: list[Entry] = []
-    absent: dict[str, str] = {}
-    losses: dict[ModelConfig, Tensor] = {}
-    chosen = (policies or case.policies) if step == "train" else ("save",)
-    # Training does not notice int8.
-    ways = [q for q in quantized if q != "int8" or step != "train"]
-    for contender in contenders(case, device, compiling, chosen, ways, step):
-        if contender.official and official is None:
-            absent[contender.name] = "no official code given: --official PATH"
-            continue
-        config = effective_config(case, contender)
-        before = _allocated(device)
-        try:
-            entry = prepare(contender, config, step, official, device)
-            if contender.name != "reference" and not contender.products:
-                check_parity(entry, step, official, device, losses)
-            lap(entry, device, keep=False)
-            _look_inside(entry, step, device, before)
-        except ValueError:  # ParityError is one
-            raise
-        except Exception as error:  # no compiler, an unsupported graph, no memory
-            lines = str(error).strip().splitlines() or [repr(error)]
-            absent[contender.name] = f"failed: {lines[0]}"
-            continue
-        entries.append(entry)
-    return Race(case, step, device, entries, absent)
-
-
-def _allocated(device: torch.device) -> int:
-    """Bytes that tensors hold on a GPU."""
-    if device.type != "cuda":
-        return 0
-    gc.collect()
-    torch.cuda.empty_cache()
-    return torch.cuda.memory_allocated(device)
-
-
-def _look_inside(entry: Entry, step: str, device: torch.device, before: int) -> None:
-    """Memory and launches of a step; `before`: bytes that others hold."""
-    contender, cuda = entry.contender, device.type == "cuda"
-    if contender.captured:  # what its graph holds is not seen while it is replayed
-        entry.launches = launches(entry.run, device)
-        return
-    if cuda:
-        torch.cuda.reset_peak_memory_stats(device)
-        lap(entry, device, keep=False)
-        entry.peak_bytes = torch.cuda.max_memory_allocated(device) - before
-    if step == "train" and not (contender.compiled or contender.products):
-        entry.saved_bytes = kept_for_backward(entry)
-    if cuda or not contender.compiled:  # compiled code cannot be looked into without kernels
-        entry.launches = launches(entry.run, device)
 
 
 @contextlib.contextmanager
@@ -230,7 +80,7 @@ def run_cases(
     keep: is given the object as it is after each race; a run may be ended early.
 
     Raises:
-        ParityError: a contender computes something else; ValueError: no official code there.
+        ValueError: no official code there, or a configuration that cannot be.
     """
     device = torch.device("cpu") if device is None else device
     counts: Sequence[int | None] = threads or [None]
@@ -258,6 +108,8 @@ def run_cases(
                 found.append(result | {"seconds": time.perf_counter() - started})
                 keep(report(device, peaks, found))
                 started = time.perf_counter()
+            del race  # the next one needs its memory
+            release(device)
         for count in counts:
             peaks.measure(count)
     return report(device, peaks, found) | {"seconds": time.perf_counter() - begin}
@@ -390,12 +242,16 @@ def parser() -> argparse.ArgumentParser:
     return made
 
 
-def measure(given: argparse.Namespace) -> dict:
+def measure(given: argparse.Namespace, kept: dict[str, Any]) -> dict:
     """All parts that were asked for.
 
+    kept: is cleared and given the object as it is after each race.
+
     Raises:
-        ParityError: a contender computes something else; ValueError: a wrong argument.
+        ValueError: a wrong argument.
     """
+    if given.json and given.json != "-" and not Path(given.json).resolve().parent.is_dir():
+        raise ValueError(f"--json {given.json}: there is no folder {Path(given.json).parent}")
     usual = "cuda" if torch.cuda.is_available() else "cpu"
     device, begin = pick_device(given.device or usual), time.perf_counter()
     policies = given.policy or []
@@ -415,6 +271,12 @@ def measure(given: argparse.Namespace) -> dict:
     parts = given.part or (PARTS if device.type == "cpu" else PARTS[:1])
     size = 64 if given.quick else None
     progress: Progress = partial(say, err=True)
+
+    def keep(found: dict) -> None:
+        kept.clear()
+        kept.update(found)
+        _write(given.json, found)
+
     found = run_cases(
         chosen if "steps" in parts else [],
         threads,
@@ -426,7 +288,7 @@ def measure(given: argparse.Namespace) -> dict:
         quantized,
         given.seconds,
         progress,
-        partial(_write, given.json),
+        keep,
     )
     if "memory" in parts:
         found["memory"] = measure_memory(
@@ -442,23 +304,38 @@ def measure(given: argparse.Namespace) -> dict:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command. Returns 0; 1 where parity fails; 2 for a wrong argument."""
+    """The command. Returns 0; 1 where a contender computes something else; 2 for a wrong argument;
+    130 after Ctrl-C, with the report of the races that were run."""
     given = parser().parse_args(argv)
     show_builds()
+    found: dict[str, Any] = {}
+    status = 0
     try:
-        found = measure(given)
-    except ParityError as error:
-        say(f"trm-fast bench: {error}", err=True)
-        return 1
+        found = measure(given, found)
     except ValueError as error:
         say(f"trm-fast bench: {error}", err=True)
         return 2
+    except KeyboardInterrupt:
+        say("trm-fast bench: interrupted", err=True)
+        status = 130
+    if not found:
+        return status
     if given.json == "-":
         say(json.dumps(found, indent=1))
-        return 0
-    _write(given.json, found)
-    say(text(found))
-    return 0
+    else:
+        _write(given.json, found)
+        say(text(found))
+    wrong = _wrong(found)
+    for line in wrong:
+        say(f"trm-fast bench: {line}", err=True)
+    return status or int(bool(wrong))
+
+
+def _wrong(found: dict[str, Any]) -> list[str]:
+    """What contenders that compute something else do so in."""
+    rows = [row for result in found["results"] for row in result["rows"]]
+    notes = [row["note"] for row in rows if not row["available"]]
+    return list(dict.fromkeys(note for note in notes if note.startswith(WRONG)))
 
 
 def _write(file: str | None, found: dict) -> None:

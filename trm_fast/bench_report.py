@@ -52,6 +52,7 @@ def row(entry: Entry, step: str, device: torch.device) -> dict:
         "saved_mib": None if entry.saved_bytes is None else entry.saved_bytes / 2**20,
         "peak_mib": None if entry.peak_bytes is None else entry.peak_bytes / 2**20,
         "launches": entry.launches,
+        "captured": entry.captured(),
         "errors": entry.errors,
     }
 
@@ -158,7 +159,8 @@ def _gain(result: Mapping[str, Any]) -> str:
     line = f"  {name + ', ' + named(result['step'], config):<46}{_short(best[clock]['min']):>9}"
     line += f"{_short(best['boards_per_s']):>10}{utilization(best):>5.0%}"
     line += f"{best[kept]:>9.1f}   " if best[kept] is not None else f"{'':>12}"
-    bases = [b for b in (OFFICIAL, COMPILED, OWN_WIDTH) if b in rows] or ["reference"]
+    usual = [b for b in (OFFICIAL, COMPILED, OWN_WIDTH) if b in rows]
+    bases = usual or [b for b in ("reference",) if b in rows]
     beside = []
     for base in bases:
         times = rows[base][clock]["min"] / best[clock]["min"]

@@ -9,28 +9,24 @@ Dims legend: B batch, L puzzle tokens, S tokens incl. prefix, D width.
 
 from __future__ import annotations
 
-import contextlib
-import importlib
-import importlib.util
-import sys
-import types
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trm_fast import backends
-from trm_fast.capture import Capture
+from trm_fast.capture import WARMUP, Capture
 from trm_fast.config import ModelConfig
 from trm_fast.floor import matmuls
 from trm_fast.inference import supervision_steps
+from trm_fast.inference_step import borrowed
 from trm_fast.losses import ACTLossHead
 from trm_fast.model import Model
+from trm_fast.official import Official
 from trm_fast.workloads import Case
 
 COMPILE = ("auto", "always", "never")
@@ -41,72 +37,10 @@ OWN_WIDTH = "official, own width"
 PRODUCTS = "matmuls only"
 ALIGNED = 16  # tokens of two bytes in a row that tensor cores read well
 MANY = 128  # boards that a GPU is busy with
-_TOP_NAMES = ("models", "utils", "dataset", "evaluators")  # of the official checkout
 
 
 class ParityError(ValueError):
     """A contender computes something else than the reference: timing it would mean nothing."""
-
-
-class Official(NamedTuple):
-    """What is used of the official code."""
-
-    model: Callable[[dict[str, Any]], nn.Module]
-    loss_head: Callable[[nn.Module, str], nn.Module]
-    layers: Any
-
-
-class Fields:
-    """What the official configuration uses of pydantic's BaseModel, where that is not installed."""
-
-    def __init__(self, **values: Any) -> None:
-        for kind in type(self).__mro__:
-            for name in getattr(kind, "__annotations__", {}):
-                if name in values:
-                    setattr(self, name, values[name])
-                elif not hasattr(self, name):
-                    raise ValueError(f"{type(self).__name__} needs {name}")
-
-
-@contextlib.contextmanager
-def official_code(checkout: Path | None) -> Iterator[Official | None]:
-    """The official classes of a checkout, or None for None.
-
-    Its top-level module names exist inside only (torch.compile looks modules up by name).
-
-    Raises:
-        ValueError: the folder is no checkout, or a package that the official code imports is not
-            installed.
-    """
-    if checkout is None:
-        yield None
-        return
-    file = "models/recursive_reasoning/trm.py"
-    if not (checkout / file).is_file():
-        raise ValueError(f"{checkout}: not a checkout of the official code, {file} is missing")
-    ours = {n: m for n, m in sys.modules.items() if n.split(".")[0] in _TOP_NAMES}
-    path = list(sys.path)
-    for name in ours:
-        del sys.modules[name]
-    stand_in = importlib.util.find_spec("pydantic") is None
-    if stand_in:
-        sys.modules["pydantic"] = types.ModuleType("pydantic")
-        vars(sys.modules["pydantic"])["BaseModel"] = Fields
-    sys.path.insert(0, str(checkout.resolve()))
-    try:
-        trm = importlib.import_module("models.recursive_reasoning.trm")
-        losses = importlib.import_module("models.losses")
-        layers = importlib.import_module("models.layers")
-        yield Official(trm.TinyRecursiveReasoningModel_ACTV1, losses.ACTLossHead, layers)
-    except ModuleNotFoundError as error:
-        raise ValueError(f"the official code needs the package {error.name!r}") from error
-    finally:
-        for name in [n for n in sys.modules if n.split(".")[0] in _TOP_NAMES]:
-            del sys.modules[name]
-        if stand_in:
-            del sys.modules["pydantic"]
-        sys.modules.update(ours)
-        sys.path[:] = path
 
 
 @dataclass(frozen=True)
@@ -290,7 +224,8 @@ def make_carry(head: nn.Module, config: ModelConfig, batch: dict[str, Tensor]) -
 class Entry:
     """A contender ready to run, and its times so far, in seconds.
 
-    first: of a solve its first supervision step alone.
+    first: of a solve its first supervision step alone.  plain: the same as `run` call by call, of
+    what may be a graph.  captured: whether `run` replays one; None where none will ever be made.
     saved_bytes: kept for the backward.  peak_bytes: of the device's allocator in a step, this
     contender's own.  launches: kernels of a step, or operations where there are no kernels.
     """
@@ -300,6 +235,8 @@ class Entry:
     head: nn.Module
     run: Callable[[], Any]
     first: Callable[[], Any] | None = None
+    plain: Callable[[], Any] | None = None
+    captured: Callable[[], bool | None] = lambda: None
     wall: list[float] = field(default_factory=list)
     cpu: list[float] = field(default_factory=list)
     errors: dict[str, float] = field(default_factory=dict)
@@ -311,6 +248,11 @@ class Entry:
     def ours(self) -> bool:
         """Whether this is our model."""
         return not (self.contender.official or self.contender.products)
+
+    def let_go(self) -> None:
+        """Hold nothing on the device any more; it cannot be run again."""
+        self.head, self.first, self.plain = nn.Module(), None, None
+        self.run = self.captured = lambda: None
 
 
 def prepare(
@@ -349,20 +291,28 @@ def prepare(
             _, loss, _, outputs, _ = call(return_keys=("logits",), carry=carry, batch=batch)
         return loss, outputs["logits"]
 
-    def solve(steps: int) -> Any:
-        way = plain_answers if contender.backend == "reference" else answers
-        return None, way(call, batch, steps, device)
+    def solve(steps: int, cuda_graph: bool = True) -> Any:
+        if contender.backend == "reference":
+            return None, plain_answers(call, batch, steps, device)
+        return None, answers(call, batch, steps, cuda_graph)
 
     if step == "solve":
         run, first = partial(solve, config.halt_max_steps), partial(solve, 1)
-        return Entry(contender, config, head, run, first)
+        if contender.backend == "reference":
+            return Entry(contender, config, head, run, first)
+        graph = partial(solves_captured, call, batch)
+        plain = partial(solve, config.halt_max_steps, False)
+        return Entry(contender, config, head, run, first, plain, graph)
     if contender.captured:
-        return Entry(contender, config, head, captured(train, device))
+        capture, step_of = captured(train, device)
+        plain = partial(step_of, True)
+        return Entry(contender, config, head, step_of, None, plain, lambda: capture.captured)
     return Entry(contender, config, head, train if step == "train" else infer)
 
 
-def captured(step: Callable[[], Any], device: torch.device) -> Callable[[], Any]:
-    """The same as one CUDA graph, after a few plain calls; what it returns lies in its place."""
+def captured(step: Callable[[], Any], device: torch.device) -> tuple[Capture, Callable[..., Any]]:
+    """The same as one CUDA graph, after a few plain calls; what it returns lies in its place.
+    The function that is given back takes whether to go call by call all the same."""
     returned: list[Any] = []
 
     def body() -> None:
@@ -370,16 +320,36 @@ def captured(step: Callable[[], Any], device: torch.device) -> Callable[[], Any]
 
     capture = Capture(body, device)
 
-    def run() -> Any:
-        capture()
+    def run(plain: bool = False) -> Any:
+        capture(plain=plain)
         return returned[0]
 
-    return run
+    return capture, run
 
 
-def answers(model: Any, batch: dict[str, Tensor], steps: int, device: torch.device) -> Tensor:
+def settle(entry: Entry) -> None:
+    """Run until what is captured of an entry is replayed: the graph is what counts.
+
+    Raises:
+        RuntimeError: a contender that is one graph has none.
+    """
+    for _ in range(WARMUP + 1):
+        if entry.captured() is not False:
+            return
+        entry.run()
+    if entry.contender.captured and not entry.captured():
+        raise RuntimeError("no CUDA graph could be made of it; the log says why")
+
+
+def solves_captured(model: Any, batch: dict[str, Tensor]) -> bool | None:
+    """Whether our model's supervision steps of a batch replay a graph; None where none will."""
+    with borrowed(model, len(batch["inputs"])) as step:
+        return step.captured if step.captures else None
+
+
+def answers(model: Any, batch: dict[str, Tensor], steps: int, cuda_graph: bool = True) -> Tensor:
     """Logits [B, L, V] after `steps` supervision steps of our model, as its users get them."""
-    for out in supervision_steps(model, batch, steps):
+    for out in supervision_steps(model, batch, steps, cuda_graph):
         logits = out.logits
     return logits
 
@@ -409,6 +379,7 @@ def outcome(entry: Entry, brief: bool = False) -> dict[str, Tensor]:
 
     brief: of a solve only the first supervision step.
     """
+    settle(entry)
     torch.manual_seed(3)
     loss, logits = entry.first() if brief and entry.first else entry.run()
     if loss is None:
@@ -430,12 +401,12 @@ def compare(got: dict[str, Tensor], want: dict[str, Tensor], limit: float, who: 
     worst = 0.0
     for name, value in want.items():
         if name not in got or got[name].shape != value.shape:
-            raise ParityError(f"{who}: {name} is missing or has another shape; nothing was timed")
+            raise ParityError(f"{who}: {name} is missing or has another shape; it was not timed")
         error = float((got[name] - value).norm() / value.norm().clamp_min(1e-30))
         if not error <= limit:
             raise ParityError(
                 f"{who}: {name} differs from the reference by {error:.1e} (relative L2), allowed "
-                f"{limit:.0e}; nothing was timed"
+                f"{limit:.0e}; it was not timed"
             )
         worst = max(worst, error)
     return worst

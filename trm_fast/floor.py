@@ -17,15 +17,32 @@ import torch
 from trm_fast.config import ModelConfig
 
 
+class _Room:
+    """Random tensors, one of each shape for a purpose, which all layers share: a floor needs no
+    values of its own, and a GPU would be full of them."""
+
+    def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
+        self._dtype, self._device = dtype, device
+        self._found: dict[tuple[str, tuple[int, ...]], torch.Tensor] = {}
+
+    def draw(self, *shape: int) -> torch.Tensor:
+        return torch.randn(shape, device=self._device, dtype=self._dtype)
+
+    def shared(self, purpose: str, *shape: int) -> torch.Tensor:
+        key = purpose, shape
+        if key not in self._found:
+            self._found[key] = self.draw(*shape)
+        return self._found[key]
+
+
 class _Linear:
     """y [n,o] = x [n,i] w^T, as F.linear calls it; backward dx and dw."""
 
-    def __init__(self, n: int, i: int, o: int, dtype: torch.dtype, device: torch.device) -> None:
-        def draw(*shape: int) -> torch.Tensor:
-            return torch.randn(shape, device=device).to(dtype)
-
-        self.x, self.w, self.dy = draw(n, i), draw(o, i), draw(n, o)
-        self.y, self.dx, self.dw = draw(n, o), draw(n, i), draw(o, i)
+    def __init__(self, n: int, i: int, o: int, room: _Room, train: bool) -> None:
+        self.x, self.w, self.y = room.shared("in", n, i), room.draw(o, i), room.shared("out", n, o)
+        if train:
+            self.dy, self.dx = room.shared("gradient", n, o), room.shared("out", n, i)
+            self.dw = room.draw(o, i)
 
     def forward(self) -> None:
         torch.mm(self.x, self.w.t(), out=self.y)
@@ -38,15 +55,13 @@ class _Linear:
 class _Attention:
     """Scores [B*H,S,S] = q k^T and p v; backward of both."""
 
-    def __init__(self, c: ModelConfig, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, c: ModelConfig, room: _Room) -> None:
         s, heads = c.total_len, c.batch_size * c.num_heads
-
-        def draw(width: int) -> torch.Tensor:
-            return torch.randn(heads, s, width, device=device).to(dtype)
-
         k = c.hidden_size // c.num_heads
-        self.q, self.k, self.v, self.dout, self.out, self.grad = (draw(k) for _ in range(6))
-        self.p, self.scores = draw(s), draw(s)
+        self.q, self.k, self.v, self.dout, self.out, self.grad = (
+            room.shared(name, heads, s, k) for name in ("q", "k", "v", "gradient", "out", "grad")
+        )
+        self.p, self.scores = room.shared("in", heads, s, s), room.shared("out", heads, s, s)
 
     def forward(self) -> None:
         torch.bmm(self.q, self.k.transpose(1, 2), out=self.scores)
@@ -69,8 +84,9 @@ def matmuls(config: ModelConfig, step: str, device: torch.device) -> Callable[[]
     )
 
     def linear(n: int, i: int, o: int) -> _Linear:
-        return _Linear(n, i, o, dtype, device)
+        return _Linear(n, i, o, room, step == "train")
 
+    room = _Room(dtype, device)
     layers: list[_Linear | _Attention] = []
     for _ in range(config.L_layers):
         if config.mlp_t:
@@ -79,7 +95,7 @@ def matmuls(config: ModelConfig, step: str, device: torch.device) -> Callable[[]
                 linear(b * d, config.token_width, s),
             ]
         else:
-            layers += [linear(b * s, d, 3 * d), _Attention(config, dtype, device)]
+            layers += [linear(b * s, d, 3 * d), _Attention(config, room)]
             layers += [linear(b * s, d, d)]
         layers += [linear(b * s, d, 2 * config.channel_width)]
         layers += [linear(b * s, config.channel_width, d)]

@@ -23,9 +23,9 @@ from trm_fast.contenders import (
     Contender,
     contenders,
     kept_for_backward,
-    official_code,
     prepare,
 )
+from trm_fast.official import official_code
 from trm_fast.workloads import Case
 
 MIB = 2**20

@@ -24,6 +24,7 @@ from trm_fast.config import ModelConfig
 from trm_fast.contenders import ParityError
 from trm_fast.op_cases import Draw, OpCase
 from trm_fast.ops import OP_NAMES, Ops
+from trm_fast.race import first_line, forget_compiled
 from trm_fast.timing import (
     collector_off,
     copy_peak,
@@ -357,7 +358,7 @@ def set_up(
     """
     found, absent = functions(case, device, interpreted)
     if compiler is not None:
-        torch._dynamo.reset()  # the races before may have used up a function's versions
+        forget_compiled()
         plain = found.pop("reference")
         compiled = torch.compile(plain, dynamic=False, backend=compiler)
         found = {"reference": plain, "reference compiled": compiled} | found
@@ -377,14 +378,6 @@ def set_up(
         for seed in range(INPUT_SETS if device.type == "cuda" else 1)
     ]
     return OpRace(case, direction, device, entries, absent, inputs)
-
-
-def first_line(error: BaseException) -> str:
-    """An exception in one line, with its type where the text alone says too little."""
-    lines = str(error).strip().splitlines()
-    if not lines or not isinstance(error, RuntimeError):
-        return f"{error!r}"[:300]
-    return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
 
 
 def measure_peaks(

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import gc
 import signal
-import sys
 import threading
 import time
 import traceback
@@ -24,8 +23,9 @@ import torch
 from trm_fast.config import ModelConfig
 from trm_fast.console import say
 from trm_fast.contenders import ParityError
-from trm_fast.op_bench import first_line, measure_peaks
+from trm_fast.op_bench import measure_peaks
 from trm_fast.op_cases import OpCase, cases, network
+from trm_fast.race import first_line, forget_compiled
 from trm_fast.suite import records
 from trm_fast.suite.records import BAD
 from trm_fast.suite.supervisor import CONTEXT_LOST, Stopped, set_now
@@ -201,8 +201,7 @@ def _write(record: dict[str, Any], begin: float, session: Session) -> dict[str, 
 def clean_up(device: torch.device) -> bool:
     """Give memory back after an item; False if the CUDA context is lost."""
     gc.collect()
-    if "torch._dynamo" in sys.modules:  # loading it takes seconds
-        torch._dynamo.reset()
+    forget_compiled()
     if device.type != "cuda":
         return True
     try:

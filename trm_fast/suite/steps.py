@@ -19,11 +19,12 @@ import torch
 from torch import Tensor, nn
 
 from trm_fast import contenders, flops, optim
-from trm_fast.bench import lap
 from trm_fast.config import ModelConfig, TrainConfig
-from trm_fast.contenders import Contender, Entry, Official, official_code
+from trm_fast.contenders import Contender, Entry
 from trm_fast.data.sudoku_generator import generate
+from trm_fast.official import Official, official_code
 from trm_fast.profiling import launches
+from trm_fast.race import lap
 from trm_fast.suite.predictions import look_up
 from trm_fast.suite.records import measurement
 from trm_fast.suite.session import Rows, Session

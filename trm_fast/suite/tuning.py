@@ -18,8 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trm_fast.op_bench import RUN, Function, Inputs, first_line, functions, make_inputs
+from trm_fast.op_bench import RUN, Function, Inputs, functions, make_inputs
 from trm_fast.op_cases import OpCase, cases
+from trm_fast.race import first_line
 from trm_fast.suite import records
 from trm_fast.suite.records import measurement
 from trm_fast.suite.session import Rows, Session, Skip

@@ -241,6 +241,19 @@ def test_policies_agree(mixer):
         assert_l2(b, a, 1e-5)
 
 
+def test_squares_of_more_tiles_than_are_kept_lose_none():
+    """On Hopper those of e4m3 are half as wide as those of 16 bits, which kept squares are of."""
+    flat = on_device(leaves_for("mlp_t", 5, 272, layers=1))
+    inputs = [t.bfloat16() for t in on_device(states(1, 5, 272))]
+    with forced_architecture(90):
+        save, again = (
+            call(kernel.deep_recursion, "mlp_t", inputs, flat, (2, 1), policy=policy)
+            for policy in ("save", "recompute")
+        )
+    for a, b in zip(save, again, strict=True):
+        assert_l2(b, a, 1e-2)
+
+
 def test_where_gradients_are_on_the_last_cycle_is_the_usual_one():
     """Also if no input asks for one; and without a gradient all cycles are quantised."""
     flat = [t.detach() for t in leaves_for("mlp_t", 12, 32, layers=1)]

@@ -169,10 +169,29 @@ def test_a_wrong_argument_is_one_line_and_exit_2(arguments, said, capsys):
     assert err.count("\n") == 1
 
 
-def test_an_unknown_case_exits_2(capsys):
+@pytest.mark.parametrize(
+    "arguments", [["--case", "recipy"], ["--seconds", "-1"], ["--seconds", "nan"]]
+)
+def test_an_argument_that_cannot_be_exits_2(arguments, capsys):
     with pytest.raises(SystemExit) as stopped:
-        bench.main(["--case", "recipy"])
+        bench.main(arguments)
     assert stopped.value.code == 2
+    assert f"argument {arguments[0]}: invalid" in capsys.readouterr().err
+
+
+def test_the_memory_part_is_the_cpus_where_the_steps_are_a_gpus(monkeypatch):
+    asked = []
+    monkeypatch.setattr(bench, "pick_device", lambda given: torch.device("cuda"))
+    monkeypatch.setattr(bench, "wake_profiler", lambda device: None)
+    monkeypatch.setattr(bench, "run_cases", lambda *_: {"results": []})
+    monkeypatch.setattr(bench, "measure_memory", lambda chosen, *_: asked.extend(chosen) or [])
+    given = bench.parser().parse_args(["--part", "memory", "--case", "official"])
+    bench.measure(given, {})
+    trained = [case.config for case, step in asked if step == "train"]
+    assert {(c["batch_size"], c["forward_dtype"]) for c in trained} == {
+        (8, "bfloat16"),
+        (8, "float32"),
+    }
 
 
 def test_the_clocks_are_cleared_of_warm_up():
@@ -244,10 +263,11 @@ def test_the_benchmark_is_a_script_too():
 def test_eight_bits_are_a_contender(way, extension):
     """Checked against the reference in eight bits; of training, which does not notice int8, none
     then."""
+    name = "cpp, int8" if way == "int8" else "cpp, fp8, plain recursion"
     for step, there in (("train", way == "fp8"), ("inference", True)):
         race = set_up(RECIPE, step, None, CPU, "never", quantized=[way])
         names = [entry.contender.name for entry in race.entries]
-        assert names == ["reference", "cpp", *[f"cpp, {way}"] * there, "matmuls only"]
+        assert names == ["reference", "cpp", *[name] * there, "matmuls only"]
     entry = race.entries[2]
     assert (entry.config.quantize, entry.config.backend) == (way, "auto")
     assert set(entry.errors) == {"one_cycle", "loss"}

@@ -51,6 +51,7 @@ FIGURES = {
     "saved_mib": None,
     "peak_mib": None,
     "launches": 1314,
+    "quantize": "none",
 }
 
 
@@ -90,6 +91,8 @@ def test_what_is_gained_is_said_first():
     rows = [
         timed_row("reference", 40.0, 30.0, 40.0, 20.0) | FIGURES,
         timed_row("triton", 10.0, 8.0, 6.0, 5.0) | FIGURES | {"mfu": 0.42, "peak_mib": 16000.0},
+        timed_row("triton, recompute", 20.0, 16.0, 20.0, 16.0) | FIGURES,
+        timed_row("triton, fp8", 2.0, 2.0, 2.0, 2.0) | FIGURES | {"quantize": "fp8"},
         timed_row("official", 25.0, 20.0, 25.0, 20.0) | FIGURES | {"peak_mib": 48000.0},
         timed_row("official compiled", 12.0, 12.0, 12.0, 12.0) | FIGURES,
         timed_row("matmuls only", 1.0, 1.0, 1.0, 1.0) | FIGURES,
@@ -115,4 +118,7 @@ def test_utilization_on_a_gpu_is_of_the_makers_peak(monkeypatch):
     found = bench_report.row(entry, "inference", torch.device("cuda"))
     assert found["mfu"] == pytest.approx(found["useful_gflop"] / 0.5 / 989.4e3)
     monkeypatch.setattr(bench_report, "device_name", lambda device: "some GPU")
+    assert bench_report.row(entry, "inference", torch.device("cuda"))["mfu"] is None
+    monkeypatch.setattr(bench_report, "device_name", lambda device: "NVIDIA H100 80GB HBM3")
+    entry.config = replace(entry.config, forward_dtype="float32")  # other products, another peak
     assert bench_report.row(entry, "inference", torch.device("cuda"))["mfu"] is None

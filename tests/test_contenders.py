@@ -176,6 +176,29 @@ def test_on_a_gpu_the_official_code_is_compiled_and_padded(monkeypatch):
     for batch, compiled in ((768, True), (64, False), (8, False), (1, True)):
         found = official(CASES["official"], step="solve", batch=batch)
         assert ("official compiled" in found) == compiled
+    assert "official compiled" not in official(CASES["maze"], step="solve")
+    assert "official compiled" in official(CASES["maze"], step="solve", compiling="always")
+
+
+def test_our_plain_code_is_compiled_for_training_only_on_a_gpu():
+    names = {
+        step: [c.name for c in contenders(CASES["official"], torch.device("cuda"), step=step)]
+        for step in ("train", "solve")
+    }
+    assert "reference compiled" in names["train"]
+    assert "reference compiled" not in names["solve"]
+
+
+def test_what_is_quantised_says_where_its_recursion_is_plain(monkeypatch):
+    monkeypatch.setattr(backends, "report", lambda *_: [Choice("inject", "triton", "")])
+    for engine, name in (("triton", "triton, fp8"), ("reference", "triton, fp8, plain recursion")):
+        monkeypatch.setattr(
+            backends,
+            "recursion_engine",
+            lambda device, dtype, c, e=engine: e if c.quantize == "fp8" else "triton",
+        )
+        found = contenders(RECIPE, CPU, "never", ["save"], ["fp8"])
+        assert [c.name for c in found if c.quantize != "none"] == [name]
 
 
 def test_solving_is_every_supervision_step(extension):

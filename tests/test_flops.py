@@ -168,6 +168,7 @@ def test_registering_again_changes_nothing():
         ("NVIDIA H100 80GB HBM3", 989.4),
         ("NVIDIA GeForce RTX 4090", 165.2),
         ("NVIDIA A100-SXM4-40GB", 312.0),
+        ("NVIDIA GeForce RTX 3080", None),  # two cards of one name
         ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
         ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),
         ("", None),
@@ -176,6 +177,13 @@ def test_registering_again_changes_nothing():
 def test_a_gpu_is_known_by_its_whole_name(name, rate):
     found = device_peak(name)
     assert (found and found.tflop_per_s) == rate
+
+
+@pytest.mark.parametrize("kind", [("H100 80GB HBM3", "H200"), ("H100 NVL", "H200 NVL")])
+def test_of_one_generation_the_memory_differs_and_the_rate_does_not(kind):
+    older, newer = (flops.PEAKS[name] for name in kind)
+    assert older.tflop_per_s == newer.tflop_per_s
+    assert older.gb_per_s < newer.gb_per_s
 
 
 def test_peaks_are_finite_and_positive():

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -227,6 +228,62 @@ def test_kernels_of_a_gpu_and_ops_with_what_they_call():
         ("gemm", 1.0, 0.4, 0.8),
         ("norm", 0.5, 0.1, 0.2),
     ]
+
+
+def test_an_ops_time_is_the_devices_on_a_gpu_and_with_counts_the_whole():
+    from torch.autograd import DeviceType
+
+    one = event("aten::mm", DeviceType.CPU, 0)
+    one.device_time_total, one.self_device_time_total = 800, 600
+    one.cpu_time_total, one.self_cpu_time_total = 400, 200
+    counts = {"aten::mm": profiling.Count(1, 1, 10**6, 10**9)}
+    for counted, on_gpu, ms in (
+        *((counts, True, 0.8), ({}, True, 0.6), (counts, False, 0.4), ({}, False, 0.2)),
+    ):
+        (row,) = profiling.op_rows([one], counted, 1, None, on_gpu)
+        assert row.ms == pytest.approx(ms), (counted, on_gpu)
+
+
+def test_products_in_eight_bits_have_another_peak():
+    from torch.autograd import DeviceType
+
+    names = ("aten::mm", "aten::_scaled_mm")
+    counts = {n: profiling.Count(1, 1, 10**6, 10**9) for n in names}
+    events = [event(n, DeviceType.CPU, 1000) for n in names]
+    rows = profiling.op_rows(events, counts, 1, profiling.flops.Peak(2.0, 10.0), True)
+    assert {r.name: r.fraction_of_matmul for r in rows} == {names[0]: 0.5, names[1]: None}
+    assert {r.fraction_of_copy for r in rows} == {0.1}
+
+
+def test_the_profiler_of_a_gpu_is_woken_by_an_empty_profile(monkeypatch):
+    made = []
+
+    class Profile:
+        def __init__(self, activities):
+            made.append(activities)
+
+        def __enter__(self):
+            made.append("begun")
+
+        def __exit__(self, *error):
+            made.append("over")
+
+    monkeypatch.setattr(torch.profiler, "profile", Profile)
+    profiling.wake_profiler(CPU)
+    assert made == []
+    profiling.wake_profiler(torch.device("cuda"))
+    assert made == [[torch.profiler.ProfilerActivity.CUDA], "begun", "over"]
+    with StepProfile(Path("nowhere"), torch.device("cuda"), torch.float32, 1.0) as profile:
+        assert made[3:] == made[:3]  # before the first step
+        profile.done = True
+    with profile:
+        assert len(made) == 6
+
+    def refuse(**_):
+        raise RuntimeError("another profiler is running")
+
+    monkeypatch.setattr(torch.profiler, "profile", refuse)
+    profiling.wake_profiler(torch.device("cuda"))
 
 
 def test_launches_are_operations_that_move_data():

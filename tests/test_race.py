@@ -109,6 +109,18 @@ def test_what_is_not_compiled_is_no_compiled_contender(monkeypatch):
     assert held.absent == {"reference": "failed: torch.compile made no graph of it"}
 
 
+def test_of_a_gpu_memory_and_kernels_are_the_contenders_own(monkeypatch):
+    entry = Entry(PAIR[0], RECIPE.model, torch.nn.Module(), lambda: None)
+    for name, value in {"_allocated": 1000, "_peak": 5000, "launches": 7}.items():
+        monkeypatch.setattr(race, name, lambda *_, value=value: value)
+    for name in ("prepare", "kept_for_backward"):
+        monkeypatch.setattr(race, name, lambda *_, name=name: entry if name == "prepare" else 9)
+    monkeypatch.setattr(race, "contenders", lambda *_: PAIR[:1])
+    monkeypatch.setattr(race, "lap", lambda *_, **__: None)
+    (found,) = set_up(RECIPE, "train", None, torch.device("cuda")).entries
+    assert (found.peak_bytes, found.saved_bytes, found.launches) == (4000, 9, 7)
+
+
 def test_memory_on_a_gpu_is_that_of_a_step_call_by_call(monkeypatch):
     """The replay of a graph allocates nothing."""
     held, told = [1000], []

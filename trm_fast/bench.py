@@ -37,6 +37,7 @@ from trm_fast.flops import STEPS
 from trm_fast.loading import pick_device
 from trm_fast.official import official_code
 from trm_fast.ops import POLICIES
+from trm_fast.profiling import wake_profiler
 from trm_fast.race import WRONG, release, set_up
 from trm_fast.timing import environment, matmul_peak, on_threads
 from trm_fast.workloads import CASES, Case, default_cases, plan, quick
@@ -165,7 +166,7 @@ def measure_memory(
     small: bool,
     progress: Progress,
 ) -> list[dict]:
-    """Of the official mlp_t case in each dtype that its train step is run in."""
+    """Of the official mlp_t case in each dtype that its train step is run in, on the CPU."""
     found: list[dict] = []
     for case, step in chosen:
         dtype = case.config["forward_dtype"]
@@ -199,6 +200,12 @@ def positive(given: str) -> int:
     return int(given)
 
 
+def seconds(given: str) -> float:
+    if not float(given) >= 0:  # nan is not
+        raise ValueError
+    return float(given)
+
+
 def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(
         prog="trm-fast bench", description="what you gain here: training and solving, timed"
@@ -227,7 +234,7 @@ def parser() -> argparse.ArgumentParser:
     add("--rounds", type=positive, help="timed turns per contender")
     add(
         "--seconds",
-        type=float,
+        type=seconds,
         default=SECONDS,
         help="most for the turns of one race (%(default)g)",
     )
@@ -264,13 +271,15 @@ def measure(given: argparse.Namespace, kept: dict[str, Any]) -> dict:
     cases = [quick(case) for case in cases] if given.quick else cases
     if given.rounds is not None:
         cases = [replace(c, rounds=given.rounds) for c in cases]
-    chosen = plan(cases, given.dtype or (), given.batch or (), given.step or (), device.type)
+    sizes = given.dtype or (), given.batch or (), given.step or ()
+    chosen = plan(cases, *sizes, device.type)
     for case, _ in chosen:
         _ = case.model
     threads = given.threads or default_threads(device)
     parts = given.part or (PARTS if device.type == "cpu" else PARTS[:1])
     size = 64 if given.quick else None
     progress: Progress = partial(say, err=True)
+    wake_profiler(device)
 
     def keep(found: dict) -> None:
         kept.clear()
@@ -292,7 +301,7 @@ def measure(given: argparse.Namespace, kept: dict[str, Any]) -> dict:
     )
     if "memory" in parts:
         found["memory"] = measure_memory(
-            chosen, policies, given.official, threads or [1], given.quick, progress
+            plan(cases, *sizes), policies, given.official, threads or [1], given.quick, progress
         )
     if "micro" in parts:
         of_cases = {*(c.model.forward_dtype for c, _ in chosen), *quantized}

@@ -38,6 +38,7 @@ def row(entry: Entry, step: str, device: torch.device) -> dict:
         "available": True,
         "note": "",
         "policy": entry.config.policy if step == "train" and entry.ours else None,
+        "quantize": entry.config.quantize,
         "runs": len(entry.wall),
         "wall_ms": summary(entry.wall),
         "cpu_ms": summary(entry.cpu),
@@ -149,7 +150,11 @@ def _gain(result: Mapping[str, Any]) -> str:
     """One line of `gains`; "" where no row of ours is."""
     clock, config = f"{result['clock']}_ms", result["config"]
     rows = {r["contender"]: r for r in result["rows"] if r["available"]}
-    ours = [r for name, r in rows.items() if name != PRODUCTS and not name.startswith(OFFICIAL)]
+    ours = [
+        r
+        for name, r in rows.items()  # what is quantised computes something else
+        if not name.startswith((PRODUCTS, OFFICIAL)) and r["quantize"] == "none"
+    ]
     if not ours:
         return ""
     best = min(ours, key=lambda r: r[clock]["min"])

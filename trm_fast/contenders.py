@@ -37,6 +37,7 @@ OWN_WIDTH = "official, own width"
 PRODUCTS = "matmuls only"
 ALIGNED = 16  # tokens of two bytes in a row that tensor cores read well
 MANY = 128  # boards that a GPU is busy with
+SOLVED = ("official", "attention")  # cases whose solving is compiled on a GPU
 
 
 class ParityError(ValueError):
@@ -96,7 +97,7 @@ def contenders(
     quantized: ways to quantise that what is fused runs with, too.
     compiling: one of COMPILE; "auto" leaves torch.compile out where it takes tens of minutes: on
         the CPU at the official depth, whose unrolled recursion is one C++ program, and of solving
-        but for one board and many.
+        on a GPU but for the official code in `SOLVED` with one board and many.
     """
     found = [Contender("reference", policy="save")]
     kernels = fused(case.model, device)
@@ -108,11 +109,10 @@ def contenders(
     if kernels and device.type == "cuda" and step == "train":
         found.append(Contender(f"{kernels}, graph", backend="auto", policy="save", captured=True))
     for way in quantized if kernels else ():
-        found.append(Contender(f"{kernels}, {way}", backend="auto", policy="save", quantize=way))
-    compiled = compiling == "always" or (
-        compiling == "auto" and _compiles_soon(case.model, device, step)
-    )
-    if compiled:
+        name = _quantised(case.model, way, device)
+        found.append(Contender(name, backend="auto", policy="save", quantize=way))
+    compiled = compiling == "always" or (compiling == "auto" and _compiles_soon(case, device, step))
+    if compiled and not (compiling == "auto" and device.type == "cuda" and step == "solve"):
         found.append(Contender("reference compiled", compiled=True, policy="save"))
     found.append(Contender(OFFICIAL, official=True))
     if "intermediate_size" in case.config:
@@ -122,11 +122,22 @@ def contenders(
     return [*found, Contender(PRODUCTS, products=True)]
 
 
-def _compiles_soon(config: ModelConfig, device: torch.device, step: str) -> bool:
+def _quantised(config: ModelConfig, way: str, device: torch.device) -> str:
+    """What serves in eight bits, as a contender's name; it says where the recursion is plain."""
+    config = replace(config, backend="auto", quantize=way)
+    dtype = getattr(torch, config.forward_dtype)
+    plain = backends.recursion_engine(device, dtype, config) == "reference"
+    return f"{fused(config, device)}, {way}{', plain recursion' if plain else ''}"
+
+
+def _compiles_soon(case: Case, device: torch.device, step: str) -> bool:
+    config = case.model
     depth = config.H_cycles * (config.L_cycles + 1) * config.L_layers
     if device.type != "cuda":
         return depth <= 8
-    return step != "solve" or config.batch_size == 1 or config.batch_size >= MANY
+    if step != "solve":
+        return True
+    return case.name in SOLVED and (config.batch_size == 1 or config.batch_size >= MANY)
 
 
 def _official_on_gpus(config: ModelConfig, compiled: bool) -> list[Contender]:

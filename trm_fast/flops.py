@@ -258,7 +258,6 @@ PEAKS: dict[str, Peak] = {
     "L40S": Peak(362.05, 864),
     # NVIDIA Ampere GA102 GPU architecture whitepaper: tensor rates with sums in float32.
     "RTX A6000": Peak(154.8, 768),
-    "RTX 3080": Peak(59.5, 760),
     "RTX 3090": Peak(71.0, 936),
     # NVIDIA Ada GPU architecture whitepaper; sums in float16 reach twice the rate.
     "RTX 4090": Peak(165.2, 1008),

@@ -25,6 +25,7 @@ from trm_fast.console import say
 from trm_fast.contenders import ParityError
 from trm_fast.op_bench import measure_peaks
 from trm_fast.op_cases import OpCase, cases, network
+from trm_fast.profiling import wake_profiler
 from trm_fast.race import first_line, forget_compiled
 from trm_fast.suite import records
 from trm_fast.suite.records import BAD
@@ -218,6 +219,7 @@ def run_stage(session: Session, items: Sequence[Item], after: str | None = None)
 
     0; 1 if an item went wrong or failed; CONTEXT_LOST if the process has to be started again.
     """
+    wake_profiler(session.device)
     if after is None:
         begin = {"run": session.run, "stage": session.stage, "size": session.size}
         facts = environment(session.device)

@@ -27,8 +27,8 @@ help: ## list the targets
 train: $(VENV)/.with-viz ## train the default 9x9 Sudoku model (ARGS="key=value ..." changes it)
 	$(BIN)/python -m trm_fast.train $(ARGS)
 
-test: $(VENV)/.with-test ## run the whole test suite (ARGS="..." goes to pytest)
-	$(BIN)/python -m pytest $(ARGS)
+test: $(VENV)/.with-test ## run the whole test suite, on two cores (ARGS="..." goes to one pytest)
+	$(BIN)/python $(if $(ARGS),-m pytest $(ARGS),tests/halves.py)
 
 check: $(VENV)/.with-dev ## lint and type-check
 	$(BIN)/ruff check .

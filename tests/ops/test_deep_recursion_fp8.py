@@ -243,8 +243,8 @@ def test_policies_agree(mixer):
 
 def test_squares_of_more_tiles_than_are_kept_lose_none():
     """On Hopper those of e4m3 are half as wide as those of 16 bits, which kept squares are of."""
-    flat = on_device(leaves_for("mlp_t", 5, 272, layers=1))
-    inputs = [t.bfloat16() for t in on_device(states(1, 5, 272))]
+    flat = on_device(leaves_for("mlp_t", 5, 144, layers=1))
+    inputs = [t.bfloat16() for t in on_device(states(1, 5, 144))]
     with forced_architecture(90):
         save, again = (
             call(kernel.deep_recursion, "mlp_t", inputs, flat, (2, 1), policy=policy)

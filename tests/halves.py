@@ -23,7 +23,7 @@ def main() -> int:
         finally:
             beside.kill()
             said.seek(0)
-            print(said.read(), flush=True)
+            sys.stdout.write(said.read())
     return rest or status
 
 

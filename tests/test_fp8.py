@@ -14,15 +14,13 @@ from trm_fast.config import ConfigError, ModelConfig
 from trm_fast.losses import ACTLossHead
 from trm_fast.model import Model
 from trm_fast.ops import (
-    OP_NAMES,
     AttentionWeights,
     BlockWeights,
-    Ops,
     Recursion,
     TokenMixWeights,
 )
 
-OPS = Ops(**{name: getattr(reference, name) for name in OP_NAMES})
+OPS = backends.table("reference")
 # What the compiled operations serve: heads of 16 features.
 SIZES = {"hidden_size": 32, "num_heads": 2, "puzzle_emb_ndim": 32}
 EPS = 1e-5

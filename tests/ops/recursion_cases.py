@@ -7,18 +7,16 @@ import torch
 from op_checks import EPS, rms_norm, silu
 from parity import L2_FLOORS, assert_l2, make_inputs, relative_l2
 
-from trm_fast import reference
+from trm_fast import backends
 from trm_fast.ops import (
-    OP_NAMES,
     AttentionWeights,
     BlockWeights,
-    Ops,
     Recursion,
     TokenMixWeights,
 )
 from trm_fast.reference import deep_recursion
 
-OPS = Ops(**{name: getattr(reference, name) for name in OP_NAMES})
+OPS = backends.table("reference")
 MIXERS = ("attention", "mlp_t")
 HEADS = 2
 SHAPES = [(2, 97, 32), (4, 16, 16), (1, 9, 8), (0, 9, 8)]

@@ -22,6 +22,20 @@ from trm_fast.reference import adam_atan2_ema_
 
 SETTINGS = {"lr": 0.01, "weight_decay": 0.1, "beta1": 0.9, "beta2": 0.95, "ema_decay": 0.99}
 SHAPES = [(64, 32), (97, 3), (1,), (0, 8)]
+EVERY_SETTING = pytest.mark.parametrize(
+    "setting",
+    [
+        {"lr": 0.5},
+        {"weight_decay": 0.0},
+        {"beta1": 0.2},
+        {"beta1": 0.0},
+        {"beta2": 0.3},
+        {"ema_decay": 0.1},
+        {"ema_decay": 1.0},
+        {"steps": 20},
+    ],
+    ids=lambda setting: "-".join(f"{k}{v}" for k, v in setting.items()),
+)
 
 
 def scalar_step(p, g, m, v, ema, step, settings):
@@ -278,20 +292,7 @@ def test_kernel_copies_are_the_rounded_weights(dtype):
         assert torch.equal(copy, p.to(dtype))
 
 
-@pytest.mark.parametrize(
-    "setting",
-    [
-        {"lr": 0.5},
-        {"weight_decay": 0.0},
-        {"beta1": 0.2},
-        {"beta1": 0.0},
-        {"beta2": 0.3},
-        {"ema_decay": 0.1},
-        {"ema_decay": 1.0},
-        {"steps": 20},
-    ],
-    ids=lambda setting: "-".join(f"{k}{v}" for k, v in setting.items()),
-)
+@EVERY_SETTING
 def test_kernel_every_setting_counts(setting):
     params, grads = make_inputs((40,)), make_inputs((40,), seed=1)
     for want, got in zip(*both_after(params, grads, torch.float16, **setting), strict=True):

@@ -9,7 +9,7 @@ from extension_checks import check_same_bits
 from kernel_checks import check_registered
 from op_checks import CPU, DTYPES
 from parity import assert_parity, make_inputs
-from test_adam_atan2_ema_ import SETTINGS, SHAPES
+from test_adam_atan2_ema_ import EVERY_SETTING, SETTINGS, SHAPES
 
 from trm_fast.extension import adam_atan2_ema_ as compiled
 from trm_fast.reference import adam_atan2_ema_
@@ -51,20 +51,7 @@ def test_extension_against_the_reference(weights, gradients, extension):
         assert torch.equal(copy, p.to(torch.bfloat16))
 
 
-@pytest.mark.parametrize(
-    "setting",
-    [
-        {"lr": 0.5},
-        {"weight_decay": 0.0},
-        {"beta1": 0.2},
-        {"beta1": 0.0},
-        {"beta2": 0.3},
-        {"ema_decay": 0.1},
-        {"ema_decay": 1.0},
-        {"steps": 20},
-    ],
-    ids=lambda setting: "-".join(f"{k}{v}" for k, v in setting.items()),
-)
+@EVERY_SETTING
 def test_extension_every_setting_counts(setting, extension):
     params, grads = make_inputs((40,)), make_inputs((40,), seed=1)
     want, got = (

@@ -46,6 +46,8 @@ ORDER = [
     ["model"],
     ["losses", "optimizers", "ema", "inference_step"],
     ["optim"],
+    ["unpickle"],
+    ["torch_file"],
     ["durable"],
     ["checkpoint", "viz", "progress"],
     ["inference"],

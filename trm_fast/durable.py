@@ -6,17 +6,17 @@ trainer.
 
 from __future__ import annotations
 
-import io
 import os
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from contextlib import suppress
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import safetensors.torch
-import torch
 from torch import Tensor
+
+from trm_fast.torch_file import read_torch_file
+from trm_fast.unpickle import PickleError
 
 
 class CheckpointError(ValueError):
@@ -39,16 +39,17 @@ def parse_tensors(path: Path, data: bytes) -> dict[str, Tensor]:
         raise CheckpointError(f"{path}: is not safetensors: {one_line(error)}") from error
 
 
-def parse_pickle(path: Path, data: bytes) -> dict[str, Any]:
-    """The dict of a torch.save'd file, its code never run; CheckpointError for anything else."""
+def parse_pickle(path: Path, data: bytes, stubs: Container[str] = ()) -> dict[str, Any]:
+    """The dict of a torch.save'd file, nothing in it run; CheckpointError for anything else.
+
+    Args:
+        path: for the error.  data: the file's bytes.
+        stubs: "module.Class" of classes whose objects become an `unpickle.Holder`.
+    """
     try:
-        value = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    except UnpicklingError as error:  # its text advises to load without weights_only
-        raise CheckpointError(
-            f"{path}: cannot be loaded: not a torch.save'd file of tensors and plain values"
-        ) from error
-    except Exception as error:  # whatever the parser meets in a hostile file
-        raise CheckpointError(f"{path}: cannot be loaded: {one_line(error)}") from error
+        value = read_torch_file(data, stubs)
+    except PickleError as error:
+        raise CheckpointError(f"{path}: cannot be loaded: {error}") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{path}: holds a {type(value).__name__}; a dict was expected")
     return value

@@ -200,10 +200,10 @@ def unsupported_dtype(dtype: torch.dtype) -> str | None:
     return f"serves bfloat16, float16 and float32, not {str(dtype).removeprefix('torch.')}"
 
 
-def unsupported_width(width: int) -> str | None:
+def unsupported_width(width: int, name: str = "hidden size") -> str | None:
     if width % ALIGNMENT == 0 and 0 < width <= MAX_WIDTH:
         return None
-    return f"needs a hidden size that is a multiple of {ALIGNMENT} up to {MAX_WIDTH}, not {width}"
+    return f"needs a {name} that is a multiple of {ALIGNMENT} up to {MAX_WIDTH}, not {width}"
 
 
 def mismatch(name: str, t: Tensor, shape: Sequence[int], like: Tensor) -> str | None:

@@ -18,8 +18,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from trm_fast.kernels import _common
 from trm_fast.kernels._common import (
     E4M3_TILE,
+    Shape,
     aligned,
     begin,
     check,
@@ -28,7 +30,6 @@ from trm_fast.kernels._common import (
     mismatch,
     row_scale,
     tiles,
-    unsupported,
     unsupported_dtype,
     unsupported_width,
     up,
@@ -221,6 +222,17 @@ def linear_rmsnorm(a: Tensor, w: Tensor, h: Tensor, eps: float) -> Tensor:
         a.flatten(0, 1).contiguous(), w.contiguous(), h.flatten(0, 1).contiguous(), eps
     )
     return out.view(h.shape)
+
+
+def unsupported(
+    dtype: torch.dtype, config: Shape | None, device: torch.device | None = None
+) -> str | None:
+    """Why the op cannot serve, or None; heads may leave some features unattended."""
+    reason = _common.unsupported(dtype, config, device)
+    if reason or config is None or config.mlp_t:
+        return reason
+    attended = config.hidden_size // config.num_heads * config.num_heads
+    return unsupported_width(attended, "width of all heads")
 
 
 def examples(make: Callable[..., Tensor]) -> Iterator[None]:

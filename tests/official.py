@@ -21,6 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from trm_fast.config import ARCHS
+
 # The commit that the recorded tensors were made from, and the files that made them.
 OFFICIAL_COMMIT = "e7b68717f0a6c4cbb4ce6fbef787b14f42083bd9"
 OFFICIAL_FILES = (
@@ -30,6 +32,10 @@ OFFICIAL_FILES = (
     "models/losses.py",
     "models/sparse_embedding.py",
     "models/recursive_reasoning/trm.py",
+    "models/recursive_reasoning/trm_singlez.py",
+    "models/recursive_reasoning/trm_hier6.py",
+    "models/recursive_reasoning/hrm.py",
+    "models/recursive_reasoning/transformers_baseline.py",
     "pretrain.py",
 )
 _TOP_NAMES = ("models", "utils", "dataset", "evaluators", "puzzle_dataset", "pretrain")
@@ -118,6 +124,15 @@ class Official:
     def Model(self) -> Any:
         return self.trm.TinyRecursiveReasoningModel_ACTV1
 
+    def network(self, kind: str) -> types.ModuleType:
+        """The module of the network whose file in recursive_reasoning/ is called so."""
+        return official_module(self.path, f"models.recursive_reasoning.{kind}")
+
+    def model(self, config: dict[str, Any]) -> Any:
+        """A model of the class that the key "name" means; without it TRM's."""
+        kind = config.get("name", "trm")
+        return getattr(self.network(kind), ARCHS[kind].partition("@")[2])(config)
+
     @property
     def ACTLossHead(self) -> Any:
         return self.losses.ACTLossHead
@@ -168,7 +183,7 @@ def official_dict(**changes: Any) -> dict[str, Any]:
         "no_ACT_continue": True,
         "causal": False,
     }
-    unknown = sorted(set(changes) - set(config))
+    unknown = sorted(set(changes) - set(config) - {"name", "act_inference"})
     if unknown:
         raise ValueError(f"unknown config keys {unknown}; known: {sorted(config)}")
     return config | changes

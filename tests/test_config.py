@@ -310,12 +310,12 @@ def test_replace_and_layer():
 def test_keys():
     assert canonical_key("arch") == "arch.name" and canonical_key("data-path") == "data_paths"
     assert canonical_key("arch.loss.loss_type") == "arch.loss_type"
-    assert canonical_key("arch.H_layers") is None and canonical_key("arch.causal") is None
+    assert canonical_key("arch.causal") is None
     assert message(canonical_key, "mlp_t") == "unknown key 'mlp_t' (did you mean 'arch.mlp_t'?)"
     assert "did you mean 'eval_interval'" in message(canonical_key, "eval_intervall")
     assert message(canonical_key, "zzz") == "unknown key 'zzz'"
     assert message(canonical_key, 3) == "unknown key 3: a key is text"
-    assert flatten({"arch": {"loss": {"name": "losses@ACTLossHead"}, "H_layers": 0}}) == {}
+    assert flatten({"arch": {"loss": {"name": "losses@ACTLossHead"}, "causal": False}}) == {}
     assert flatten({"arch.puzzle_emb_ndim": "${.hidden_size}"}) == {"arch.puzzle_emb_ndim": None}
     assert "arch.loss.name must be losses@ACTLossHead" in message(
         flatten, {"arch": {"loss": {"name": "losses@Other"}}}

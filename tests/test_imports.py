@@ -42,7 +42,7 @@ ORDER = [
     ["reference"],
     ["memory", "flops", "timing"],
     ["backends", "fits"],
-    ["layers", "recursion"],
+    ["layers", "recursion", "variants"],
     ["model"],
     ["losses", "optimizers", "ema", "inference_step"],
     ["optim"],

@@ -43,7 +43,7 @@ class Scripted(torch.nn.Module):
         self.preds, self.q = torch.as_tensor(preds), torch.as_tensor(q, dtype=torch.float32)
         self.config = config or tiny_config(halt_max_steps=len(preds))
         self.inner = torch.nn.Module()
-        self.inner.H_init = torch.zeros(1)
+        self.inner.device = torch.device("cpu")
 
     def initial_carry(self, batch):
         size = len(batch["inputs"])

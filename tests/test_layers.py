@@ -93,9 +93,9 @@ def test_shapes_and_names_of_the_blocks():
         "gate_up_proj.weight": (24, 8),
         "down_proj.weight": (8, 12),
     }
-    assert {n: tuple(p.shape) for n, p in Attention(8).named_parameters()} == {
-        "qkv_proj.weight": (24, 8),
-        "o_proj.weight": (8, 8),
+    assert {n: tuple(p.shape) for n, p in Attention(8, 6).named_parameters()} == {
+        "qkv_proj.weight": (18, 8),
+        "o_proj.weight": (8, 6),
     }
     config = ModelConfig.from_dict(tiny_config(intermediate_size=20))
     block = Block(config)
@@ -121,7 +121,7 @@ def test_token_mixing_block():
 
 
 def test_network_hands_out_its_blocks_in_order():
-    network = Network(ModelConfig.from_dict(tiny_config(L_layers=3)))
+    network = Network(ModelConfig.from_dict(tiny_config(L_layers=2)), 3)
     weights = network.weights()
     assert len(weights) == 3
     for i, block in enumerate(weights):

@@ -40,7 +40,7 @@ def model(**values: Any) -> ModelConfig:
 
 
 def test_model_config_takes_the_official_dictionary():
-    config = model(name="x", loss={"name": "y"})
+    config = model(name="trm", loss={"name": "y"})
     assert config.prefix_len == 16 and config.total_len == 97 and config.head_dim == 64
     # The shapes that the official code gives for these settings (landscape: gate_up 1024 x 97).
     assert config.token_width == 512 and config.channel_width == 1536
@@ -60,6 +60,10 @@ def test_model_config_defaults_are_official_and_ours_are_off():
         "mlp_t": False,
         "puzzle_emb_len": 16,
         "no_ACT_continue": True,
+        "H_layers": 0,
+        "act_enabled": True,
+        "act_inference": False,
+        "name": "recursive_reasoning.trm@TinyRecursiveReasoningModel_ACTV1",
         "intermediate_size": None,
         "token_intermediate_size": None,
         "intermediate_multiple": 256,
@@ -159,8 +163,11 @@ def test_model_config_refuses_bad_values(key, bad, wanted):
 def test_model_config_checks_keys_together():
     assert "did you mean 'mlp_t'" in message(model, mlp_tt=True)
     assert "unknown model key 3" in message(ModelConfig.from_dict, {**OFFICIAL, 3: 4})
-    assert "multiple of num_heads, got 512 and 7" in message(model, mlp_t=False, num_heads=7)
-    assert model(num_heads=7).num_heads == 7  # no heads in an MLP, as in the official code
+    tall = "hidden_size must be at least num_heads, got 512 and 513"
+    assert message(model, mlp_t=False, num_heads=513) == tall
+    assert model(num_heads=513).num_heads == 513  # no heads in an MLP, as in the official code
+    twelve = model(mlp_t=False, num_heads=12)  # what the official baseline has
+    assert (twelve.head_dim, twelve.attention_width) == (42, 504)
     odd = {"mlp_t": False, "hidden_size": 48, "num_heads": 16, "puzzle_emb_ndim": 0}
     assert "must be even for rope, got 3" in message(model, pos_encodings="rope", **odd)
     assert model(pos_encodings="learned", **odd).head_dim == 3
@@ -190,10 +197,63 @@ def test_arch_config_defaults_are_arch_trm():
 def test_arch_config_errors_name_the_dotted_key():
     assert message(ArchConfig, H_cycles=0) == "arch.H_cycles must be an integer >= 1, got 0"
     assert message(ArchConfig, loss_type="mse").startswith("arch.loss_type must be one of stable")
-    assert "arch.num_heads" in message(ArchConfig, num_heads=7)
-    for other in ("trm_singlez", "trm_hier6", "hrm", "transformers_baseline"):
-        wanted = f"arch={other} is not built yet; there is: trm"
-        assert message(ArchConfig, name=other) == wanted
-        assert message(ArchConfig, name=f"recursive_reasoning.{other}@Model") == wanted
+    assert "arch.num_heads" in message(ArchConfig, num_heads=513)
     assert "did you mean 'trm'" in message(ArchConfig, name="tmr")
-    assert message(ArchConfig, name=None) == "arch must be one of trm, got None"
+    known = "trm, trm_singlez, trm_hier6, hrm, transformers_baseline"
+    assert message(ArchConfig, name=None) == f"arch must be one of {known}, got None"
+    assert message(ArchConfig, name="hrm") == "hrm needs arch.H_layers >= 1, got 0"
+
+
+NETWORKS = {
+    "trm_singlez": {},
+    "trm_hier6": {},
+    "hrm": {"H_layers": 4, "L_cycles": 2, "L_layers": 4, "H_cycles": 2},
+    "transformers_baseline": {
+        "H_layers": 8,
+        "num_heads": 12,
+        "H_cycles": 1,
+        "pos_encodings": "rope",
+    },
+}
+
+
+@pytest.mark.parametrize("short", NETWORKS)
+def test_other_networks_by_either_name(short):
+    own = {"mlp_t": False, **NETWORKS[short]}
+    config = model(name=short, **own)
+    assert config.kind == short and config.name.startswith(f"recursive_reasoning.{short}@")
+    assert config == model(name=config.name, **own) == ModelConfig.from_dict(config.to_dict())
+
+
+def test_what_the_official_classes_of_other_networks_fix():
+    """Their dictionaries have neither of these keys, the baseline's no cycles either."""
+    given = {k: v for k, v in OFFICIAL.items() if k not in ("puzzle_emb_len", "no_ACT_continue")}
+    hrm = ModelConfig.from_dict(given | {"name": "hrm", "H_layers": 4})
+    assert (hrm.prefix_len, hrm.no_ACT_continue, hrm.learns_to_continue) == (1, False, True)
+    lacking = {k: v for k, v in given.items() if k not in ("L_cycles", "L_layers", "mlp_t")}
+    lacking |= {"name": "transformers_baseline", "H_layers": 8, "H_cycles": 1}
+    plain = ModelConfig.from_dict(lacking)
+    assert (plain.prefix_len, plain.no_ACT_continue, plain.learns_to_continue) == (1, False, False)
+    trm = ModelConfig.from_dict(given)
+    assert (trm.prefix_len, trm.no_ACT_continue, trm.learns_to_continue) == (16, True, False)
+
+
+def test_other_networks_refuse_what_they_do_not_have():
+    assert message(model, name="hrm") == "hrm needs H_layers >= 1, got 0"
+    wanted = "trm_hier6 has 6 latent levels: L_cycles must be at most that, got 7"
+    assert message(model, name="trm_hier6", L_cycles=7) == wanted
+    plain = {"name": "transformers_baseline", "H_layers": 2}
+    assert "transformers_baseline has no token MLP" in message(model, **plain)
+
+
+def test_counts_of_blocks_passes_and_states():
+    def counts(**values):
+        config = model(mlp_t=False, **values)
+        return config.blocks, config.passes, config.states
+
+    assert counts() == (2, (42, 14, 7), 2)
+    assert counts(name="trm_singlez") == (2, (42, 14, 7), 1)
+    assert counts(name="trm_hier6", H_cycles=2) == (2, (28, 14, 7), 7)
+    assert counts(name="hrm", H_layers=4, H_cycles=2, L_cycles=3) == (6, (20, 6, 2), 2)
+    plain = {"name": "transformers_baseline", "H_layers": 8, "H_cycles": 1, "L_layers": 1}
+    assert counts(**plain) == (8, (8, 8, 1), 1)

@@ -10,7 +10,14 @@ from config_errors import message
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trm_fast.config import PRESETS, ConfigError, TrainConfig, from_preset, option_fields
+from trm_fast.config import (
+    PRESETS,
+    ArchConfig,
+    ConfigError,
+    TrainConfig,
+    from_preset,
+    option_fields,
+)
 from trm_fast.overrides import (
     HelpRequested,
     emit_yaml,
@@ -125,9 +132,20 @@ def test_bases():
     given = parse_train(["arch=trm", "arch.hidden_size=256", "arch.puzzle_emb_ndim=512"])
     assert given.arch.puzzle_emb_ndim == 512
     assert parse_train(["arch.hidden_size=64"]).arch.puzzle_emb_ndim == 0
-    for other in ("trm_singlez", "trm_hier6", "hrm", "transformers_baseline"):
-        wanted = f"arch={other} is not built yet; there is: trm"
-        assert message(parse_train, [f"arch={other}"]) == wanted
+
+
+def test_another_network_brings_its_official_sizes():
+    assert parse_train(["arch=trm_singlez"]).arch == ArchConfig(name="trm_singlez")
+    hrm = parse_train(["arch=hrm", "arch.L_layers=2"]).arch
+    assert (hrm.H_cycles, hrm.L_cycles, hrm.H_layers, hrm.L_layers) == (2, 2, 4, 2)
+    assert (hrm.puzzle_emb_len, hrm.no_ACT_continue, hrm.num_heads) == (0, False, 8)
+    plain = parse_train(["arch=transformers_baseline"]).arch
+    assert (plain.H_cycles, plain.H_layers, plain.num_heads, plain.hidden_size) == (1, 8, 12, 512)
+    small = parse_train(["preset=sudoku-mini", "arch=hrm", "arch.q_logits=2"]).arch
+    assert (small.hidden_size, small.H_layers, small.H_cycles) == (48, 4, 2)
+    again = parse_train(["arch.H_layers=3", "arch=hrm"])
+    assert again.arch.H_layers == 3 and again.replace({"seed": 1}).arch == again.arch
+    assert again.replace({"arch": "hrm"}) == again
 
 
 def test_order_is_base_preset_file_command_line(tmp_path):
@@ -226,7 +244,7 @@ def test_texts_stay_texts():
     assert parse_train(["arch.loss.loss_type=softmax_cross_entropy"]).arch.loss_type == (
         "softmax_cross_entropy"
     )
-    assert parse_train(["arch.loss.name=losses@ACTLossHead", "arch.H_layers=4"]) == from_preset()
+    assert parse_train(["arch.loss.name=losses@ACTLossHead", "arch.causal=true"]) == from_preset()
 
 
 @pytest.mark.parametrize(
@@ -262,7 +280,7 @@ def test_texts_stay_texts():
         ("arc1", "'arc1' is not key=value (did you mean preset=arc1?); see --help"),
         ("preset=arc3", "preset must be one of sudoku-mini, "),
         ("preset=[]", "preset must be one of sudoku-mini, "),
-        ("arch=tmr", "arch must be one of trm, got 'tmr' (did you mean 'trm'?)"),
+        ("arch=tmr", "arch must be one of trm, trm_singlez, "),
         ("arch=", "arch.name has no value"),
         ("arch.loss.name=x", "arch.loss.name must be losses@ACTLossHead, got 'x'"),
         ("config=x.toml", "config must be a .json or .yaml file, got 'x.toml'"),
@@ -401,7 +419,7 @@ def test_yaml_without_pyyaml_says_what_to_install(tmp_path, monkeypatch):
         ("a.json", b"[1]", "a.json must hold keys and values, got [1]"),
         ("a.json", b"\xff\xfe", "a.json': not UTF-8 text"),
         ("a.json", b'{"lrr": 1}', "a.json: unknown key 'lrr' (did you mean 'lr'?)"),
-        ("a.json", b'{"arch": 3}', "arch must be one of trm, got 3"),
+        ("a.json", b'{"arch": 3}', "arch must be one of trm, trm_singlez, "),
         ("a.json", b'{"arch": {"loss": 3}}', "a.json: unknown key 'arch.loss'"),
         ("a.json", b'{"preset": [1]}', "preset must be one of"),
         ("a.json", b'{"lr": NaN}', "lr must be a number >= 0, got nan"),

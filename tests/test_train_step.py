@@ -40,6 +40,10 @@ VARIANTS = {
     "q-continue": {"arch__no_ACT_continue": False, "arch__q_logits": 2},
     "rows-only": {"freeze_weights": True},
     "recompute": {"arch__policy": "recompute", "arch__L_layers": 2},
+    "singlez": {"arch__name": "trm_singlez", **MLP},
+    "hier6": {"arch__name": "trm_hier6", "arch__L_cycles": 6},
+    "hrm": {"arch__name": "hrm", "arch__q_logits": 2, "arch__H_layers": 1},
+    "baseline": {"arch__name": "transformers_baseline", "arch__H_layers": 2, "arch__q_logits": 2},
 }
 STEPS = 12
 

@@ -132,6 +132,8 @@ def _choose(
     op: str, name: str, device: torch.device, dtype: torch.dtype, config: ModelConfig | None
 ) -> tuple[Row, str]:
     rows = {row.backend: row for row in ROWS if row.op == op}
+    if op == "deep_recursion" and config is not None and config.kind != "trm":
+        return rows["reference"], f"unused: arch={config.kind} is composed of the others"
     reasons: list[str] = []
     for backend in BACKENDS if name == "auto" else (name, "reference"):
         row = rows.get(backend)

@@ -17,7 +17,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from trm_fast.model_config import ARCHS, QUANTIZED, ArchConfig, ModelConfig
+from trm_fast.model_config import (
+    ARCHS,
+    QUANTIZED,
+    ArchConfig,
+    ModelConfig,
+    arch_defaults,
+    arch_name,
+)
 from trm_fast.names import slug
 from trm_fast.options import ConfigError, check_fields, did_you_mean, option, show, to_int
 from trm_fast.presets import PRESETS
@@ -250,6 +257,7 @@ class TrainConfig:
     def from_flat(cls, values: Mapping[str, Any]) -> TrainConfig:
         """From dotted canonical keys, as `flatten` and `layer` give them."""
         arch = {k[5:]: v for k, v in values.items() if k.startswith("arch.")}
+        arch = {**arch_defaults(arch.get("name", "trm")), **arch}
         return cls(
             arch=ArchConfig(**arch),
             **{k: v for k, v in values.items() if not k.startswith("arch.")},
@@ -291,7 +299,7 @@ class TrainConfig:
             if self.data_paths
             else "Sudoku-mini"
         )
-        start = self.preset or self.arch.name.partition("@")[0].rpartition(".")[2]
+        start = self.preset or self.arch.kind
         for _ in range(100):
             drawn = secrets.randbelow(4096) if number is None else number
             run = self.run_name or f"{start}-{slug(drawn)}"
@@ -304,9 +312,11 @@ class TrainConfig:
         """What the official code would put into `all_config.yaml`; our own keys are left out."""
         ours = BEYOND_OFFICIAL.split()
         result = {k: v for k, v in self.to_dict().items() if k not in ours}
+        if self.arch.kind != "transformers_baseline":
+            ours += ["arch.act_enabled", "arch.act_inference"]  # of that network only
         arch = {k: v for k, v in result["arch"].items() if f"arch.{k}" not in ours}
         loss = {"name": LOSS_HEAD, "loss_type": self.arch.loss_type}
-        return {**result, "arch": {"H_layers": 0, "loss": loss, **arch}}
+        return {**result, "arch": {"loss": loss, **arch}}
 
 
 def option_fields() -> dict[str, dataclasses.Field[Any]]:
@@ -354,11 +364,16 @@ def flatten(values: Mapping[str, Any]) -> dict[str, Any]:
 def layer(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
     """Dotted keys of `above` over those of `below`.
 
-    A key that would stay without effect because of one further down switches that one off:
-    `epochs` clears `steps`, `eval_interval` clears `eval_steps`, and of `data_paths` and
-    `generate` the one given last counts.
+    Another network than that of `below` brings its official sizes with it. A key that would stay
+    without effect because of one further down switches that one off: `epochs` clears `steps`,
+    `eval_interval` clears `eval_steps`, and of `data_paths` and `generate` the one given last
+    counts.
     """
     merged = {**below, **above}
+    if "arch.name" in above:
+        chosen = arch_defaults(above["arch.name"])
+        if chosen["name"] != arch_name(below.get("arch.name", "trm")):
+            merged = {**below, **{f"arch.{k}": v for k, v in chosen.items()}, **above}
     for winner, loser in (("epochs", "steps"), ("eval_interval", "eval_steps")):
         if winner in above and loser not in above:
             merged[loser] = None

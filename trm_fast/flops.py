@@ -81,7 +81,8 @@ def weight_shapes(config: ModelConfig) -> list[tuple[int, int]]:
     """Of one block: the mixer's two, then the channel SwiGLU's."""
     s, d, f = config.total_len, config.hidden_size, config.channel_width
     t = config.token_width
-    mixer = [(2 * t, s), (s, t)] if config.mlp_t else [(3 * d, d), (d, d)]
+    e = config.attention_width
+    mixer = [(2 * t, s), (s, t)] if config.mlp_t else [(3 * e, d), (d, e)]
     return [*mixer, (2 * f, d), (d, f)]
 
 
@@ -94,10 +95,10 @@ def recursion_flops(
     scores_again: as PyTorch counts, with attention's scores made again in the backward.
     """
     x = (batch or config.batch_size, config.total_len, config.hidden_size)
-    once = network(x, weight_shapes(config) * config.L_layers, config.mlp_t)
-    with_gradient = config.L_cycles + 1
-    forward = config.H_cycles * with_gradient * sum(once)
-    return forward, forward + with_gradient * once.backward(scores_again)
+    block = network(x, weight_shapes(config), config.mlp_t)
+    blocks, with_gradient, _ = config.passes
+    forward = blocks * sum(block)
+    return forward, forward + with_gradient * block.backward(scores_again)
 
 
 def step_flops(

@@ -211,7 +211,7 @@ def evaluate(
     Raises:
         ValueError: no puzzles at all, or steps < 1.
     """
-    device = model.inner.H_init.device
+    device = model.inner.device
     depth = _depth(model, steps)
     tallies: dict[str, _Tally] = {}
     was_training = model.training
@@ -271,7 +271,7 @@ def predict(
         raise ValueError(f"select must be 'last' or 'best_q', got {select!r}")
     if puzzle_identifiers is None:
         puzzle_identifiers = torch.zeros(len(inputs), dtype=torch.int32)
-    device = model.inner.H_init.device
+    device = model.inner.device
     depth = _depth(model, steps)
     was_training = model.training
     model.eval()

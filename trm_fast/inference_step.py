@@ -69,7 +69,7 @@ class InferenceStep:
 
     def __init__(self, model: Model, size: int, cuda_graph: bool = True) -> None:
         self._model = weakref.ref(model)
-        device, length = model.inner.H_init.device, model.config.seq_len
+        device, length = model.inner.device, model.config.seq_len
         self._data = {
             "inputs": torch.zeros(size, length, dtype=torch.int32, device=device),
             "puzzle_identifiers": torch.zeros(size, dtype=torch.int32, device=device),
@@ -161,7 +161,7 @@ def borrowed(model: Model, batch: int, cuda_graph: bool = True) -> Iterator[Infe
     With CUDA graphs it is used again by later calls: capturing takes much longer than a step. A
     model with hooks is run call by call, so that they are.
     """
-    graphs = cuda_graph and _is_captured(model.inner.H_init.device) and not _hooks(model)
+    graphs = cuda_graph and _is_captured(model.inner.device) and not _hooks(model)
     step = _take(model, padded_size(batch)) if graphs else None
     if step is None:
         step = InferenceStep(model, padded_size(batch) if graphs else batch, graphs)

@@ -144,10 +144,10 @@ class SwiGLU(nn.Module):
 class Attention(nn.Module):
     """qkv_proj [3*H*K, D] with q, k, v head-major; o_proj [D, H*K]."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, inner: int) -> None:
         super().__init__()
-        self.qkv_proj = Linear(width, 3 * width)
-        self.o_proj = Linear(width, width)
+        self.qkv_proj = Linear(width, 3 * inner)
+        self.o_proj = Linear(inner, width)
 
 
 class Block(nn.Module):
@@ -158,7 +158,7 @@ class Block(nn.Module):
         if config.mlp_t:
             self.mlp_t = SwiGLU(config.total_len, config.token_width)
         else:
-            self.self_attn = Attention(config.hidden_size)
+            self.self_attn = Attention(config.hidden_size, config.attention_width)
         self.mlp = SwiGLU(config.hidden_size, config.channel_width)
 
     def weights(self) -> BlockWeights:
@@ -173,9 +173,9 @@ class Block(nn.Module):
 class Network(nn.Module):
     """The blocks of one network, `layers.0` first."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, layers: int) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(Block(config) for _ in range(config.L_layers))
+        self.layers = nn.ModuleList(Block(config) for _ in range(layers))
 
     def weights(self) -> list[BlockWeights]:
         return [layer.weights() for layer in self.layers]  # type: ignore[operator]

@@ -26,10 +26,11 @@ CONTROL_GROUP = Path("/sys/fs/cgroup")
 def parameter_count(config: ModelConfig) -> int:
     """Trainable parameters, puzzle rows not counted."""
     d, f = config.hidden_size, config.channel_width
-    mixer = 3 * config.total_len * config.token_width if config.mlp_t else 4 * d * d
+    attention = 4 * d * config.attention_width
+    mixer = 3 * config.total_len * config.token_width if config.mlp_t else attention
     positions = config.total_len * d if config.pos_encodings == "learned" else 0
     heads = 2 * config.vocab_size * d + config.q_logits * (d + 1)
-    return config.L_layers * (mixer + 3 * d * f) + heads + positions
+    return config.blocks * (mixer + 3 * d * f) + heads + positions
 
 
 def saved_elements(config: ModelConfig, policy: str) -> int:
@@ -45,7 +46,10 @@ def saved_elements(config: ModelConfig, policy: str) -> int:
         mixer = gate_up * config.token_width * d + (s * d if policy == "light" else 2 * s * d)
     else:
         rotated = 2 if config.pos_encodings == "rope" else 0  # q and k; v is a view of q, k, v
-        mixer = (6 + rotated) * s * d  # h; q, k, v; attended; the sum before the norm
+        e = config.attention_width
+        mixer = (
+            2 * s * d + (4 + rotated) * s * e
+        )  # h and the sum before the norm; q, k, v; attended
     return channel + mixer
 
 
@@ -54,14 +58,15 @@ def _reference_elements(config: ModelConfig, policy: str) -> int:
 
     "recompute" holds what "save" keeps of one pass and "light" that of one block.
     """
-    passes, blocks = config.L_cycles + 1, config.L_layers
+    _, blocks, passes = config.passes
     if policy == "save":
-        return passes * blocks * saved_elements(config, policy)
+        return blocks * saved_elements(config, policy)
     if policy == "light":
         one_block = saved_elements(config, "save")
-        return passes * blocks * saved_elements(config, policy) + one_block
+        return blocks * saved_elements(config, policy) + one_block
     state = config.total_len * config.hidden_size
-    return passes * state + blocks * saved_elements(config, "save")
+    longest = max(config.L_layers, config.blocks - config.L_layers)
+    return passes * state + longest * saved_elements(config, "save")
 
 
 def _triton_tape(config: ModelConfig, with_gate_up: bool) -> int:
@@ -172,9 +177,11 @@ def step_bytes(config: ModelConfig, batch: int, policy: str, engine: str = "refe
     state = config.total_len * config.hidden_size
     per_item = _WORST[engine](config, policy)
     loss = 8 * config.seq_len * config.vocab_size * 5  # stablemax in float64
-    casts = config.L_cycles + 1 if engine == "reference" and policy != "recompute" else 1
-    cast = casts * params * size if size != 4 else 0
-    return 4 * (5 * params + rows) + cast + batch * (per_item * size + 6 * state * size + loss)
+    casts = config.passes[1] / config.blocks if engine == "reference" else 1
+    casts = 1 if policy == "recompute" else casts
+    cast = int(casts * params * size) if size != 4 else 0
+    states = (4 + config.states) * state * size
+    return 4 * (5 * params + rows) + cast + batch * (per_item * size + states + loss)
 
 
 def free_bytes(device: torch.device) -> int:

@@ -1,7 +1,8 @@
 """The Tiny Recursive Model: embed, recurse, read out; with adaptive computation around it.
 
-Owns `Model`, a drop-in for the official `TinyRecursiveReasoningModel_ACTV1`: the same
-dictionary, carry, outputs, state_dict and random draws. Imported by whatever runs one.
+Owns `Model`, a drop-in for the official `TinyRecursiveReasoningModel_ACTV1` and, by its key `name`,
+for the official classes of the networks it is compared with: the same dictionary, carry, outputs,
+state_dict and random draws. Imported by whatever runs one.
 Source: Jolicoeur-Martineau 2025 (arXiv 2510.04871), Algorithm 3.
 
 Dims legend: B batch, P puzzle-prefix tokens, L puzzle tokens, S = P + L tokens, D width,
@@ -32,8 +33,17 @@ from trm_fast.layers import (
     truncated_normal_,
 )
 from trm_fast.ops import Ops, Recursion, Rotary
-from trm_fast.recursion import Carry, Exploration, State, halting, take_new_data
+from trm_fast.recursion import (
+    AnyState,
+    Carry,
+    Exploration,
+    halting,
+    named,
+    state_of,
+    take_new_data,
+)
 from trm_fast.reference import linear
+from trm_fast.variants import VARIANTS
 
 log = logging.getLogger("trm_fast")
 
@@ -57,20 +67,37 @@ class InnerModel(nn.Module):
             self.rotary_emb = RotaryTables(config.head_dim, config.total_len, config.rope_theta)
         elif config.pos_encodings == "learned":
             self.embed_pos = Embedding(config.total_len, width)
-        self.L_level = Network(config)
+        self.variant = VARIANTS[config.kind]
+        for name in self.variant.networks:
+            layers = config.H_layers if name == "H_level" else config.L_layers
+            setattr(self, name, Network(config, layers))
         # Drawn in the forward dtype: dtype and order of the draws decide the initial weights.
-        self.H_init = nn.Buffer(self._initial_state())
-        self.L_init = nn.Buffer(self._initial_state())
+        for name in self.variant.initial.values():
+            setattr(self, name, nn.Buffer(self._initial_state()))
         self.ops = self._select_ops()
         self._policies: dict[int, str] = {}
 
     def _initial_state(self) -> Tensor:
         return truncated_normal_(torch.empty(self.config.hidden_size, dtype=self.forward_dtype), 1)
 
+    def _initial(self) -> dict[str, Tensor]:
+        """The initial value [D] of each state, the answer's first."""
+        names = self.variant.initial.items()
+        return {state: getattr(self, buffer) for state, buffer in names}
+
+    def _like(self) -> Tensor:
+        """Something of the states' device and dtype."""
+        return next(iter(self._initial().values()))
+
+    @property
+    def device(self) -> torch.device:
+        """Where the states are."""
+        return self._like().device
+
     def _select_ops(self) -> Ops:
-        device = self.H_init.device
+        device = self.device
         try:
-            ops = backends.select(self.config.backend, device, self.H_init.dtype, self.config)
+            ops = backends.select(self.config.backend, device, self._like().dtype, self.config)
         except ValueError as error:
             if device.type == "cpu" and torch.cuda.is_available():
                 return backends.refusing(error)  # a GPU's backend, asked for before `.to("cuda")`
@@ -86,22 +113,20 @@ class InnerModel(nn.Module):
 
     def backend_report(self) -> list[Choice]:
         """Which implementation serves each operation here, and why."""
-        config = self.config
-        return backends.report(config.backend, self.H_init.device, self.H_init.dtype, config)
+        config, like = self.config, self._like()
+        return backends.report(config.backend, like.device, like.dtype, config)
 
-    def empty_carry(self, batch_size: int) -> State:
+    def empty_carry(self, batch_size: int) -> AnyState:
         """Uninitialised states [batch_size, S, D]: the first step overwrites all of them."""
         self._policy(batch_size)
         shape = (batch_size, self.config.total_len, self.config.hidden_size)
-        return State(z_H=self.H_init.new_empty(shape), z_L=self.L_init.new_empty(shape))
+        return state_of({name: value.new_empty(shape) for name, value in self._initial().items()})
 
-    def reset_carry(self, reset_flag: Tensor, carry: State) -> State:
-        """States of flagged items [B] bool back at H_init and L_init."""
-        flag = reset_flag.view(-1, 1, 1)
-        return State(
-            z_H=torch.where(flag, self.H_init, carry.z_H),
-            z_L=torch.where(flag, self.L_init, carry.z_L),
-        )
+    def reset_carry(self, reset_flag: Tensor, carry: AnyState) -> AnyState:
+        """States of flagged items [B] bool back at their initial values."""
+        flag, states = reset_flag.view(-1, 1, 1), named(carry)
+        initial = self._initial().items()
+        return state_of({name: torch.where(flag, value, states[name]) for name, value in initial})
 
     def _prefix(self, identifiers: Tensor) -> Tensor | None:
         """Puzzle rows as P tokens [B, P, D], zero-padded; zeros where there is no embedding."""
@@ -113,7 +138,7 @@ class InnerModel(nn.Module):
             rows = self.puzzle_emb(identifiers).to(self.forward_dtype)
             rows = F.pad(rows, (0, size - config.puzzle_emb_ndim))
         else:
-            rows = self.H_init.new_zeros(batch, size)
+            rows = self._like().new_zeros(batch, size)
         return rows.view(batch, config.prefix_len, config.hidden_size)
 
     def _rotary(self) -> Rotary | None:
@@ -125,7 +150,7 @@ class InnerModel(nn.Module):
         if self.config.policy != "auto":
             return self.config.policy
         if batch not in self._policies:
-            device, dtype = self.H_init.device, self.H_init.dtype
+            device, dtype = self.device, self._like().dtype
             engine = backends.recursion_engine(device, dtype, self.config)
             self._policies[batch] = memory.fastest_policy(self.config, batch, device, engine)
         return self._policies[batch]
@@ -145,9 +170,31 @@ class InnerModel(nn.Module):
             quantize,
         )
 
+    def _begin(
+        self, carry: AnyState, batch: dict[str, Tensor], halted: Tensor
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """The question and the states, those of halted items at their initial values."""
+        states, initial = list(named(carry).values()), list(self._initial().values())
+        # The operation sets two states; where there is one it does so twice, further ones follow.
+        x, *first = self.ops.embed_reset(
+            batch["inputs"].to(torch.int32),
+            self._prefix(batch["puzzle_identifiers"]),
+            self.embed_tokens.embedding_weight,
+            self.embed_pos.embedding_weight if hasattr(self, "embed_pos") else None,
+            halted,
+            states[0],
+            states[:2][-1],
+            initial[0],
+            initial[:2][-1],
+            math.sqrt(self.config.hidden_size),
+        )
+        flag = halted.view(-1, 1, 1)
+        further = (torch.where(flag, i, s) for i, s in zip(initial[2:], states[2:], strict=True))
+        return x, (*first[: len(states)], *further)
+
     def forward(
-        self, carry: State, batch: dict[str, Tensor], halted: Tensor | None = None
-    ) -> tuple[State, Tensor, tuple[Tensor, Tensor | None]]:
+        self, carry: AnyState, batch: dict[str, Tensor], halted: Tensor | None = None
+    ) -> tuple[AnyState, Tensor, tuple[Tensor, Tensor | None]]:
         """One supervision step.
 
         Args:
@@ -162,30 +209,22 @@ class InnerModel(nn.Module):
         inputs = batch["inputs"]
         if halted is None:
             halted = torch.zeros(len(inputs), dtype=torch.bool, device=inputs.device)
-        x, y, z = self.ops.embed_reset(
-            inputs.to(torch.int32),
-            self._prefix(batch["puzzle_identifiers"]),
-            self.embed_tokens.embedding_weight,
-            self.embed_pos.embedding_weight if hasattr(self, "embed_pos") else None,
-            halted,
-            carry.z_H,
-            carry.z_L,
-            self.H_init,
-            self.L_init,
-            math.sqrt(self.config.hidden_size),
-        )
-        y, z = self.ops.deep_recursion(
-            self.ops, x, y, z, self.L_level.weights(), self._rotary(), self._recursion(len(inputs))
-        )
+        x, states = self._begin(carry, batch, halted)
+        stacks = [getattr(self, name).weights() for name in self.variant.networks]
+        settings = self._recursion(len(inputs))
+        states = self.variant.run(self.ops, x, states, stacks, self._rotary(), settings)
+        y = states[0]
         logits = linear(y, self.lm_head.weight.to(y.dtype))[:, self.config.prefix_len :]
         readout = y[:, 0] if self.config.q_readout == "first" else y.mean(dim=1)
         q = linear(readout, self.q_head.weight.to(y.dtype), self.q_head.bias.to(y.dtype)).float()
         q_continue = q[..., 1] if self.config.q_logits == 2 else None
-        return State(z_H=y.detach(), z_L=z), logits.contiguous(), (q[..., 0], q_continue)
+        names = self.variant.initial
+        new = state_of({n: state.detach() for n, state in zip(names, states, strict=True)})
+        return new, logits.contiguous(), (q[..., 0], q_continue)
 
 
 class Model(nn.Module):
-    """Drop-in for the official model class, built from the same dictionary.
+    """Drop-in for the official model classes, built from the same dictionary.
 
     Args:
         config_dict: a `ModelConfig` or its dictionary; official keys without a meaning are
@@ -229,7 +268,11 @@ class Model(nn.Module):
         )
 
     def forward(
-        self, carry: Carry, batch: dict[str, Tensor], drawn: Exploration | None = None
+        self,
+        carry: Carry,
+        batch: dict[str, Tensor],
+        drawn: Exploration | None = None,
+        compute_target_q: bool | None = None,
     ) -> tuple[Carry, dict[str, Tensor]]:
         """One supervision step of every item; halted ones take their row of `batch` first.
 
@@ -239,12 +282,15 @@ class Model(nn.Module):
                 should travel with the items ("labels" [B, L]).
             drawn: the random numbers of halting in training; None draws them from PyTorch's
                 generator, as the official code does.
+            compute_target_q: whether to make "target_q_continue" in training; None is what the
+                official trainer does with this network.
 
         Returns:
             The next carry and the outputs: "logits" [B, L, V] in the forward dtype,
             "q_halt_logits" [B] float32, "q_continue_logits" [B] float32 (not with q_logits = 1),
             "target_q_continue" [B] float32 (training with no_ACT_continue=False only).
-            In evaluation every item runs halt_max_steps.
+            In evaluation every item runs halt_max_steps; with act_inference until its Q values say
+            halt, "actual_steps" [B] float32 being the steps it has had.
         """
         config = self.config
         data = take_new_data(carry.halted, batch, carry.current_data)
@@ -256,8 +302,12 @@ class Model(nn.Module):
             steps = torch.where(carry.halted, 0, carry.steps) + 1
             last = steps >= config.halt_max_steps
             halted = last
-            if self.training and config.halt_max_steps > 1:
-                against = None if config.no_ACT_continue else q_continue
+            adaptive = config.act_enabled if self.training else config.act_inference
+            against = None if config.no_ACT_continue else q_continue
+            if adaptive and config.halt_max_steps > 1 and not self.training:
+                halted = last | (q_halt > (0 if against is None else against))
+                outputs["actual_steps"] = steps.float()
+            elif adaptive and config.halt_max_steps > 1:
                 halted = halting(
                     steps,
                     q_halt,
@@ -266,12 +316,14 @@ class Model(nn.Module):
                     config.halt_exploration_prob,
                     drawn,
                 )
-                if not config.no_ACT_continue:
+                wanted = config.learns_to_continue if compute_target_q is None else compute_target_q
+                if wanted:
                     outputs["target_q_continue"] = self._continue_target(state, data, last)
         return Carry(state, steps, halted, data), outputs
 
-    def _continue_target(self, state: State, data: dict[str, Tensor], last: Tensor) -> Tensor:
+    def _continue_target(self, state: AnyState, data: dict[str, Tensor], last: Tensor) -> Tensor:
         """What going on is worth: the better Q of the next step; only halting's on the last."""
         _, _, (q_halt, q_continue) = self.inner(state, data)
-        assert q_continue is not None  # ModelConfig allows no_ACT_continue=False with two logits
+        if q_continue is None:
+            raise ValueError("compute_target_q needs q_logits=2, the model has 1")
         return torch.sigmoid(torch.where(last, q_halt, torch.maximum(q_halt, q_continue)))

@@ -22,10 +22,33 @@ from trm_fast.options import (
     show,
 )
 
-# The network we build, by the short name of its official file and by its official class path.
-ARCHS = {"trm": "recursive_reasoning.trm@TinyRecursiveReasoningModel_ACTV1"}
+# The networks we build, by the short name of their official file and by their official class path.
+ARCHS = {
+    "trm": "recursive_reasoning.trm@TinyRecursiveReasoningModel_ACTV1",
+    "trm_singlez": "recursive_reasoning.trm_singlez@TinyRecursiveReasoningModel_ACTV1",
+    "trm_hier6": "recursive_reasoning.trm_hier6@TinyRecursiveReasoningModel_ACTV1",
+    "hrm": "recursive_reasoning.hrm@HierarchicalReasoningModel_ACTV1",
+    "transformers_baseline": "recursive_reasoning.transformers_baseline@Model_ACTV2",
+}
 QUANTIZED = ("none", "int8", "fp8")
-UNBUILT_ARCHS = ("trm_singlez", "trm_hier6", "hrm", "transformers_baseline")
+HIER6_LEVELS = 6
+# What the official classes fix, where a dictionary for one of them does not say otherwise: as many
+# prefix tokens as the puzzle rows fill, a second Q value to halt against, one pass of one network.
+_FIXED: dict[str, dict[str, Any]] = {
+    "hrm": {"puzzle_emb_len": 0, "no_ACT_continue": False},
+    "transformers_baseline": {
+        "puzzle_emb_len": 0,
+        "no_ACT_continue": False,
+        "H_cycles": 1,
+        "L_cycles": 1,
+        "L_layers": 1,
+    },
+}
+# The sizes in the official architecture files, where they differ from those of arch=trm.
+_SIZES: dict[str, dict[str, Any]] = {
+    "hrm": {"H_cycles": 2, "L_cycles": 2, "H_layers": 4, "L_layers": 4},
+    "transformers_baseline": {"H_layers": 8, "num_heads": 12},
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +59,7 @@ class _Network:
 
     H_cycles: int = option("answer updates per supervision step, the last with gradient", low=1)
     L_cycles: int = option("latent updates before each answer update", low=1)
-    L_layers: int = option("blocks in the network", low=1)
+    L_layers: int = option("blocks in the network; hrm: in the one of the latent", low=1)
     hidden_size: int = option("width D of a token", low=1)
     expansion: float = option("SwiGLU width as a multiple of D (times 2/3)", low=0, open="(")
     num_heads: int = option("attention heads", low=1)
@@ -56,6 +79,14 @@ class _Network:
     mlp_t: bool = option("mix tokens by an MLP instead of attention", False)
     puzzle_emb_len: int = option("prefix tokens P; 0 = as many as puzzle_emb_ndim needs", 16, low=0)
     no_ACT_continue: bool = option("halt by the sign of the halt logit, no Q-learning target", True)
+    H_layers: int = option(
+        "blocks in the network of the answer; hrm and transformers_baseline only", 0, low=0
+    )
+    act_enabled: bool = option("false: a board in training thinks halt_max_steps, always", True)
+    act_inference: bool = option(
+        "`Model` halts by its Q values in evaluation too; commands show every step instead", False
+    )
+    name: str = option("the network; `arch=NAME` sets it and its official sizes", ARCHS["trm"])
     # Beyond the official keys.
     intermediate_size: int | None = option(
         "inner width of the channel SwiGLU; null = from expansion", None, low=1
@@ -88,18 +119,20 @@ class _Network:
     def __post_init__(self) -> None:
         if self.pos_encodings is None:
             object.__setattr__(self, "pos_encodings", "none")
+        object.__setattr__(self, "name", arch_name(self.name))
         check_fields(self, self.PREFIX)
         pre = self.PREFIX
         if not self.mlp_t:
-            if self.hidden_size % self.num_heads:
+            if self.hidden_size < self.num_heads:
                 raise ConfigError(
-                    f"{pre}hidden_size must be a multiple of {pre}num_heads, "
+                    f"{pre}hidden_size must be at least {pre}num_heads, "
                     f"got {self.hidden_size} and {self.num_heads}"
                 )
             if self.pos_encodings == "rope" and self.head_dim % 2:
                 raise ConfigError(
                     f"{pre}hidden_size / {pre}num_heads must be even for rope, got {self.head_dim}"
                 )
+        self._check_arch()
         if self.puzzle_emb_ndim > self.prefix_len * self.hidden_size:
             raise ConfigError(
                 f"{pre}puzzle_emb_ndim must be at most puzzle_emb_len * hidden_size = "
@@ -108,10 +141,63 @@ class _Network:
         if self.q_logits == 1 and not self.no_ACT_continue:
             raise ConfigError(f"{pre}no_ACT_continue=false needs {pre}q_logits=2, got 1")
 
+    def _check_arch(self) -> None:
+        pre, arch = self.PREFIX, self.kind
+        if arch in ("hrm", "transformers_baseline") and self.H_layers < 1:
+            raise ConfigError(f"{arch} needs {pre}H_layers >= 1, got {self.H_layers}")
+        if arch == "trm_hier6" and self.L_cycles > HIER6_LEVELS:
+            raise ConfigError(
+                f"{arch} has {HIER6_LEVELS} latent levels: {pre}L_cycles must be at most that, "
+                f"got {self.L_cycles}"
+            )
+        if arch == "transformers_baseline" and self.mlp_t:
+            raise ConfigError(f"{arch} has no token MLP: {pre}mlp_t must be false")
+
+    @property
+    def kind(self) -> str:
+        """The short name of the network, a key of ARCHS."""
+        return next(short for short, path in ARCHS.items() if path == self.name)
+
     @property
     def head_dim(self) -> int:
-        """Width of one attention head."""
+        """Width of one attention head, rounded down."""
         return self.hidden_size // self.num_heads
+
+    @property
+    def attention_width(self) -> int:
+        """Features of all attention heads together."""
+        return self.head_dim * self.num_heads
+
+    @property
+    def passes(self) -> tuple[int, int, int]:
+        """Blocks applied in one supervision step: in all; of them with a gradient, where one is
+        wanted; and the passes of a network that the latter are made in."""
+        if self.kind == "hrm":
+            latent = self.H_cycles * self.L_cycles * self.L_layers
+            return latent + self.H_cycles * self.H_layers, self.L_layers + self.H_layers, 2
+        if self.kind == "transformers_baseline":
+            return self.H_layers, self.H_layers, 1
+        tracked = self.L_cycles + 1
+        return self.H_cycles * tracked * self.L_layers, tracked * self.L_layers, tracked
+
+    @property
+    def blocks(self) -> int:
+        """Blocks with weights of their own."""
+        if self.kind == "transformers_baseline":
+            return self.H_layers
+        return self.L_layers + (self.H_layers if self.kind == "hrm" else 0)
+
+    @property
+    def states(self) -> int:
+        """Recurrent states [B, S, D] that an item carries along."""
+        counts = {"trm_singlez": 1, "transformers_baseline": 1, "trm_hier6": 1 + HIER6_LEVELS}
+        return counts.get(self.kind, 2)
+
+    @property
+    def learns_to_continue(self) -> bool:
+        """Whether training gives the second Q value a target: what another step is worth. The
+        official trainer never asks the transformer baseline for it."""
+        return not self.no_ACT_continue and self.kind != "transformers_baseline"
 
     @property
     def prefix_len(self) -> int:
@@ -136,7 +222,7 @@ class _Network:
 class ModelConfig(_Network):
     """All a model is built from: the official dictionary, checked, and our options, default off."""
 
-    IGNORED: ClassVar[tuple[str, ...]] = ("H_layers", "causal", "name", "loss")
+    IGNORED: ClassVar[tuple[str, ...]] = ("causal", "loss")
 
     batch_size: int = option("boards per step on this process", low=1)
     seq_len: int = option("tokens of a board", low=1)
@@ -155,8 +241,13 @@ class ModelConfig(_Network):
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> ModelConfig:
-        """From the official dictionary; ConfigError for an unknown or missing key or bad value."""
+        """From the official dictionary; ConfigError for an unknown or missing key or bad value.
+
+        The official dictionaries do not name their class: "name" does, as in the official
+        architecture files or in short ("hrm"); without it the network is trm's.
+        """
         fields = dataclasses.fields(cls)
+        values = {**_FIXED.get(short_name(values.get("name", "trm")), {}), **values}
         reject_unknown(values, [f.name for f in fields] + list(cls.IGNORED), "model")
         missing = [f.name for f in fields if f.default is MISSING and f.name not in values]
         if missing:
@@ -177,7 +268,7 @@ class ArchConfig(_Network):
     """The `arch.*` keys: ModelConfig without what the data gives. Defaults: official arch=trm."""
 
     PREFIX: ClassVar[str] = "arch."
-    IGNORED: ClassVar[tuple[str, ...]] = ("H_layers", "causal")
+    IGNORED: ClassVar[tuple[str, ...]] = ("causal",)
 
     H_cycles: int = _again("H_cycles", 3)
     L_cycles: int = _again("L_cycles", 6)
@@ -191,7 +282,6 @@ class ArchConfig(_Network):
     puzzle_emb_ndim: int = _again(
         "puzzle_emb_ndim", None, "numbers in a puzzle's own embedding; not given: hidden_size"
     )
-    name: str = option("the network; `arch=trm` sets it", ARCHS["trm"])
     loss_type: str = option(
         "loss of a cell",
         "stablemax_cross_entropy",
@@ -199,7 +289,6 @@ class ArchConfig(_Network):
     )
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "name", arch_name(self.name))
         if self.puzzle_emb_ndim is None:
             object.__setattr__(self, "puzzle_emb_ndim", self.hidden_size)
         super().__post_init__()
@@ -218,15 +307,22 @@ class ArchConfig(_Network):
         )
 
 
+def arch_defaults(value: object) -> dict[str, Any]:
+    """What choosing a network means for other `arch.*` keys, as its official file has them."""
+    short = short_name(arch_name(value))
+    return {"name": ARCHS[short], **_FIXED.get(short, {}), **_SIZES.get(short, {})}
+
+
+def short_name(value: object) -> str:
+    """`hrm` of `hrm` and of `recursive_reasoning.hrm@...`; anything else as it is, as text."""
+    text = str(value)
+    return next((short for short, path in ARCHS.items() if text == path), text)
+
+
 def arch_name(value: object) -> str:
-    """The official class path for `trm` or that path itself; ConfigError for any other network."""
-    if isinstance(value, str):
-        short = value.partition("@")[0].rpartition(".")[2]
-        if value in ARCHS or value in ARCHS.values():
-            return ARCHS[short]
-        if short in UNBUILT_ARCHS:
-            raise ConfigError(f"arch={short} is not built yet; there is: {', '.join(ARCHS)}")
-        hint = did_you_mean(value, ARCHS)
-    else:
-        hint = ""
+    """The official class path of a network given by it or by its short name; else ConfigError."""
+    short = short_name(value)
+    if isinstance(value, str) and short in ARCHS:
+        return ARCHS[short]
+    hint = did_you_mean(value, ARCHS) if isinstance(value, str) else ""
     raise ConfigError(f"arch must be one of {', '.join(ARCHS)}, got {show(value)}{hint}")

@@ -1,16 +1,16 @@
 """The state of the recursion between supervision steps: reset, halting, and what is kept.
 
-Owns `State` and the adaptive-computation rules around `Ops.deep_recursion`. Imported by
-`model.py` and `trainer.py`. Source: Jolicoeur-Martineau 2025 (arXiv 2510.04871), sections 3-4; the
-halting rules are those of Wang et al. 2025 (HRM, arXiv 2506.21734), section 2.
+Owns the states of every network and the adaptive-computation rules around their recursion.
+Imported by `model.py` and `trainer.py`. Source: Jolicoeur-Martineau 2025 (arXiv 2510.04871),
+sections 3-4; the halting rules are those of Wang et al. 2025 (HRM, arXiv 2506.21734), section 2.
 
 Dims legend: B batch, S tokens incl. prefix, D width.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, fields
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -30,6 +30,50 @@ class State:
 
 
 @dataclass
+class LatentState:
+    """The one state of trm_singlez, which is answer and latent in one: z_L [B, S, D]."""
+
+    z_L: Tensor
+
+
+@dataclass
+class AnswerState:
+    """The one state of transformers_baseline: z_H [B, S, D]."""
+
+    z_H: Tensor
+
+
+@dataclass
+class LevelsState:
+    """The answer and the six latents of trm_hier6, each [B, S, D]."""
+
+    z_H: Tensor
+    z_L1: Tensor
+    z_L2: Tensor
+    z_L3: Tensor
+    z_L4: Tensor
+    z_L5: Tensor
+    z_L6: Tensor
+
+
+AnyState: TypeAlias = State | LatentState | AnswerState | LevelsState
+_STATES: dict[tuple[str, ...], type[AnyState]] = {
+    tuple(field.name for field in fields(kind)): kind
+    for kind in (State, LatentState, AnswerState, LevelsState)
+}
+
+
+def named(state: AnyState) -> dict[str, Tensor]:
+    """The tensors of a state by name, the answer first."""
+    return {field.name: getattr(state, field.name) for field in fields(state)}
+
+
+def state_of(tensors: dict[str, Tensor]) -> AnyState:
+    """The inverse of `named`."""
+    return _STATES[tuple(tensors)](**tensors)
+
+
+@dataclass
 class Carry:
     """What a supervision step hands to the next one.
 
@@ -40,7 +84,7 @@ class Carry:
         current_data: the batch each item is working on.
     """
 
-    inner_carry: State
+    inner_carry: AnyState
     steps: Tensor
     halted: Tensor
     current_data: dict[str, Tensor]
@@ -53,22 +97,21 @@ class Carry:
 
     def to_dict(self) -> dict[str, Any]:
         """Nested dictionary of the tensors themselves, for a checkpoint."""
-        states = {"z_H": self.inner_carry.z_H, "z_L": self.inner_carry.z_L}
         own = {"steps": self.steps, "halted": self.halted}
-        return {**states, **own, "current_data": dict(self.current_data)}
+        return {**named(self.inner_carry), **own, "current_data": dict(self.current_data)}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], device: torch.device) -> Carry:
         """A copy of what `to_dict` returned, on `device`."""
         data = {n: value.to(device, copy=True) for n, value in values["current_data"].items()}
-        names = ("z_H", "z_L", "steps", "halted")
-        y, z, steps, halted = (values[name].to(device, copy=True) for name in names)
-        return cls(State(y, z), steps, halted, data)
+        own = {n: v.to(device, copy=True) for n, v in values.items() if n != "current_data"}
+        steps, halted = own.pop("steps"), own.pop("halted")
+        return cls(state_of(own), steps, halted, data)
 
 
 def _tensors(carry: Carry) -> list[Tensor]:
-    state = carry.inner_carry
-    return [state.z_H, state.z_L, carry.steps, carry.halted, *carry.current_data.values()]
+    states = named(carry.inner_carry).values()
+    return [*states, carry.steps, carry.halted, *carry.current_data.values()]
 
 
 def take_new_data(

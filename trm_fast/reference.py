@@ -4,7 +4,8 @@ This is the product path on CPU and MPS and what every kernel is checked against
 runs in the dtype of its inputs and rounds where the published model rounds: matrix products,
 SiLU, products and residuals in that dtype, norms and rotations in float32 at least. The oracle is
 the same function on float32 or float64 inputs. Imported by `backends.py`, tests and benches;
-`linear` also by `model.py` for the heads, and by `optim.py` as the default of its optimizer.
+`linear` also by `model.py` for the heads, the networks by `variants.py`, and the optimizer's step
+by `optim.py` as its default.
 
 Dims legend: see `ops.py`. States may lie batch-major or token-major in memory ([B,S,D] with
 strides of [S,B,D]); token mixing needs no transposed copy in the second layout, so the recursion
@@ -203,23 +204,36 @@ def deep_recursion(
     rotary: Rotary | None,
     r: Recursion,
 ) -> tuple[Tensor, Tensor]:
-    if isinstance(blocks[0].mixer, TokenMixWeights):
-        x, y, z = (t.transpose(0, 1).contiguous().transpose(0, 1) for t in (x, y, z))
+    x, y, z = laid_out(blocks, x, y, z)
     tracked = torch.is_grad_enabled()
     with torch.no_grad():
-        free = _free_network(ops, blocks, rotary, r, x, tracked)
+        free = free_network(ops, blocks, rotary, r, x, tracked)
         for _ in range(r.H_cycles - 1 if tracked else r.H_cycles):
             y, z = latent_cycle(free, ops, x, y, z, r)
     if tracked:
         y, z = y.detach(), z.detach()  # with one cycle they are still the caller's
-        network = partial(_cast_network, ops, blocks, rotary, r)
-        if r.policy == "recompute":
-            network = partial(_recomputed, network, draws=r.dropout > 0)
-        y, z = latent_cycle(network, ops, x, y, z, r)
+        y, z = latent_cycle(tracked_network(ops, blocks, rotary, r), ops, x, y, z, r)
     return y, z.detach()
 
 
-def _free_network(
+def laid_out(blocks: Sequence[BlockWeights], *states: Tensor) -> list[Tensor]:
+    """States [B,S,D] in the memory layout that these blocks read without a copy."""
+    if not isinstance(blocks[0].mixer, TokenMixWeights):
+        return list(states)
+    return [t.transpose(0, 1).contiguous().transpose(0, 1) for t in states]
+
+
+def tracked_network(
+    ops: Ops, blocks: Sequence[BlockWeights], rotary: Rotary | None, r: Recursion
+) -> Callable[[Tensor], Tensor]:
+    """The network of the cycles with a gradient, whose backward keeps what the policy says."""
+    network = partial(_cast_network, ops, blocks, rotary, r)
+    if r.policy == "recompute":
+        return partial(_recomputed, network, draws=r.dropout > 0)
+    return network
+
+
+def free_network(
     ops: Ops,
     blocks: Sequence[BlockWeights],
     rotary: Rotary | None,

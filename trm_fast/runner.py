@@ -253,7 +253,9 @@ def _run_locked(spot: Place, splits: Splits, total: int, signals: Signals) -> tu
 
 def _engine(trainer: Trainer) -> str:
     """Whose recursion runs, and why not a faster one where that is plain PyTorch."""
-    (row,) = (r for r in trainer.model.backend_report() if r.op == "deep_recursion")
+    # Networks other than trm are composed; this is the operation that takes most of their time.
+    op = "deep_recursion" if trainer.model_config.kind == "trm" else "swiglu_rmsnorm"
+    (row,) = (r for r in trainer.model.backend_report() if r.op == op)
     if row.implementation != "reference" or trainer.config.arch.backend == "reference":
         return row.implementation
     mine = {"cpu": "cpp: ", "cuda": "triton: "}.get(trainer.device.type, " ")

@@ -9,6 +9,7 @@ Charikar, Chen, Farach-Colton 2002: linear, so its error estimates the relative 
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import math
 from dataclasses import dataclass, field
@@ -94,7 +95,39 @@ def _cases() -> list[Case]:
     ]
 
 
-CASES = {case.name: case for case in _cases()}
+def _variants() -> list[Case]:
+    """The networks that TRM is compared with."""
+    mlp: dict[str, Any] = {"mlp_t": True, "pos_encodings": "none"}
+    six = {"name": "trm_hier6", "L_cycles": 6}
+    one = {"name": "trm_singlez"}
+    official = {"puzzle_emb_len": 0, "no_ACT_continue": False}
+    hrm = {"name": "hrm", "H_cycles": 2, "H_layers": 2, "L_layers": 2, "halt_max_steps": 4}
+    plain = {"name": "transformers_baseline", "H_cycles": 1, "L_cycles": 1, "H_layers": 3}
+    hrm, plain = hrm | official, plain | official
+    bf16, evaluation = {"forward_dtype": "bfloat16"}, {"halt_max_steps": 2}
+    return [
+        Case("singlez-attn", one | {"L_layers": 2}),
+        Case("singlez-mlp-H1", one | mlp | {"H_cycles": 1}),
+        Case("singlez-mlp-deep", one | mlp | {"L_cycles": 6, "L_layers": 2}, oracle=True),
+        Case("singlez-bf16-block", one | bf16 | {"H_cycles": 1, "L_cycles": 1}, oracle=True),
+        Case("hier6-attn", six | {"H_cycles": 2}, oracle=True),
+        Case("hier6-attn-three", six | {"L_cycles": 3, "pos_encodings": "learned"}),
+        Case("hier6-mlp-H1-continue", six | mlp | {"H_cycles": 1, "no_ACT_continue": False}),
+        Case("hier6-eval", six | evaluation, train=False),
+        Case("hrm-attn", hrm),
+        Case("hrm-one-cycle", hrm | {"H_cycles": 1, "L_cycles": 3, "H_layers": 1}),
+        Case("hrm-mlp", hrm | mlp | {"L_layers": 1, "H_layers": 1}, oracle=True),
+        Case("hrm-eval", hrm | evaluation, train=False),
+        Case("hrm-bf16-block", hrm | bf16 | {"H_cycles": 1, "L_cycles": 1}, oracle=True),
+        Case("baseline-rope", plain | {"num_heads": 3}),  # heads of 10 of 32 features
+        Case("baseline-learned", plain | {"pos_encodings": "learned"}),
+        Case("baseline-softmax", plain, loss_type="softmax_cross_entropy"),
+        Case("baseline-act-inference", plain | {"act_inference": True}, train=False),
+        Case("baseline-bf16-block", plain | bf16 | {"H_layers": 1}, oracle=True),
+    ]
+
+
+CASES = {case.name: case for case in [*_cases(), *_variants()]}
 
 # Configs whose seeded initial weights are recorded as hashes; the last four are the published ones.
 _SUDOKU = {
@@ -122,7 +155,14 @@ _SEEDED = (
     "mlp-none-bf16-block",
     "mlp-learned-deep",
     "mlp-none-norows-H1",
+    "singlez-attn",
+    "hier6-attn",
+    "hrm-mlp",
+    "baseline-rope",
+    "baseline-learned",
 )
+_HRM = {"L_cycles": 2, "H_layers": 4, "L_layers": 4, "halt_max_steps": 16}
+_BASELINE = {"H_layers": 8, "num_heads": 12, "pos_encodings": "rope"}
 _GRID30 = _SUDOKU | {"seq_len": 900, "L_cycles": 4}
 INITIAL: dict[str, dict[str, Any]] = {
     **{name: CASES[name].official_config for name in _SEEDED},
@@ -132,6 +172,8 @@ INITIAL: dict[str, dict[str, Any]] = {
     "arc-attention": official_dict(
         **(_GRID30 | {"vocab_size": 12, "num_puzzle_identifiers": 9, "batch_size": 8})
     ),
+    "sudoku-hrm": official_dict(**(_SUDOKU | CASES["hrm-attn"].config | _HRM)),
+    "sudoku-baseline": official_dict(**(_SUDOKU | CASES["baseline-learned"].config | _BASELINE)),
 }
 
 
@@ -167,7 +209,7 @@ def fill_weights(model: torch.nn.Module, seed: int, *, zero_rows: bool = False) 
     with torch.no_grad():
         for name, tensor in model.state_dict().items():
             std = 1.0 / math.sqrt(tensor.shape[-1])
-            if name.endswith(("H_init", "L_init")):
+            if name.endswith("_init"):
                 std = 1.0
             elif name.endswith("q_head.weight"):
                 std *= 1.5
@@ -205,6 +247,11 @@ def gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return found
 
 
+def states(inner_carry: Any) -> dict[str, torch.Tensor]:
+    """The recurrent states of either code's carry, by name."""
+    return {f.name: getattr(inner_carry, f.name) for f in dataclasses.fields(inner_carry)}
+
+
 def clear_gradients(model: torch.nn.Module) -> None:
     for tensor in [*model.parameters(), *model.buffers()]:
         tensor.grad = None
@@ -215,18 +262,19 @@ def run_step(
 ) -> tuple[Any, dict[str, torch.Tensor]]:
     """One supervision step of either head: the new carry, and every value it made by name.
 
-    Names: z_H, z_L, steps, halted, data/<key>, out/<key>, loss, metric/<key>, grad/<parameter>,
-    random (hash of the generator state afterwards: the same draws were made).
+    Names: those of the states (z_H, z_L, ...), steps, halted, data/<key>, out/<key>, loss,
+    metric/<key>, grad/<parameter>, random (hash of the generator state afterwards: the same draws
+    were made).
     """
     clear_gradients(head)
     torch.manual_seed(seed)
     keys = ["logits", "preds", "q_halt_logits", "q_continue_logits", "target_q_continue"]
+    keys.append("actual_steps")
     carry, loss, metrics, outputs, all_halted = head(return_keys=keys, carry=carry, batch=batch)
     if head.training:
         loss.backward()
     result = {
-        "z_H": carry.inner_carry.z_H,
-        "z_L": carry.inner_carry.z_L,
+        **states(carry.inner_carry),
         "steps": carry.steps,
         "halted": carry.halted,
         "loss": loss.detach(),

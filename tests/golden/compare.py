@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from golden.cases import SKETCH_SIZE, Case, compact, fill_weights, run_step, step_seed
-from golden.recording import Recording, is_exact, unflatten, weights_digest
+from golden.cases import SKETCH_SIZE, Case, compact, fill_weights, run_step, states, step_seed
+from golden.recording import Recording, is_exact, poisoned, unflatten, weights_digest
 from parity import L2_FLOORS, L2_LIMIT, relative_l2
 from safetensors.torch import load_file
 
@@ -66,11 +66,10 @@ def carry_before(recording: Recording, step: int, head: ACTLossHead) -> Any:
     """The official carry that `step` began with, as ours; before the first: ours, poisoned."""
     carry = head.initial_carry(recording.batches[step])
     if step == 0:
-        carry.inner_carry.z_H.fill_(math.nan)
-        carry.inner_carry.z_L.fill_(math.nan)
-        return carry
+        return poisoned(carry)
     made = recording.steps[step - 1]
-    inner = dataclasses.replace(carry.inner_carry, z_H=made["z_H"], z_L=made["z_L"])
+    before = {name: made[name] for name in states(carry.inner_carry)}
+    inner = dataclasses.replace(carry.inner_carry, **before)
     data = {key: made[f"data/{key}"] for key in recording.batches[step]}
     return dataclasses.replace(
         carry, inner_carry=inner, steps=made["steps"], halted=made["halted"], current_data=data

@@ -56,7 +56,7 @@ def record_initial(official: Official) -> dict[str, Any]:
     recorded = {}
     for name, config in INITIAL.items():
         torch.manual_seed(0)
-        model = official.Model(config)
+        model = official.model(config)
         recorded[name] = {
             "config": config,
             "random": digest(torch.get_rng_state()),

@@ -26,11 +26,14 @@ from golden.cases import (
     fill_weights,
     make_batch,
     run_step,
+    states,
     step_seed,
 )
 from official import Official
 from parity import relative_l2
 from torch import nn
+
+from trm_fast.config import ARCHS
 
 # Rows that the recorder wants clear of a decision: |q| and the lead of the best logit.
 MARGIN = {"float32": 2e-3, "float64": 2e-3, "bfloat16": 3e-2, "float16": 1e-2}
@@ -41,6 +44,11 @@ COUNTS = ("metric/count", "metric/exact_accuracy", "metric/q_halt_accuracy", "me
 def is_exact(name: str) -> bool:
     """Whether a value of run_step has to be equal, not close."""
     return name.startswith(EXACT) or name in COUNTS
+
+
+def is_state(name: str) -> bool:
+    """Whether a value of run_step is a recurrent state."""
+    return name.startswith("z_")
 
 
 @dataclasses.dataclass
@@ -77,10 +85,11 @@ def _rms_norm64(hidden_states: torch.Tensor, variance_epsilon: float) -> torch.T
 @contextlib.contextmanager
 def in_float64(official: Official) -> Iterator[None]:
     """Official models built and run inside compute in float64 (q logits still leave as fp32)."""
-    with (
-        mock.patch.object(official.trm, "rms_norm", _rms_norm64),
-        mock.patch.object(official.trm, "RotaryEmbedding", _Tables64),
-    ):
+    with contextlib.ExitStack() as patches:
+        for kind in ARCHS:
+            network = official.network(kind)
+            patches.enter_context(mock.patch.object(network, "rms_norm", _rms_norm64))
+            patches.enter_context(mock.patch.object(network, "RotaryEmbedding", _Tables64))
         torch.set_default_dtype(torch.float64)
         try:
             yield
@@ -95,7 +104,7 @@ def official_head(official: Official, config: dict[str, Any], loss_type: str) ->
     prefix cut off, which it cannot view; the second inner call of no_ACT_continue=False is unpacked
     into five values where the inner model returns three.
     """
-    model = official.Model(config)
+    model = official.model(config)
     head = official.ACTLossHead(model, loss_type)
     if loss_type == "softmax_cross_entropy":
         head.loss_fn = lambda logits, labels, ignore_index, valid_mask: (
@@ -103,7 +112,7 @@ def official_head(official: Official, config: dict[str, Any], loss_type: str) ->
                 logits.contiguous(), labels, ignore_index=ignore_index
             )
         )
-    if not config["no_ACT_continue"]:
+    if not config["no_ACT_continue"] and config.get("name", "trm").startswith("trm"):
         plain, calls = model.inner.forward, [0]
 
         def padded(carry: Any, batch: Any) -> tuple[Any, ...]:
@@ -123,15 +132,15 @@ def weights_digest(model: nn.Module, case: Case) -> str:
 
 
 def _double(carry: Any) -> Any:
-    inner = carry.inner_carry
-    inner = dataclasses.replace(inner, z_H=inner.z_H.double(), z_L=inner.z_L.double())
+    wide = {name: state.double() for name, state in states(carry.inner_carry).items()}
+    inner = dataclasses.replace(carry.inner_carry, **wide)
     return dataclasses.replace(carry, inner_carry=inner)
 
 
-def _poisoned(carry: Any) -> Any:
+def poisoned(carry: Any) -> Any:
     """The first carry is uninitialised memory: make sure that none of it is read."""
-    carry.inner_carry.z_H.fill_(math.nan)
-    carry.inner_carry.z_L.fill_(math.nan)
+    for state in states(carry.inner_carry).values():
+        state.fill_(math.nan)
     for value in carry.current_data.values():
         value.fill_(0)
     return carry
@@ -141,7 +150,7 @@ def _labels_from_predictions(head: Any, batches: list[dict[str, torch.Tensor]], 
     """Row 1 gets three labels, what the model will say when it halts: a solved puzzle."""
     if len(batches[0]["inputs"]) == 1:
         return
-    carry = _poisoned(head.initial_carry(batches[0]))
+    carry = poisoned(head.initial_carry(batches[0]))
     taken = 0
     for step, batch in enumerate(batches):
         taken = step if bool(carry.halted[1]) else taken
@@ -156,7 +165,7 @@ def _lacks(steps: list[dict[str, torch.Tensor]], case: Case) -> str | None:
     for made in steps:
         q = made["out/q_halt_logits"]
         best = made["out/logits"].double().topk(2).values
-        if "out/target_q_continue" in made:
+        if not case.own_config["no_ACT_continue"]:
             q = torch.stack((q, q - made["out/q_continue_logits"]))
         if float(q.abs().min()) < margin:
             return "a q logit close to its threshold"
@@ -203,7 +212,7 @@ def _record(official: Official, case: Case, over: int | None, demanding: bool) -
     fill_weights(head.model, case.seed, zero_rows=case.twin)
     batches = [make_batch(config, case.seed, s) for s in range(case.supervision_steps)]
     _labels_from_predictions(head, batches, case.seed)
-    carries = [_poisoned(head.initial_carry(batches[0]))]
+    carries = [poisoned(head.initial_carry(batches[0]))]
     steps = []
     for step, batch in enumerate(batches):
         carry, made = run_step(head, carries[-1], batch, step_seed(case.seed, step))
@@ -230,7 +239,7 @@ def _record(official: Official, case: Case, over: int | None, demanding: bool) -
         for name in list(values):
             if case.twin and name.startswith("grad/") and "puzzle_emb" in name:
                 del values[name]
-            elif name.startswith("grad/") or (last and name in ("z_H", "z_L")):
+            elif name.startswith("grad/") or (last and is_state(name)):
                 values[name] = compact(values[name], over)
     weights = weights_digest(head.model, case)
     return Recording(case, dtypes, steps, batches, oracle, errors, weights)
@@ -243,7 +252,7 @@ def flatten(recording: Recording) -> tuple[dict[str, torch.Tensor], dict[str, An
     for step, made in enumerate(recording.steps):
         scalars.append({k: v.item() for k, v in made.items() if v.ndim == 0})
         for name, value in made.items():
-            replaced = recording.oracle and not is_exact(name) and name not in ("z_H", "z_L")
+            replaced = recording.oracle and not is_exact(name) and not is_state(name)
             if value.ndim > 0 and not replaced:
                 tensors[f"{step}/{name}"] = value
         for name, value in recording.batches[step].items():

@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from trm_fast.extension import _common
 from trm_fast.extension._common import (
     EXTENSION,
+    Shape,
     check,
     mismatch,
-    unsupported,
     unsupported_dtype,
     unsupported_width,
 )
@@ -77,3 +78,12 @@ def linear_rmsnorm(a: Tensor, w: Tensor, h: Tensor, eps: float) -> Tensor:
     )
     out, _ = _fwd(a.flatten(0, 1).contiguous(), w.contiguous(), h.flatten(0, 1).contiguous(), eps)
     return out.view(h.shape)
+
+
+def unsupported(dtype: torch.dtype, config: Shape | None, device: torch.device) -> str | None:
+    """Why the op cannot serve, or None; heads may leave some features unattended."""
+    reason = _common.unsupported(dtype, config, device)
+    if reason or config is None or config.mlp_t:
+        return reason
+    attended = config.hidden_size // config.num_heads * config.num_heads
+    return unsupported_width(attended, "width of all heads")

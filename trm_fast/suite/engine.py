@@ -26,6 +26,7 @@ from trm_fast.data.dataset import PuzzleDataset, PuzzleDatasetConfig, from_array
 from trm_fast.data.feed import Feed
 from trm_fast.inference_step import InferenceStep
 from trm_fast.profiling import launches
+from trm_fast.recursion import named
 from trm_fast.suite.predictions import look_up
 from trm_fast.suite.records import measurement
 from trm_fast.suite.session import Rows, Session
@@ -78,7 +79,7 @@ class Steps:
         found = {name: p.detach() for name, p in step.model.named_parameters()}
         found |= {f"average of {name}": value for name, value in step.ema.shadow.items()}
         (carry,) = step.carries
-        found |= {"y": carry.inner_carry.z_H, "z": carry.inner_carry.z_L, "steps": carry.steps}
+        found |= {**named(carry.inner_carry), "steps": carry.steps}
         return found | {"halted": carry.halted, "metrics": step.sums.totals}
 
 

@@ -72,6 +72,7 @@ def _stand_ins() -> dict[str, types.ModuleType]:
         "omegaconf": _stand_in("omegaconf", DictConfig=dict),
         "argdantic": _stand_in("argdantic", ArgParser=_NoParser),
         "adam_atan2": _stand_in("adam_atan2", AdamATan2=None),
+        "numba": _stand_in("numba", njit=lambda function: function),
     }
 
 

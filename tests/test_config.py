@@ -39,7 +39,8 @@ def test_evaluator_config():
         {},
         {"name": ""},
         {"name": 3},
-        {"name": "a", "k": [1]},
+        {"name": "a", "k": {"x": 1}},
+        {"name": "a", "k": [[1]]},
         {"name": "a", 1: 2},
     ):
         assert message(EvaluatorConfig.from_value, bad).startswith("evaluators must be a list of")
@@ -47,6 +48,8 @@ def test_evaluator_config():
         EvaluatorConfig("a"),
         EvaluatorConfig("b"),
     )
+    listed = EvaluatorConfig.from_value({"name": "a", "k": [1, 2]})
+    assert listed.options == (("k", (1, 2)),) and listed.to_dict() == {"name": "a", "k": [1, 2]}
     assert "evaluators must be" in message(TrainConfig, evaluators=3)
 
 

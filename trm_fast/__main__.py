@@ -25,7 +25,10 @@ COMMANDS = {
     "bench": ("trm_fast.bench", "what you gain here: training and solving, timed"),
 }
 ALIASES = {"eval": "evaluate"}
-BUILDERS = {"sudoku": ("trm_fast.data.sudoku", "9x9, 6x6 and 4x4 Sudoku: from files or generated")}
+BUILDERS = {
+    "sudoku": ("trm_fast.data.sudoku", "9x9, 6x6 and 4x4 Sudoku: from files or generated"),
+    "arc": ("trm_fast.data.arc", "ARC-AGI-1, ARC-AGI-2, ConceptARC: from the Kaggle files"),
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -59,6 +59,7 @@ BEYOND_OFFICIAL = """
     arch.loss_type arch.intermediate_size arch.token_intermediate_size arch.intermediate_multiple
     arch.q_readout arch.q_logits arch.dropout arch.backend arch.policy arch.quantize
 """
+Plain = str | int | float | bool | None
 ALIASES = {
     "arch": "arch.name",
     "arch.loss.loss_type": "arch.loss_type",
@@ -71,7 +72,7 @@ class EvaluatorConfig:
     """One evaluator by its official name, such as `arc@ARC`, with its own options."""
 
     name: str
-    options: tuple[tuple[str, str | int | float | bool | None], ...] = ()
+    options: tuple[tuple[str, Plain | tuple[Plain, ...]], ...] = ()
 
     @classmethod
     def from_value(cls, value: object) -> EvaluatorConfig:
@@ -80,10 +81,12 @@ class EvaluatorConfig:
             return value
         given = {"name": value} if isinstance(value, str) else value
         if isinstance(given, Mapping) and isinstance(given.get("name"), str) and given["name"]:
-            rest = tuple((k, v) for k, v in given.items() if k != "name")
+            rest = {k: v for k, v in given.items() if k != "name"}
+            values = {k: tuple(v) if isinstance(v, (list, tuple)) else v for k, v in rest.items()}
+            flat = [x for v in values.values() for x in (v if isinstance(v, tuple) else (v,))]
             plain = (str, int, float, bool, type(None))
-            if all(isinstance(k, str) and isinstance(v, plain) for k, v in rest):
-                return cls(given["name"], rest)
+            if all(isinstance(k, str) for k in rest) and all(isinstance(x, plain) for x in flat):
+                return cls(given["name"], tuple(values.items()))
         raise ConfigError(
             f"evaluators must be a list of names or of {{name: NAME, option: value}}, "
             f"got {show(value)}"
@@ -91,7 +94,8 @@ class EvaluatorConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """`{"name": ..., option: value, ...}`."""
-        return {"name": self.name, **dict(self.options)}
+        options = {k: list(v) if isinstance(v, tuple) else v for k, v in self.options}
+        return {"name": self.name, **options}
 
 
 @dataclass(frozen=True, kw_only=True)

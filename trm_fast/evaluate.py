@@ -14,10 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from trm_fast.config import EvaluatorConfig
 from trm_fast.console import say, show_builds
 from trm_fast.data.dataset import PuzzleDataset, PuzzleDatasetConfig, from_arrays
 from trm_fast.data.format import DataError
 from trm_fast.data.sudoku_source import read_puzzles
+from trm_fast.evaluators import Evaluators, score_line
 from trm_fast.inference import SetReport, evaluate, sudoku_rules, sudoku_side
 from trm_fast.loading import (
     MISMATCH,
@@ -33,6 +35,8 @@ from trm_fast.loading import (
 from trm_fast.symmetry import box_shape
 
 __all__ = ["main"]
+
+ARC = EvaluatorConfig("arc@ARC")
 
 
 @dataclass(frozen=True)
@@ -51,14 +55,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         options = _parser().parse_args(argv)
         loaded = load_or_stop(options.checkpoint, options)
         source = _source(options, loaded)
-        reports = _measure(options, loaded, source)
+        evaluators = _evaluators(options, loaded, source)
+        reports = _measure(options, loaded, source, evaluators)
+        scores = _scores(options, evaluators)
     except CommandError as error:
         say(f"trm-fast evaluate: {error}", err=True)
         return error.status
     if options.json:
-        say(json.dumps(_document(options, loaded, source, reports), indent=2))
+        say(json.dumps(_document(options, loaded, source, reports) | scores, indent=2))
     else:
         say(_text(loaded, source, reports))
+        if scores:
+            say(f"\n{score_line(scores)}")
+            if evaluators.unanswered:
+                say(f"{evaluators.unanswered} test inputs have no answer and count as wrong")
     return 0
 
 
@@ -86,6 +96,9 @@ def _parser() -> Parser:
     parser.add_argument("--split", help="split of the data directory (default: test)")
     parser.add_argument(
         "--max-puzzles", type=positive, metavar="N", help="only the first N boards of each set"
+    )
+    parser.add_argument(
+        "--submission", metavar="FILE", help="write the answers to an ARC data set's test inputs"
     )
     parser.add_shared()
     return parser
@@ -157,7 +170,33 @@ def _visit(paths: Sequence[str], options: argparse.Namespace) -> PuzzleDatasetCo
     )
 
 
-def _measure(options: argparse.Namespace, loaded: Loaded, source: Source) -> dict[str, SetReport]:
+def _evaluators(options: argparse.Namespace, loaded: Loaded, source: Source) -> Evaluators:
+    """Votes over ARC data, with the options of the run where it names the evaluator."""
+    saved = [EvaluatorConfig.from_value(item) for item in loaded.config.get("evaluators") or []]
+    paths = source.names if source.split == "test" else ()
+    try:
+        evaluators = Evaluators([item for item in saved if item.name == ARC.name] or [ARC], paths)
+    except ValueError as error:
+        raise CommandError(UNREADABLE, error) from None
+    if options.submission is not None and len(evaluators) != 1:
+        raise CommandError(USAGE, "--submission needs one ARC data directory, measured on its test")
+    return evaluators
+
+
+def _scores(options: argparse.Namespace, evaluators: Evaluators) -> dict[str, float]:
+    """What the evaluators say, and the submission written if there is to be one."""
+    scores = evaluators.result()
+    if options.submission is not None:
+        try:
+            evaluators.write_submission(Path(options.submission))
+        except OSError as error:
+            raise CommandError(USAGE, f"{options.submission}: {error.strerror or error}") from None
+    return scores
+
+
+def _measure(
+    options: argparse.Namespace, loaded: Loaded, source: Source, evaluators: Evaluators
+) -> dict[str, SetReport]:
     arch = loaded.config.get("arch") or {}
     try:
         reports = evaluate(
@@ -167,6 +206,7 @@ def _measure(options: argparse.Namespace, loaded: Loaded, source: Source) -> dic
             max_puzzles=options.max_puzzles,
             loss_type=arch.get("loss_type", "stablemax_cross_entropy"),
             rules=sudoku_rules if sudoku_side(source.dataset.metadata) else None,
+            observe=evaluators.observe,
         )
     except ValueError as error:  # no boards at all
         raise CommandError(UNREADABLE, f"{', '.join(source.names)}: {error}") from None

@@ -27,6 +27,7 @@ from trm_fast.losses import LOSSES
 from trm_fast.model import Model
 
 Rules = Callable[[np.ndarray, np.ndarray], np.ndarray]
+Observer = Callable[[str, dict[str, Tensor]], None]
 SUDOKU_SIZES = {16: 4, 36: 6, 81: 9}  # tokens -> side
 
 
@@ -133,8 +134,9 @@ class _Tally:
         self.rules = rules
         self.cuda_graph = cuda_graph
 
-    def add(self, model: Model, batch: dict[str, Tensor], collect: dict[str, list[Tensor]]) -> None:
-        """Count a batch in which every row has at least one label that is not ignored."""
+    def add(self, model: Model, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Count a batch in which every row has at least one label that is not ignored; returns it
+        with the answers of the last step."""
         labels = batch["labels"]
         mask = labels != IGNORE_LABEL_ID
         counts = mask.sum(-1)
@@ -157,13 +159,11 @@ class _Tally:
             here = [accuracy, solved, valid, torch.full_like(accuracy, index + 1)]
             best = torch.where(out.q > best_q, torch.stack([row.float() for row in here]), best)
             best_q = torch.maximum(best_q, out.q)
-        last = {"logits": out.logits, "preds": out.preds, "q_halt_logits": out.q}
-        for name, parts in collect.items():
-            parts.append((batch | last)[name].cpu())
         per_token = self.loss(out.logits, labels)
         q_loss = torch.nn.functional.softplus(torch.where(solved, -out.q, out.q))
         losses = torch.stack([per_token.sum(-1).float() / counts, q_loss])
         self.ends += torch.cat([losses, best]).cpu().double().sum(-1).numpy()
+        return batch | {"logits": out.logits, "preds": out.preds, "q_halt_logits": out.q}
 
     def report(self) -> SetReport:
         count = max(self.puzzles, 1)
@@ -193,6 +193,7 @@ def evaluate(
     loss_type: str = "stablemax_cross_entropy",
     rules: Rules | None = None,
     collect: dict[str, list[Tensor]] | None = None,
+    observe: Observer | None = None,
     cuda_graph: bool = True,
 ) -> dict[str, SetReport]:
     """Measure a model on labelled puzzles, set by set.
@@ -206,6 +207,7 @@ def evaluate(
         loss_type: a name in `LOSSES`.  rules: adds `valid`, see `sudoku_rules`.
         collect: lists that get, batch by batch, the tensors they are named after: those of the
             batch, or "logits", "preds", "q_halt_logits" of the last step.
+        observe: called with the set's name and all of these, batch by batch.
         cuda_graph: False runs call by call on NVIDIA GPUs too.
 
     Raises:
@@ -224,7 +226,11 @@ def evaluate(
                 rows = rows[: max(0, max_puzzles - tally.puzzles)]
             if len(rows):
                 labelled = {key: value[rows].to(device) for key, value in batch.items()}
-                tally.add(model, labelled, collect or {})
+                outputs = tally.add(model, labelled)
+                for key, parts in (collect or {}).items():
+                    parts.append(outputs[key].cpu())
+                if observe is not None:
+                    observe(name, outputs)
     finally:
         model.train(was_training)
     if not tallies:

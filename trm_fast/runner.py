@@ -19,6 +19,7 @@ from trm_fast.checkpoint import CheckpointError
 from trm_fast.config import TrainConfig
 from trm_fast.console import program, say
 from trm_fast.data.sudoku_generator import default_job_data
+from trm_fast.evaluators import score_line
 from trm_fast.extension import library
 from trm_fast.extension.build import BuildError
 from trm_fast.inference import SetReport
@@ -89,8 +90,10 @@ class Console:
         for name, report in reports.items():
             metrics |= {f"{name}/{key}": value for key, value in report.metrics().items()}
             self.status.message(f"step {trainer.step}  {_sentence(name, report)}")
+        if trainer.scores:
+            self.status.message(f"step {trainer.step}  {score_line(trainer.scores)}")
         if trainer.step not in self.evaluated:  # made again to show a finished run
-            self._log(trainer.step, metrics)
+            self._log(trainer.step, metrics | trainer.scores)
 
     def on_checkpoint(self, trainer: Trainer, path: Path) -> None:
         if self.config.official:
@@ -283,6 +286,6 @@ def _announce(trainer: Trainer, spot: Place) -> None:
         say(f"curriculum  cells given away fade out by step {until}: till then boards get harder")
     if trainer.splits.test is None:
         say("evaluation  none: the data has no test split")
-    left_out = ", ".join(evaluator.name for evaluator in trainer.config.evaluators)
-    if left_out:
-        say(f"evaluators  left out, not in this version: {left_out} (evaluators=[] asks for none)")
+    if trainer.evaluators.left_out and trainer.splits.test is not None:
+        left_out = ", ".join(trainer.evaluators.left_out)
+        say(f"evaluators  none for this data: {left_out}; evaluators=[] asks for none")

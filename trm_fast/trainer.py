@@ -27,6 +27,7 @@ from trm_fast.data.dataset import PuzzleDataset
 from trm_fast.data.feed import Feed, resident_bytes
 from trm_fast.durable import unwritable
 from trm_fast.ema import EMA
+from trm_fast.evaluators import Evaluators
 from trm_fast.flops import step_flops
 from trm_fast.inference import SetReport, evaluate, sudoku_rules, sudoku_side
 from trm_fast.interop import load_weights
@@ -96,7 +97,7 @@ class Trainer:
     Attributes:
         step: optimizer steps so far.  total_steps: of the whole run.
         best: (exact accuracy, step) of the best evaluation, or None.
-        reports: of the last evaluation.
+        reports, scores: of the last evaluation; the latter of the configured evaluators.
     """
 
     def __init__(
@@ -112,6 +113,7 @@ class Trainer:
         self.config = config = for_device(config)
         if config.threads:
             torch.set_num_threads(config.threads)
+        self.evaluators = Evaluators(config.evaluators, splits.paths_test)
         metadata = splits.train
         self.total_steps = config.total_steps(metadata.total_groups, metadata.mean_puzzle_examples)
         self.model_config = config.arch.model_config(
@@ -141,6 +143,7 @@ class Trainer:
         self.step = self.iteration = 0
         self.best: tuple[float, int] | None = None
         self.reports: dict[str, SetReport] = {}
+        self.scores: dict[str, float] = {}
         self._profile = self._new_profile()
         self._skipped = 0  # steps that the reporter was told about
         self._evaluated_at = self._saved_at = -1
@@ -329,6 +332,7 @@ class Trainer:
             dataset_config(config, self.splits.paths_test, 1, test=True), "test"
         )
         collect: dict[str, list[Tensor]] = {name: [] for name in config.eval_save_outputs}
+        self.evaluators.begin()
         with self.evaluation_weights(), suppress(_Interrupted):
             self.reports = evaluate(
                 self.model,
@@ -338,6 +342,7 @@ class Trainer:
                 loss_type=config.arch.loss_type,
                 rules=sudoku_rules if sudoku_side(self.splits.test) else None,
                 collect=collect,
+                observe=self.evaluators.observe,
                 cuda_graph=config.cuda_graph,
             )
             self._evaluated_at = self.step
@@ -345,6 +350,11 @@ class Trainer:
             return {}
         if collect:
             self._save_outputs(collect)
+        folder = self.run_dir / f"step_{self.step}"
+        try:
+            self.scores = self.evaluators.result(folder)
+        except OSError as error:
+            raise unwritable(folder, error) from error
         exact = next(iter(self.reports.values())).exact_accuracy[-1]
         if self.best is None or exact > self.best[0]:
             self.best = (exact, self.step)

@@ -39,6 +39,7 @@ __all__ = [
     "one_line",
     "one_puzzle_per_group",
     "open_writer",
+    "read_json",
     "read_manifest",
     "read_metadata",
     "read_split",
@@ -53,8 +54,7 @@ IGNORE_LABEL_ID = -100
 FIELDS = ("inputs", "labels", "puzzle_identifiers", "puzzle_indices", "group_indices")
 _MANIFEST = "manifest.json"
 _MANIFEST_FORMAT = "trm_fast data set 1"
-_MAX_JSON_BYTES = 1 << 20
-_MAX_MANIFEST_BYTES = 1 << 30
+_MAX_JSON_BYTES, _MAX_MANIFEST_BYTES = 1 << 20, 1 << 30
 _CHECK_ROWS = 1 << 16
 # What numpy's reader raises on damaged bytes, apart from OSError and ValueError.
 _DAMAGE = (EOFError, TypeError, SyntaxError, TokenError, ArithmeticError, MemoryError, RuntimeError)
@@ -170,7 +170,7 @@ def _read_description(root: Path, split: str) -> tuple[Path, dict[str, Any]]:
     path = folder / "dataset.json"
     if folder == root and not path.exists():
         return folder, {}
-    raw = _read_json(path, _MAX_JSON_BYTES)
+    raw = read_json(path, _MAX_JSON_BYTES)
     if not isinstance(raw, dict):
         raise DataError(f"{path}: expected a JSON object, got {type(raw).__name__}")
     return folder, raw
@@ -181,7 +181,8 @@ def _is_official(folder: Path, raw: Mapping[str, Any]) -> bool:
     return "sets" in raw or (folder / "all__group_indices.npy").exists()
 
 
-def _read_json(path: Path, limit: int) -> Any:
+def read_json(path: Path, limit: int) -> Any:
+    """What a JSON file of at most `limit` bytes holds; DataError if it cannot be read."""
     try:
         with path.open("rb") as file:
             data = file.read(limit + 1)
@@ -367,7 +368,7 @@ def read_manifest(root: str | os.PathLike[str]) -> dict[str, Any] | None:
     path = Path(root) / _MANIFEST
     if not path.is_file():
         return None
-    manifest = _read_json(path, _MAX_MANIFEST_BYTES)
+    manifest = read_json(path, _MAX_MANIFEST_BYTES)
     if not isinstance(manifest, dict) or manifest.get("format") != _MANIFEST_FORMAT:
         return None
     if not isinstance(manifest.get("files"), dict):

@@ -21,6 +21,7 @@ COMMANDS = {
     "evaluate": ("trm_fast.evaluate", "measure a checkpoint on a data directory or a CSV file"),
     "solve": ("trm_fast.solve", "answer puzzles given as arguments, in a file or on stdin"),
     "data": ("", "build a data set: trm-fast data sudoku ..."),
+    "convert": ("trm_fast.convert", "models from and to the formats of other projects"),
     "info": ("trm_fast.info", "versions, devices, and which implementation serves which op"),
     "bench": ("trm_fast.bench", "what you gain here: training and solving, timed"),
 }

@@ -70,17 +70,22 @@ def load_weights(model: Model, path: str | Path) -> bool:
         reset = len(rows) != len(fresh)
         if reset:
             state[PUZZLE_ROWS] = rows.mean(dim=0, keepdim=True).expand(fresh.shape)
+    if fault := mismatch(state, own):
+        raise ValueError(f"{path}: {fault}")
+    model.load_state_dict(state, strict=True)
+    return reset
+
+
+def mismatch(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> str | None:
+    """The first way in which weights differ from a model's own in names or shapes, in words."""
     for verb, names in (("lacks", own.keys() - state.keys()), ("has", state.keys() - own.keys())):
         if names:
             shown = ", ".join(sorted(names)[:3])
-            raise ValueError(f"{path} {verb} {shown} ({len(names)} names), unlike this model")
+            return f"{verb} {shown} ({len(names)} names), unlike this model"
     for name, value in state.items():
         if value.shape != own[name].shape:
-            raise ValueError(
-                f"{path}: {name} is {list(value.shape)}, this model has {list(own[name].shape)}"
-            )
-    model.load_state_dict(state, strict=True)
-    return reset
+            return f"{name} is {list(value.shape)}, this model has {list(own[name].shape)}"
+    return None
 
 
 def write_official(

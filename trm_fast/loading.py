@@ -15,15 +15,13 @@ from typing import Any, NoReturn
 
 import torch
 
-from trm_fast.checkpoint import CheckpointError, load_checkpoint, read_pointer, resolve
-from trm_fast.config import QUANTIZED, ModelConfig
+from trm_fast.config import QUANTIZED
 from trm_fast.model import Model
+from trm_fast.pretrained import WEIGHTS, build, read_saved
 
 USAGE, MODEL, UNREADABLE, MISMATCH = 2, 3, 4, 5
 """Exit statuses: the command line or a missing input; the checkpoint; input that cannot be read;
 input that has another size or vocabulary than the model."""
-
-WEIGHTS = ("ema", "raw")
 
 
 class CommandError(Exception):
@@ -40,7 +38,8 @@ class Loaded:
 
     Attributes:
         config: the training configuration as saved, with "model" and "data".
-        folder: the step folder.  step: optimizer steps taken.  weights: "ema" or "raw".
+        folder: the step folder, or the file of another project.
+        step: optimizer steps taken.  weights: "ema" or "raw".
     """
 
     model: Model
@@ -72,25 +71,6 @@ def pick_device(name: str = "auto") -> torch.device:
     return device
 
 
-def find_checkpoint(path: str | os.PathLike[str]) -> Path:
-    """The step folder that a path means.
-
-    Args:
-        path: a step folder, a run folder (its newest intact step), or `last` or `best` in one.
-
-    Raises:
-        ValueError: there is none.
-    """
-    path = Path(path)
-    if path.name in ("last", "best") and path.is_file():
-        name = read_pointer(path.parent, path.name)
-        # Of `last` any intact neighbour will do; a `best` that is damaged has no substitute.
-        return resolve(path.parent if path.name == "last" else path.parent / str(name))
-    if not path.exists():
-        raise CheckpointError(f"{path}: no such checkpoint")
-    return resolve(path)
-
-
 def load(
     path: str | os.PathLike[str],
     *,
@@ -101,7 +81,7 @@ def load(
     """The model of a checkpoint, in evaluation mode, and where it comes from.
 
     Args:
-        path: see `find_checkpoint`.
+        path: see `pretrained.read_saved`.
         weights: "ema" or "raw"; None is the moving average where the run kept one.
         device: see `pick_device`.
         quantize: `arch.quantize` in place of the run's own: "none", "int8" or "fp8".
@@ -109,40 +89,10 @@ def load(
     Raises:
         ValueError: no checkpoint, a damaged one, no moving average in it, or another device.
     """
-    if weights is not None and weights not in WEIGHTS:
-        raise ValueError(f"weights must be 'ema' or 'raw', got {weights!r}")
     where = pick_device(device)
-    folder = find_checkpoint(path)
-    saved = load_checkpoint(folder)
-    if weights == "ema" and saved.ema is None:
-        raise CheckpointError(f"{folder}: the run kept no moving average; take weights raw")
-    chosen = weights or ("raw" if saved.ema is None else "ema")
-    state = saved.model if chosen == "raw" or saved.ema is None else saved.ema
-    values = saved.config.get("model")
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{folder / 'config.json'}: the model's configuration is missing")
-    if quantize is not None:
-        values = values | {"quantize": quantize}
-    try:
-        model = Model(ModelConfig.from_dict(values))
-    except ValueError as error:
-        raise CheckpointError(f"{folder / 'config.json'}: {error}") from None
-    try:
-        model.load_state_dict(state, strict=True)
-    except RuntimeError as error:
-        raise CheckpointError(
-            f"{folder}: weights do not fit config.json ({_first(error)})"
-        ) from None
-    broken = next((name for name, t in state.items() if not torch.isfinite(t).all()), None)
-    if broken is not None:
-        raise CheckpointError(f"{folder}: {chosen} weights are not finite in {broken}")
-    return Loaded(model.to(where).eval(), saved.config, folder, saved.step, chosen)
-
-
-def _first(error: RuntimeError) -> str:
-    """The first fault that load_state_dict lists, on one line."""
-    lines = [line.strip() for line in str(error).splitlines()]
-    return (lines[1] if len(lines) > 1 else lines[0])[:200]
+    saved = read_saved(path)
+    model, chosen = build(saved, weights, quantize)
+    return Loaded(model.to(where), saved.config, saved.place, saved.step, chosen)
 
 
 def load_model(

@@ -39,7 +39,7 @@ _YAML_WORDS = ("true", "false", "yes", "no", "on", "off", "null", "y", "n")
 _DEEPEST = 8
 # Top-level keys of files that hold no settings: Hydra's own, and what a checkpoint's config.json
 # says of the run, of the data and of the model built for it.
-NOT_SETTINGS = ("hydra", "finished", "model", "data")
+NOT_SETTINGS = ("hydra", "finished", "model", "data", "source")
 # Where that run lies: settings of it alone, not of another run that takes over its values.
 OF_ONE_RUN = ("run_name", "checkpoint_path", "resume")
 
@@ -275,13 +275,10 @@ def _saved_config(path: str) -> dict[str, Any]:
     return read_config_file(file, same_run=True)
 
 
-def read_config_file(path: str | Path, *, same_run: bool = False) -> dict[str, Any]:
-    """A .json, .yaml or .yml file as dotted canonical keys; ConfigError naming the file.
+def read_mapping(path: str | Path) -> dict[str, Any]:
+    """The content of a .json, .yaml or .yml file as it stands; ConfigError naming the file.
 
-    Our config.json, the official all_config.yaml and the official cfg_pretrain.yaml are all read;
-    of the first what describes the data and the model built for it is left out, and unless it is
-    for the same run also that run's name and folder; of the last `hydra` is left out, and its
-    `defaults` may choose the architecture.
+    YAML is read by PyYAML's safe loader, which makes plain values only.
     """
     path = Path(path)
     kind = path.suffix.lower()
@@ -301,6 +298,18 @@ def read_config_file(path: str | Path, *, same_run: bool = False) -> dict[str, A
         values = _read_yaml(path, text)
     if not isinstance(values, Mapping):
         raise ConfigError(f"{path} must hold keys and values, got {show(values)}")
+    return dict(values)
+
+
+def read_config_file(path: str | Path, *, same_run: bool = False) -> dict[str, Any]:
+    """A .json, .yaml or .yml file as dotted canonical keys; ConfigError naming the file.
+
+    Our config.json, the official all_config.yaml and the official cfg_pretrain.yaml are all read;
+    of the first what describes the data and the model built for it is left out, and unless it is
+    for the same run also that run's name and folder; of the last `hydra` is left out, and its
+    `defaults` may choose the architecture.
+    """
+    path, values = Path(path), read_mapping(path)
     left_out = NOT_SETTINGS if same_run or "model" not in values else NOT_SETTINGS + OF_ONE_RUN
     values = {k: v for k, v in values.items() if k not in left_out}
     defaults = values.pop("defaults", [])

@@ -1,0 +1,348 @@
+"""From whatever holds a trained model to a `Model`, and from a Model to a folder or the hub.
+
+Owns `Model.from_pretrained`, `save_pretrained` and `push_to_hub`, and `read_saved`, which every
+command that takes a model goes through: run and step folders, folders of save_pretrained, files
+of other projects (`foreign.py`), repositories of the hub (`hub.py`).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from trm_fast import hub
+from trm_fast.checkpoint import load_checkpoint, read_pointer, resolve
+from trm_fast.config import TrainConfig
+from trm_fast.durable import (
+    CheckpointError,
+    one_line,
+    parse_tensors,
+    read_bytes,
+    separate,
+    unwritable,
+)
+from trm_fast.foreign import read_foreign
+from trm_fast.foreign_file import YAML, Foreign
+from trm_fast.hub import Card
+from trm_fast.interop import mismatch
+from trm_fast.model import Model
+from trm_fast.model_config import ModelConfig
+from trm_fast.overrides import format_value
+from trm_fast.progress import read_metrics
+
+__all__ = [
+    "WEIGHTS",
+    "Saved",
+    "build",
+    "card_of",
+    "find_checkpoint",
+    "from_pretrained",
+    "push_to_hub",
+    "read_saved",
+    "save_pretrained",
+]
+
+CONFIG, MODEL, README = "config.json", "model.safetensors", "README.md"
+WEIGHTS = ("ema", "raw")
+LONGEST, DEEPEST = 1_000_000, 10_000  # tokens, cycles: what a file may ask for
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A model as it was found.
+
+    Attributes:
+        config: "model" has the values of ModelConfig; of a run, all its settings beside it.
+        model: the weights as trained, by the names of Model.state_dict().
+        ema: their moving average, where there is one.
+        step: optimizer steps.  place: the step folder or file, for messages.
+        notes: what was assumed in reading it, a line each.
+    """
+
+    config: dict[str, Any]
+    model: dict[str, Tensor]
+    ema: dict[str, Tensor] | None
+    step: int
+    place: Path
+    notes: list[str] = field(default_factory=list)
+
+
+def find_checkpoint(path: str | os.PathLike[str]) -> Path:
+    """The step folder that a path means.
+
+    Args:
+        path: a step folder, a run folder (its newest intact step), or `last` or `best` in one.
+
+    Raises:
+        ValueError: there is none.
+    """
+    path = Path(path)
+    if path.name in ("last", "best") and path.is_file():
+        name = read_pointer(path.parent, path.name)
+        # Of `last` any intact neighbour will do; a `best` that is damaged has no substitute.
+        return resolve(path.parent if path.name == "last" else path.parent / str(name))
+    if not path.exists():
+        raise CheckpointError(f"{path}: no such checkpoint")
+    return resolve(path)
+
+
+def read_saved(
+    source: str | os.PathLike[str],
+    *,
+    format: str = "auto",
+    given: Mapping[str, Any] | None = None,
+    config: str | Path | None = None,
+    file: str | None = None,
+    revision: str | None = None,
+    bare_id: bool = False,
+) -> Saved:
+    """A model from anywhere.
+
+    Args:
+        source: what `find_checkpoint` takes, a folder of `save_pretrained`, a file that
+            `foreign.read_foreign` takes, or hf://owner/name.
+        format, given, config: see `foreign.read_foreign`, for files of other projects.
+        file: of a hub repository, the file of another project to read.
+        revision: of a hub repository, the branch, tag or commit.
+        bare_id: take owner/name for a hub repository where no such path exists.
+
+    Raises:
+        ValueError: one line: not there, damaged, of no known format, or a size is not known.
+    """
+    text = os.fspath(source)
+    path = Path(text)
+    repo = None if path.exists() else hub.hub_id(text, bare=bare_id)
+    if repo is not None:
+        path = _fetched(repo, file, revision)
+    if path.is_file() and path.name not in ("last", "best"):
+        return _from_foreign(path, read_foreign(path, format, given=given, config=config))
+    if format != "auto":
+        raise CheckpointError(f"{path}: is not a file of {format}")
+    if (path / MODEL).is_file() and not (path / "manifest.json").exists():
+        return _from_folder(path)
+    folder = find_checkpoint(path)
+    saved = load_checkpoint(folder)
+    return Saved(saved.config, saved.model, saved.ema, saved.step, folder)
+
+
+def _fetched(repo: str, file: str | None, revision: str | None) -> Path:
+    """The local folder of a repository of save_pretrained, or the local copy of `file`."""
+    if file is not None:
+        path = hub.download(repo, file, revision)
+        hub.fetch(repo, str(Path(file).with_name(YAML)), revision)  # beside it, where there is one
+        return path
+    hub.download(repo, CONFIG, revision)
+    return hub.download(repo, MODEL, revision).parent
+
+
+def _from_folder(folder: Path) -> Saved:
+    """A folder of `save_pretrained`."""
+    path = folder / CONFIG
+    try:
+        config = json.loads(read_bytes(path))
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"{path}: is not JSON: {one_line(error)}") from None
+    if not isinstance(config, dict) or config.get("library_name") != "trm_fast":
+        raise CheckpointError(
+            f"{path}: is not a configuration of trm_fast; name the file of weights itself"
+        )
+    state = parse_tensors(folder / MODEL, read_bytes(folder / MODEL))
+    step = config.get("step")
+    return Saved(config, state, None, step if type(step) is int else 0, folder)
+
+
+def _from_foreign(path: Path, foreign: Foreign) -> Saved:
+    values = dict(foreign.config)
+    for name, limit in (("seq_len", LONGEST), ("H_cycles", DEEPEST), ("L_cycles", DEEPEST)):
+        if isinstance(values.get(name), int) and values[name] > limit:
+            raise CheckpointError(f"{path}: {name} is {values[name]}; up to {limit} is allowed")
+    if foreign.arch != "trm":
+        values["arch"] = foreign.arch
+    try:
+        config = ModelConfig.from_dict(values)
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}") from None
+    own = Model(config).state_dict()
+
+    def fitted(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        named = {f"inner.{name}": value for name, value in state.items()}
+        if fault := mismatch(named, own):
+            raise CheckpointError(f"{path}: {fault}")
+        return {name: named[name].to(value.dtype) for name, value in own.items()}
+
+    loss = foreign.settings.get("loss_type")
+    settings: dict[str, Any] = {
+        "model": config.to_dict(),
+        "source": f"{foreign.format}: {path.name}",
+    }
+    if isinstance(loss, str):
+        settings["arch"] = {"loss_type": loss}
+    ema = None if foreign.ema is None else fitted(foreign.ema)
+    return Saved(settings, fitted(foreign.model), ema, foreign.step, path, foreign.notes)
+
+
+def build(
+    saved: Saved, weights: str | None = None, quantize: str | None = None
+) -> tuple[Model, str]:
+    """The model on the CPU, in evaluation mode, and which weights it has: "ema" or "raw".
+
+    Args:
+        saved: of `read_saved`.
+        weights: "ema" or "raw"; None is the moving average where there is one.
+        quantize: `arch.quantize` in place of the saved one.
+
+    Raises:
+        ValueError: no moving average in it, or weights that do not fit or are not finite.
+    """
+    if weights is not None and weights not in WEIGHTS:
+        raise ValueError(f"weights must be 'ema' or 'raw', got {weights!r}")
+    place = saved.place
+    if weights == "ema" and saved.ema is None:
+        raise CheckpointError(f"{place}: the run kept no moving average; take weights raw")
+    chosen = weights or ("raw" if saved.ema is None else "ema")
+    state = saved.model if chosen == "raw" or saved.ema is None else saved.ema
+    values = saved.config.get("model")
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{place / CONFIG}: the model's configuration is missing")
+    if quantize is not None:
+        values = values | {"quantize": quantize}
+    try:
+        model = Model(ModelConfig.from_dict(values))
+    except ValueError as error:
+        raise CheckpointError(f"{place / CONFIG}: {error}") from None
+    try:
+        model.load_state_dict(state, strict=True)
+    except RuntimeError as error:
+        raise CheckpointError(
+            f"{place}: weights do not fit config.json ({_first(error)})"
+        ) from None
+    broken = next((name for name, t in state.items() if not torch.isfinite(t).all()), None)
+    if broken is not None:
+        raise CheckpointError(f"{place}: {chosen} weights are not finite in {broken}")
+    return model.eval(), chosen
+
+
+def _first(error: RuntimeError) -> str:
+    """The first fault that load_state_dict lists, on one line."""
+    lines = [line.strip() for line in str(error).splitlines()]
+    return (lines[1] if len(lines) > 1 else lines[0])[:200]
+
+
+def from_pretrained(
+    source: str | os.PathLike[str],
+    *,
+    weights: str | None = None,
+    config: Mapping[str, Any] | None = None,
+    file: str | None = None,
+    revision: str | None = None,
+) -> Model:
+    """A trained model, on the CPU, in evaluation mode.
+
+    Args:
+        source: a run or step folder, a folder of `save_pretrained`, a file of another project
+            (official, tiny-recursive-rs, nano-trm, ...), or a hub repository, owner/name.
+        weights: "ema" or "raw"; None is the moving average where there is one.
+        config: what a file of another project does not hold: H_cycles, L_cycles, num_heads,
+            seq_len, ... (`foreign_file.ASKED`).
+        file: of a hub repository, the file of another project to read.
+        revision: of a hub repository, the branch, tag or commit.
+
+    Raises:
+        ValueError: one line that names the source and the reason.
+    """
+    saved = read_saved(source, given=config, file=file, revision=revision, bare_id=True)
+    return build(saved, weights)[0]
+
+
+def save_pretrained(
+    model: Model, folder: str | os.PathLike[str], card: Card | None = None, step: int = 0
+) -> Path:
+    """Write config.json, model.safetensors and the model card README.md; returns the folder.
+
+    Args:
+        model: on any device.
+        folder: made if missing; files of these names in it are replaced.
+        card: what the card says beyond the network.  step: optimizer steps, if known.
+
+    Raises CheckpointError for a folder that cannot be written.
+    """
+    target = Path(folder)
+    values = model.config.to_dict()
+    config = {"library_name": "trm_fast", "model": values, "step": step}
+    parameters = sum(p.numel() for p in model.parameters())
+    text = hub.model_card(values, parameters, card or Card(), target.name)
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+        metadata = {"format": "pt", "trm_fast": json.dumps(config)}
+        safetensors.torch.save_file(separate(model.state_dict()), target / MODEL, metadata)
+        (target / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        (target / README).write_text(text, encoding="utf-8")
+    except (OSError, SafetensorError) as error:
+        raise unwritable(target, error) from None
+    return target
+
+
+def push_to_hub(
+    model: Model,
+    repo: str,
+    card: Card | None = None,
+    *,
+    private: bool = False,
+    message: str = "Model trained with trm_fast",
+    step: int = 0,
+) -> str:
+    """Send the files of `save_pretrained` to the hub; returns the address.
+
+    Args:
+        model, card, step: see `save_pretrained`.
+        repo: owner/name; made if it is not there, then `private` counts.
+        message: of the commit.
+
+    Raises CheckpointError: huggingface_hub is not installed, no permission, no network.
+    """
+    name = hub.hub_id(repo, bare=True)
+    if name is None:
+        raise CheckpointError(f"{repo}: not of the form owner/name")
+    with tempfile.TemporaryDirectory() as folder:
+        target = save_pretrained(model, Path(folder) / name, card, step)
+        return hub.upload(target, name, private=private, message=message)
+
+
+def card_of(saved: Saved) -> Card:
+    """What a run's own settings and measurements say for its card."""
+    config = saved.config
+    data, source = config.get("data"), config.get("source")
+    if not isinstance(data, dict):
+        return Card(data=f"Converted from {source}." if isinstance(source, str) else None)
+    paths = ", ".join(map(str, data.get("data_paths") or ())) or "boards generated by trm_fast"
+    base = TrainConfig().to_dict()
+    words = []
+    for key, value in config.items():
+        if key == "arch" and isinstance(value, dict):
+            inner = base["arch"]
+            words += [
+                f"arch.{k}={format_value(v)}" for k, v in value.items() if inner.get(k, v) != v
+            ]
+        elif key in base and base[key] != value and key not in ("checkpoint_path", "preset"):
+            words.append(f"{key}={format_value(value)}")
+    rows = read_metrics(saved.place.parent)
+    metrics = {
+        name: value
+        for row in rows
+        if row.get("step") == saved.step
+        for name, value in row.items()
+        if isinstance(value, float) and not name.startswith("train/") and "/" in name
+    }
+    return Card(paths, f"trm-fast train arch=trm {' '.join(words)}", metrics)

@@ -17,11 +17,13 @@ from foreign_models import (
     rs_weights,
     s4nj1th_weights,
 )
+from tiny import tiny_model
 
 from trm_fast.convert import main
 from trm_fast.foreign import read_foreign
 from trm_fast.inference import predict
-from trm_fast.pretrained import build, read_saved
+from trm_fast.interop import write_official
+from trm_fast.pretrained import build, read_saved, save_pretrained
 
 CYCLES = {"H_cycles": H_CYCLES, "L_cycles": L_CYCLES}
 
@@ -209,7 +211,11 @@ def test_nano_trm_there_and_back(tmp_path, case):
         ({"pos_emb_type": "2d"}, "two-dimensional rotary positions"),
         ({"seq_len": 10**9}, "seq_len is 1000000000; up to 1000000 is allowed"),
         ({"H_cycles": 10**9}, "H_cycles is 1000000000; up to 10000"),
-        ({"num_heads": 3}, "hidden_size must be a multiple of num_heads"),
+        ({"num_heads": 3}, "hidden_size / num_heads must be even for rope, got 5"),
+        (
+            {"num_heads": 5, "pos_emb_type": "null"},
+            r"qkv_proj.weight is \[48, 16\], this model has",
+        ),
         ({"ffn_expansion": "much"}, "expansion must be a number above 0|expansion must be"),
         ({"seq_len": None}, "seq_len must be an integer"),
     ],
@@ -254,6 +260,153 @@ def test_lucidrains_networks_of_its_own_are_refused(tmp_path, name, said):
     torch.save({**weights, **lucidrains_weights()} | {"to_pred.weight": 1}, tmp_path / "odd.pt")
     with pytest.raises(ValueError, match="'to_pred.weight' is not a tensor"):
         read_foreign(tmp_path / "odd.pt", given=RS)
+
+
+# Official files: five networks, every prefix
+
+NETWORKS = {
+    "trm": {},
+    "trm-mlp": {"mlp_t": True, "pos_encodings": "none"},
+    "trm-learned": {"pos_encodings": "learned", "puzzle_emb_ndim": 0, "puzzle_emb_len": 0},
+    "trm_singlez": {"name": "trm_singlez"},
+    "trm_hier6": {"name": "trm_hier6"},
+    "hrm": {"name": "hrm", "H_layers": 2, "puzzle_emb_len": 0},
+    "transformers_baseline": {"name": "transformers_baseline", "H_layers": 2, "L_cycles": 1}
+    | {"H_cycles": 1, "puzzle_emb_len": 0},
+}
+OFFICIAL = {"expansion": 4.0, "intermediate_multiple": 256, "forward_dtype": "bfloat16"}
+ASK = {"H_cycles": 2, "L_cycles": 2, "num_heads": 2, "seq_len": 10, "puzzle_emb_len": 2}
+
+
+def same_model(got, want):
+    for name, value in want.state_dict().items():
+        assert torch.equal(got.state_dict()[name], value), name
+    assert got.state_dict().keys() == want.state_dict().keys()
+    tokens = torch.arange(20).view(2, 10) % 9
+    for a, b in zip(outputs(got, tokens), outputs(want.eval(), tokens), strict=True):
+        assert np.array_equal(a, b)
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_official_files_of_every_network(tmp_path, network):
+    model = tiny_model(**{**OFFICIAL, **NETWORKS[network]})
+    write_official(tmp_path / "step_7", model.state_dict())
+    given = dict(ASK)
+    if model.config.puzzle_emb_ndim == 0 or model.config.kind in ("hrm", "transformers_baseline"):
+        del given["puzzle_emb_len"]
+    saved = read_saved(tmp_path / "step_7", given=given)
+    got, chosen = build(saved)
+    assert (got.config.kind, chosen, saved.step) == (model.config.kind, "raw", 7)
+    same_model(got, model)
+
+
+@pytest.mark.parametrize(
+    "prefix", ["_orig_mod.model.inner.", "model.inner.", "_orig_mod.inner.", "inner.", ""]
+)
+def test_official_files_under_every_prefix(tmp_path, prefix):
+    model = tiny_model(**OFFICIAL)
+    write_official(tmp_path / "pytorch_model.bin", model.state_dict(), prefix)
+    same_model(build(read_saved(tmp_path / "pytorch_model.bin", given=ASK))[0], model)
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_official_there_and_back_with_the_settings_beside_it(tmp_path, capsys, network):
+    model = tiny_model(**{**OFFICIAL, **NETWORKS[network]})
+    save_pretrained(model, tmp_path / "mine")
+    theirs = tmp_path / "theirs" / "step_30"
+    assert main([str(tmp_path / "mine"), str(theirs), "--to=official"]) == 0
+    written = torch.load(theirs, weights_only=True)
+    assert written.keys() == {"_orig_mod.model." + name for name in model.state_dict()}
+    # The official code says its data elsewhere: only the length of a board is still asked for.
+    command = [str(theirs), str(tmp_path / "run"), "--from=official"]
+    if not model.config.mlp_t and model.config.pos_encodings != "learned":
+        assert main(command) == 3
+        assert "does not hold seq_len: --seq-len N (81 for" in capsys.readouterr().err
+    assert main([*command, "--seq-len=10"]) == 0
+    saved = read_saved(tmp_path / "run")
+    assert saved.step == 30 and saved.place == tmp_path / "run" / "step_30"
+    got, _ = build(saved)
+    same_model(got, model)
+    for key, value in model.config.to_dict().items():
+        # Without rows or attention the file does not say how many.
+        silent = {"num_puzzle_identifiers": model.config.puzzle_emb_ndim == 0, "num_heads": True}
+        if key not in ("batch_size", "policy", "puzzle_emb_len") and not silent.get(key):
+            assert got.config.to_dict()[key] == value, key
+    assert got.config.prefix_len == model.config.prefix_len
+    assert main([str(tmp_path / "mine"), str(theirs), "--to=official"]) == 0
+    assert "all_config.yaml is left as it is" in capsys.readouterr().err
+
+
+def test_official_sizes_follow_from_shapes_and_flags_go_first(tmp_path):
+    model = tiny_model(mlp_t=True, pos_encodings="none", puzzle_emb_len=3)
+    write_official(tmp_path / "step_7", model.state_dict())
+    foreign = read_foreign(tmp_path / "step_7", given={**CYCLES, "seq_len": 10})
+    expected = {"puzzle_emb_len": 3, "seq_len": 10, "intermediate_size": 24, **CYCLES}
+    assert {k: foreign.config[k] for k in expected} == expected
+    assert foreign.config["token_intermediate_size"] == model.config.token_width
+    with pytest.raises(ValueError, match="has 13 tokens, no more than the 16 of the prefix"):
+        read_foreign(tmp_path / "step_7", given=CYCLES)
+    (tmp_path / "all_config.yaml").write_text(
+        "arch: {H_cycles: 5, L_cycles: 4, puzzle_emb_len: 3, loss: {loss_type: x}, other: 1}"
+    )
+    found = read_foreign(tmp_path / "step_7", given={"H_cycles": 6})
+    assert (found.config["H_cycles"], found.config["L_cycles"]) == (6, 4)
+    assert (found.config["seq_len"], found.settings["loss_type"]) == (10, "x")
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("arch: 1", "has no arch with settings in it"),
+        ("[1]", "must hold keys and values"),
+        ("arch: {expansion: [1]}", r"expansion must be a number above 0, got \[1\]"),
+        ("arch: {puzzle_emb_len: many}", "puzzle_emb_len must be a whole number, got 'many'"),
+        ("arch: !!python/object/apply:os.system ['touch owned']", "is not YAML"),
+        pytest.param("#" * 2_000_000, "larger than 1048576 bytes", id="large"),
+    ],
+)
+def test_official_settings_that_cannot_be_used(tmp_path, monkeypatch, text, said):
+    monkeypatch.chdir(tmp_path)
+    write_official(tmp_path / "step_7", tiny_model(**OFFICIAL).state_dict())
+    (tmp_path / "all_config.yaml").write_text(text)
+    with pytest.raises(ValueError, match=said) as caught:
+        read_foreign(tmp_path / "step_7", given={k: v for k, v in ASK.items() if "emb" not in k})
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "owned").exists()
+
+
+def test_official_networks_are_told_apart(tmp_path):
+    write_official(tmp_path / "step_7", tiny_model(**OFFICIAL).state_dict())
+    with pytest.raises(ValueError, match="is of the official network trm, not of hrm"):
+        read_foreign(tmp_path / "step_7", "hrm", given=ASK)
+    hrm = tiny_model(**{**OFFICIAL, **NETWORKS["hrm"]})
+    write_official(tmp_path / "checkpoint", hrm.state_dict(), "_orig_mod.model.inner.")
+    assert read_foreign(tmp_path / "checkpoint", "hrm", given=ASK).arch == "hrm"
+
+
+@pytest.mark.parametrize(
+    ("changes", "to", "said"),
+    [
+        ({}, "official", "its inner widths are multiples of 256 by one expansion, not 24"),
+        ({**OFFICIAL, "q_readout": "mean"}, "official", "q_readout there is first, this model has"),
+        ({**OFFICIAL, "puzzle_emb_ndim": 0}, "official", "prefix needs puzzle rows"),
+        (OFFICIAL, "rs", "prefix_len there is 0, this model has 2"),
+        ({**OFFICIAL, "mlp_t": True, "pos_encodings": "none"}, "rs", "mlp_t there is False"),
+        ({**OFFICIAL, **NETWORKS["hrm"]}, "rs", "it has the network trm only, this model is hrm"),
+        ({**OFFICIAL, "pos_encodings": "learned"}, "nano-trm", "pos_encodings there is rope or no"),
+        ({**OFFICIAL, "rms_norm_eps": 1e-6}, "nano-trm", "rms_norm_eps there is 1e-05"),
+        ({**OFFICIAL, **NETWORKS["trm_hier6"]}, "nano-trm", "this model is trm_hier6"),
+        ({}, "lucidrains", "its networks are MLPMixer1D and x-transformers"),
+        ({}, "s4nj1th", "it holds gated residual MLPs, this model is trm"),
+    ],
+)
+def test_what_a_format_cannot_hold_is_refused(tmp_path, capsys, changes, to, said):
+    save_pretrained(tiny_model(**changes), tmp_path / "mine")
+    target = tmp_path / "out" / "x.safetensors"
+    assert main([str(tmp_path / "mine"), str(target), f"--to={to}"]) == 3
+    error = capsys.readouterr().err
+    assert f"cannot be written as {to}: " in error and said in error
+    assert error.count("\n") == 1 and not target.parent.exists()
 
 
 # s4nj1th: read; its network is another one

@@ -51,6 +51,7 @@ YAML = "all_config.yaml"
 ARCH_KEYS = (
     *("H_cycles", "L_cycles", "num_heads", "expansion", "pos_encodings", "halt_max_steps"),
     *("halt_exploration_prob", "puzzle_emb_len", "rms_norm_eps", "rope_theta", "no_ACT_continue"),
+    *("act_enabled", "act_inference"),
 )
 LAYER = re.compile(r"([HL])_level\.layers\.(\d{1,3})\.")
 _LARGEST_YAML = 1 << 20
@@ -165,7 +166,7 @@ def sizes(source: Source) -> dict[str, Any]:
     values: dict[str, Any] = {
         "vocab_size": vocabulary,
         "hidden_size": width,
-        "L_layers": len(layers[level]),
+        f"{level}_layers": len(layers[level]),
         "mlp_t": f"{first}mlp_t.down_proj.weight" in weights,
         "forward_dtype": dtype,
         "q_logits": source.shape("q_head.weight")[0],

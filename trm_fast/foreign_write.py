@@ -55,7 +55,7 @@ class Parcel:
     @property
     def arch(self) -> str:
         """The network, by the name of its official file."""
-        return str(getattr(self.config, "arch", "trm"))
+        return self.config.kind
 
 
 def _refuse(format: str, why: str) -> ConfigError:
@@ -108,13 +108,13 @@ def write_official_file(parcel: Parcel, target: Path) -> list[str]:
     _two_logits(weights)
     write_official(target, weights, OFFICIAL_PREFIX)
     keys = (
-        *("H_cycles", "L_cycles", "L_layers", "hidden_size", "num_heads", "pos_encodings"),
+        *("name", "H_cycles", "L_cycles", "H_layers", "L_layers", "hidden_size", "num_heads"),
+        *("pos_encodings", "act_enabled", "act_inference"),
         *("halt_max_steps", "halt_exploration_prob", "puzzle_emb_ndim", "puzzle_emb_len"),
         *("forward_dtype", "mlp_t", "no_ACT_continue", "rms_norm_eps", "rope_theta"),
     )
     values = config.to_dict()
     arch = {key: values[key] for key in keys} | {"expansion": expansion}
-    arch["H_layers"] = values.get("H_layers") or 0
     arch["loss"] = {"name": "losses@ACTLossHead", "loss_type": parcel.loss_type}
     beside = target.parent / YAML
     if beside.exists():

@@ -50,6 +50,7 @@ def hub_id(text: str, *, bare: bool) -> str | None:
 def _library(purpose: str) -> Any:
     try:
         import huggingface_hub
+        import huggingface_hub.errors
     except ImportError:
         raise CheckpointError(
             f"{purpose}: needs huggingface_hub (pip install 'trm-fast[hub]')"
@@ -119,9 +120,9 @@ def model_card(config: Mapping[str, Any], parameters: int, card: Card, title: st
     if card.license:
         head.append(f"license: {card.license}")
     shown = (
-        *("hidden_size", "L_layers", "H_cycles", "L_cycles", "num_heads", "mlp_t", "pos_encodings"),
+        *("hidden_size", "L_layers", "H_layers", "H_cycles", "L_cycles", "num_heads", "mlp_t"),
         *("seq_len", "vocab_size", "puzzle_emb_len", "num_puzzle_identifiers", "halt_max_steps"),
-        "forward_dtype",
+        *("pos_encodings", "forward_dtype"),
     )
     rows = [f"| `{name}` | {config[name]} |" for name in shown if name in config]
     metrics = [f"| {name} | {value:.4g} |" for name, value in sorted(card.metrics.items())]
@@ -135,7 +136,7 @@ def model_card(config: Mapping[str, Any], parameters: int, card: Card, title: st
         "",
         "## Architecture",
         "",
-        f"Network: `{config.get('arch', 'trm')}`; every key is in `config.json`.",
+        f"Network: `{config['name']}`; every key is in `config.json`.",
         "",
         *("| setting | value |", "|---|---|"),
         *rows,

@@ -14,6 +14,9 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Mapping
+from importlib import import_module
+from os import PathLike
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +26,7 @@ from torch import Tensor, nn
 from trm_fast import backends, memory
 from trm_fast.backends import Choice
 from trm_fast.config import ModelConfig
+from trm_fast.hub import Card
 from trm_fast.layers import (
     Embedding,
     HaltingHead,
@@ -327,3 +331,36 @@ class Model(nn.Module):
         if q_continue is None:
             raise ValueError("compute_target_q needs q_logits=2, the model has 1")
         return torch.sigmoid(torch.where(last, q_halt, torch.maximum(q_halt, q_continue)))
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        source: str | PathLike[str],
+        *,
+        weights: str | None = None,
+        config: Mapping[str, Any] | None = None,
+        file: str | None = None,
+        revision: str | None = None,
+    ) -> Model:
+        """A trained model from a run, a folder of `save_pretrained`, a file of another project or
+        the hub, on the CPU, in evaluation mode; see `pretrained.from_pretrained`."""
+        return _pretrained().from_pretrained(
+            source, weights=weights, config=config, file=file, revision=revision
+        )
+
+    def save_pretrained(
+        self, folder: str | PathLike[str], *, card: Card | None = None, step: int = 0
+    ) -> Path:
+        """Write config.json, model.safetensors and README.md; see `pretrained.save_pretrained`."""
+        return _pretrained().save_pretrained(self, folder, card, step)
+
+    def push_to_hub(
+        self, repo: str, *, card: Card | None = None, private: bool = False, step: int = 0
+    ) -> str:
+        """Send those files to the hub, as owner/name; see `pretrained.push_to_hub`."""
+        return _pretrained().push_to_hub(self, repo, card, private=private, step=step)
+
+
+def _pretrained() -> Any:
+    """The module that reads and writes models, which stands after this one and imports it."""
+    return import_module("trm_fast.pretrained")

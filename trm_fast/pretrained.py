@@ -36,7 +36,7 @@ from trm_fast.foreign_file import YAML, Foreign
 from trm_fast.hub import Card
 from trm_fast.interop import mismatch
 from trm_fast.model import Model
-from trm_fast.model_config import ModelConfig
+from trm_fast.model_config import ARCHS, ModelConfig
 from trm_fast.overrides import format_value
 from trm_fast.progress import read_metrics
 
@@ -168,8 +168,9 @@ def _from_foreign(path: Path, foreign: Foreign) -> Saved:
     for name, limit in (("seq_len", LONGEST), ("H_cycles", DEEPEST), ("L_cycles", DEEPEST)):
         if isinstance(values.get(name), int) and values[name] > limit:
             raise CheckpointError(f"{path}: {name} is {values[name]}; up to {limit} is allowed")
-    if foreign.arch != "trm":
-        values["arch"] = foreign.arch
+    if foreign.arch not in ARCHS:
+        raise CheckpointError(f"{path}: its network, {foreign.arch}, is not built in this version")
+    values["name"] = foreign.arch
     try:
         config = ModelConfig.from_dict(values)
     except ValueError as error:
@@ -300,7 +301,6 @@ def push_to_hub(
     card: Card | None = None,
     *,
     private: bool = False,
-    message: str = "Model trained with trm_fast",
     step: int = 0,
 ) -> str:
     """Send the files of `save_pretrained` to the hub; returns the address.
@@ -308,7 +308,6 @@ def push_to_hub(
     Args:
         model, card, step: see `save_pretrained`.
         repo: owner/name; made if it is not there, then `private` counts.
-        message: of the commit.
 
     Raises CheckpointError: huggingface_hub is not installed, no permission, no network.
     """
@@ -317,7 +316,7 @@ def push_to_hub(
         raise CheckpointError(f"{repo}: not of the form owner/name")
     with tempfile.TemporaryDirectory() as folder:
         target = save_pretrained(model, Path(folder) / name, card, step)
-        return hub.upload(target, name, private=private, message=message)
+        return hub.upload(target, name, private=private, message="Model trained with trm_fast")
 
 
 def card_of(saved: Saved) -> Card:

@@ -158,7 +158,10 @@ CASES = {
         [(["pred"], "a list of inputs, labels"), (3, "a list of inputs, labels")],
     ),
     "generate": ([(0, 0)], [(-1, "an integer >= 0"), (True, "an integer >= 0")]),
-    "augment": ([("sudoku", "sudoku"), ("none", "none")], [("maze", "one of none, sudoku")]),
+    "augment": (
+        [("sudoku", "sudoku"), ("dihedral", "dihedral"), ("none", "none")],
+        [("maze", "one of none, sudoku, dihedral")],
+    ),
     "curriculum": SHARE,
     "global_batch_size": COUNT,
     "grad_accum": ([(2, 2)], COUNT[1]),

@@ -10,8 +10,9 @@ from answering import BLANK, CELLS, DEPTH, SOLVED, boards, save_run, tiny_model,
 from trm_fast import evaluate as command
 from trm_fast.data.dataset import from_arrays
 from trm_fast.data.format import write_dataset
-from trm_fast.inference import sudoku_rules, supervision_steps
+from trm_fast.inference import supervision_steps
 from trm_fast.loading import load_model
+from trm_fast.rules import sudoku_rules
 
 CLUES = "12..34..21..43.."
 TURNED = "4321214334121234"  # another solution grid

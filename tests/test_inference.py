@@ -9,15 +9,10 @@ from answering import CELLS, DEPTH, VOCAB, boards, tiny_config, tiny_model
 
 from trm_fast.data.dataset import PuzzleDataset, PuzzleDatasetConfig, from_arrays
 from trm_fast.data.format import IGNORE_LABEL_ID
-from trm_fast.inference import (
-    evaluate,
-    predict,
-    sudoku_rules,
-    sudoku_side,
-    supervision_steps,
-)
+from trm_fast.inference import evaluate, predict, supervision_steps
 from trm_fast.losses import LOSSES
 from trm_fast.recursion import Carry, State
+from trm_fast.rules import sudoku_rules
 
 SOLVED = np.array([int(c) for c in "1234341221434321"])
 
@@ -72,31 +67,6 @@ def scripted_batches(inputs, labels, size) -> Iterator:
             "puzzle_identifiers": torch.nn.functional.pad(batch["puzzle_identifiers"], (0, fill)),
         }
         yield "all", padded, count
-
-
-def test_sizes_of_sudoku():
-    assert sudoku_side(tiny_config()) == 4
-    assert sudoku_side(tiny_config(seq_len=81, vocab_size=11)) == 9
-    assert sudoku_side(tiny_config(seq_len=36, vocab_size=8)) == 6
-    assert sudoku_side(tiny_config(vocab_size=7)) is None
-    assert sudoku_side(tiny_config(seq_len=900)) is None
-
-
-def test_rules_want_clues_kept_and_every_digit_once():
-    clues = np.where(np.arange(CELLS) < 4, SOLVED, 0)
-    other = 5 - SOLVED  # keeps the rules, not the clues
-    twice = SOLVED.copy()
-    twice[-1] = 2
-    blank, padding = SOLVED + 1, SOLVED + 1
-    blank[5], padding[5] = 1, 0
-    preds = np.stack([SOLVED + 1, other + 1, twice + 1, blank, padding])
-    inputs = np.repeat(clues[None] + 1, len(preds), 0)
-    assert sudoku_rules(inputs, preds).tolist() == [True, False, False, False, False]
-
-
-def test_rules_take_padding_in_the_inputs_for_blanks():
-    inputs = np.zeros((1, CELLS), np.uint8)
-    assert sudoku_rules(inputs, SOLVED[None] + 1).tolist() == [True]
 
 
 @pytest.mark.parametrize("steps", [1, DEPTH, DEPTH + 4])

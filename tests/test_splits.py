@@ -73,9 +73,24 @@ def test_identifiers_do_not_count_without_puzzle_rows(job):
     assert open_splits(config).test.num_puzzle_identifiers == 2
 
 
-@pytest.mark.parametrize("changes", [{"augment": "sudoku"}, {"curriculum": 0.5}], ids=str)
-def test_sudoku_settings_are_for_sudoku(job, changes):
-    assert open_splits(job(**changes)).train.vocab_size == 6
-    other = {"vocab": 20}
-    with pytest.raises(ValueError, match="is for Sudoku: .* 16 tokens of 20 values"):
-        open_splits(job(train={"count": 8, **other}, test={"count": 4, **other}, **changes))
+SIZES = {"sudoku4": (16, 6), "sudoku6": (36, 8), "maze": (25, 6), "square": (25, 20)}
+SIZES |= {"odd": (24, 6)}
+FITTING = {
+    "augment=sudoku": ("sudoku4", "sudoku6"),
+    "augment=dihedral": ("sudoku4", "maze", "square"),
+    "curriculum=0.5": ("sudoku4", "sudoku6", "maze"),
+}
+
+
+@pytest.mark.parametrize("kind", SIZES)
+@pytest.mark.parametrize("setting", FITTING)
+def test_what_changes_boards_must_fit_them(job, setting, kind):
+    seq, vocab = SIZES[kind]
+    size = {"seq": seq, "vocab": vocab}
+    key, value = setting.split("=")
+    config = job(train={"count": 8, **size}, test={"count": 4, **size}, **{key: value})
+    if kind in FITTING[setting]:
+        assert open_splits(config).train.seq_len == seq
+        return
+    with pytest.raises(ValueError, match=f"{key}.* 6x6 Sudoku|{seq} tokens of {vocab} values"):
+        open_splits(config)

@@ -1,12 +1,11 @@
 """The Sudoku builder: official bytes for official choices, every dialect, every fault named."""
 
-import hashlib
-import json
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from builders import HEADER, assert_same_files, digests, official_build, save
 
 from trm_fast.data.format import DataError, read_manifest, read_split, verify_manifest
 from trm_fast.data.sudoku import BuildOptions, build, main
@@ -38,16 +37,10 @@ BOARDS = np.array([[int(c) for c in text.replace(".", "0")] for text in QUESTION
 GRIDS = solve(BOARDS).boards
 ANSWERS = texts(GRIDS)
 RATINGS = [5, 0, 30, 12, 7, 100, 3, 8, 41, 2, 19, 11]
-HEADER = "source,question,answer,rating"
 
 
 def rows(start: int = 0, stop: int = 12) -> list[str]:
     return [f"own,{QUESTIONS[i]},{ANSWERS[i]},{RATINGS[i]}" for i in range(start, stop)]
-
-
-def save(path: Path, lines: list[str]) -> Path:
-    path.write_text("\n".join(lines) + "\n")
-    return path
 
 
 @pytest.fixture
@@ -57,11 +50,6 @@ def source(tmp_path: Path) -> Path:
     save(folder / "train.csv", [HEADER, *rows(0, 8)])
     save(folder / "test.csv", [HEADER, *rows(8)])
     return folder
-
-
-def digests(root: Path, split: str = "train") -> dict[str, str]:
-    files = sorted((root / split).iterdir())
-    return {f.name: hashlib.sha256(f.read_bytes()).hexdigest()[:12] for f in files}
 
 
 # Bytes written by the official builder (commit e7b6871) after numpy.random.seed(5).
@@ -283,37 +271,14 @@ def test_the_hub_needs_its_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         build(BuildOptions(str(tmp_path / "out"), source_repo="someone/sudoku"))
 
 
-def official_build(path: Path, source: Path, out: Path, choices: dict) -> None:
-    """Run the official builder on local files, seeded as our --seed 5."""
-    import build_sudoku_dataset as official
-
-    official.hf_hub_download = lambda repo, name, repo_type: str(source / name)
-    official.tqdm = lambda items: items
-    np.random.seed(5)
-    config = official.DataProcessConfig(output_dir=str(out), **choices)
-    for split in ("train", "test"):
-        official.convert_subset(split, config)
-
-
 @pytest.mark.parametrize("name", CHOICES)
 def test_live_equality_with_the_official_builder(
     official_path: Path, source: Path, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in ("argdantic", "tqdm", "huggingface_hub"):
-        pytest.importorskip(module)
-    monkeypatch.syspath_prepend(str(official_path / "dataset"))
-    official_build(official_path, source, tmp_path / "theirs", CHOICES[name])
-    build(BuildOptions(str(tmp_path / "ours"), source=str(source), seed=5, **CHOICES[name]))
-    for split in ("train", "test"):
-        theirs, ours = digests(tmp_path / "theirs", split), digests(tmp_path / "ours", split)
-        assert theirs.keys() == ours.keys()
-        for file in (tmp_path / "theirs" / split).glob("*.npy"):
-            assert theirs[file.name] == ours[file.name]
-        described = [
-            json.loads((tmp_path / root / split / "dataset.json").read_text())
-            for root in ("theirs", "ours")
-        ]
-        assert described[0] == described[1]
+    theirs, ours = tmp_path / "theirs", tmp_path / "ours"
+    official_build("sudoku", official_path, source, theirs, monkeypatch, **CHOICES[name])
+    build(BuildOptions(str(ours), source=str(source), seed=5, **CHOICES[name]))
+    assert_same_files(theirs, ours)
 
 
 def test_absurd_numbers_are_one_line(tmp_path, capsys):

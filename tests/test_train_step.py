@@ -15,7 +15,7 @@ from capturing import InPlace, NeverWaits, Recorded
 from training import assert_same, make_config, make_data, make_trainer
 
 from trm_fast import backends, optim
-from trm_fast.data.augment import augmentation_words, hand_back, sudoku_augment
+from trm_fast.data.augment import AUGMENTATIONS, augmentation_words, hand_back
 from trm_fast.data.feed import Feed
 from trm_fast.ema import EMA
 from trm_fast.flat import lay_out
@@ -34,6 +34,7 @@ MLP = {
 VARIANTS = {
     "attention": {},
     "mlp-sudoku": {**MLP, "augment": "sudoku", "curriculum": 0.8, "grad_clip": 0.5},
+    "dihedral": {"augment": "dihedral"},
     "adamw": {"optimizer": "adamw", "ema_warmup": True, "grad_clip": 1.0, "lr_min_ratio": 0.1},
     "muon": {"optimizer": "muon", **MLP},
     "parts": {"grad_accum": 2, "ema": False},
@@ -81,13 +82,12 @@ class PlainLoop:
     def run(self, batch):
         self.step += 1
         config, rows = self.config, torch.arange(self.config.global_batch_size)
-        sudoku, fading = config.augment == "sudoku", config.curriculum * self.total
-        counts = augmentation_words(batch["inputs"].shape[1], sudoku, self.step < fading)
+        fading = config.curriculum * self.total
+        counts = augmentation_words(batch["inputs"].shape[1], config.augment, self.step < fading)
         draws = Draws(config.seed, torch.tensor(self.step), rows, {EXPLORATION: 2, **counts})
-        if sudoku:
-            batch["inputs"], batch["labels"] = sudoku_augment(
-                batch["inputs"], batch["labels"], draws
-            )
+        if config.augment != "none":
+            change = AUGMENTATIONS[config.augment]
+            batch["inputs"], batch["labels"] = change(batch["inputs"], batch["labels"], draws)
         if self.step < fading:
             fraction = float(np.float32(1) - np.float32(self.step / fading))
             batch["inputs"] = hand_back(batch["inputs"], batch["labels"], fraction, draws)

@@ -29,6 +29,7 @@ ALIASES = {"eval": "evaluate"}
 BUILDERS = {
     "sudoku": ("trm_fast.data.sudoku", "9x9, 6x6 and 4x4 Sudoku: from files or generated"),
     "arc": ("trm_fast.data.arc", "ARC-AGI-1, ARC-AGI-2, ConceptARC: from the Kaggle files"),
+    "maze": ("trm_fast.data.maze", "mazes on square grids: from files or generated"),
 }
 
 

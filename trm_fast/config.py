@@ -114,7 +114,7 @@ class TrainConfig:
         "train on this many generated Sudoku boards, not on data_paths", 0, low=0
     )
     augment: str = option(
-        "symmetries drawn anew for every board", "none", choices=("none", "sudoku")
+        "symmetries drawn anew for every board", "none", choices=("none", "sudoku", "dihedral")
     )
     curriculum: float = option(
         "part of the run over which solution cells are handed back, fading out", 0.0, low=0, high=1

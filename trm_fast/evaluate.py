@@ -20,7 +20,7 @@ from trm_fast.data.dataset import PuzzleDataset, PuzzleDatasetConfig, from_array
 from trm_fast.data.format import DataError
 from trm_fast.data.sudoku_source import read_puzzles
 from trm_fast.evaluators import Evaluators, score_line
-from trm_fast.inference import SetReport, evaluate, sudoku_rules, sudoku_side
+from trm_fast.inference import SetReport, evaluate
 from trm_fast.loading import (
     MISMATCH,
     UNREADABLE,
@@ -32,6 +32,7 @@ from trm_fast.loading import (
     positive,
     supervision_depth,
 )
+from trm_fast.rules import rules_of
 from trm_fast.symmetry import box_shape
 
 __all__ = ["main"]
@@ -205,7 +206,7 @@ def _measure(
             steps=supervision_depth(loaded, options.steps),
             max_puzzles=options.max_puzzles,
             loss_type=arch.get("loss_type", "stablemax_cross_entropy"),
-            rules=sudoku_rules if sudoku_side(source.dataset.metadata) else None,
+            rules=rules_of(source.dataset.metadata),
             observe=evaluators.observe,
         )
     except ValueError as error:  # no boards at all

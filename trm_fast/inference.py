@@ -19,31 +19,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from trm_fast.config import ModelConfig
-from trm_fast.data.format import IGNORE_LABEL_ID, Metadata
-from trm_fast.data.sudoku_solver import rules_hold
+from trm_fast.data.format import IGNORE_LABEL_ID
 from trm_fast.inference_step import StepOutput, borrowed
 from trm_fast.losses import LOSSES
 from trm_fast.model import Model
+from trm_fast.rules import Rules
 
-Rules = Callable[[np.ndarray, np.ndarray], np.ndarray]
 Observer = Callable[[str, dict[str, Tensor]], None]
-SUDOKU_SIZES = {16: 4, 36: 6, 81: 9}  # tokens -> side
-
-
-def sudoku_side(shape: Metadata | ModelConfig) -> int | None:
-    """Side of the board (4, 6, 9) if data or model have the sizes of Sudoku, or None."""
-    side = SUDOKU_SIZES.get(shape.seq_len)
-    return side if side is not None and shape.vocab_size == side + 2 else None
-
-
-def sudoku_rules(inputs: np.ndarray, preds: np.ndarray) -> np.ndarray:
-    """Whether answers keep the clues and the rules: tokens [N, L] and [N, L] -> [N] bool."""
-    clues = np.maximum(inputs.astype(np.int64) - 1, 0)
-    answers = preds.astype(np.int64) - 1
-    digits = (answers >= 1) & (answers <= SUDOKU_SIZES[inputs.shape[1]])
-    full = np.asarray(digits.all(1))
-    return full & rules_hold(clues, np.where(full[:, None], answers, 1))
 
 
 def _depth(model: Model, steps: int | None) -> int:
@@ -204,7 +186,7 @@ def evaluate(
             (every label -100) do not count.
         steps: supervision steps M; None is the model's halt_max_steps.
         max_puzzles: boards to measure per set, from its start; None is all.
-        loss_type: a name in `LOSSES`.  rules: adds `valid`, see `sudoku_rules`.
+        loss_type: a name in `LOSSES`.  rules: adds `valid`, see `rules_of`.
         collect: lists that get, batch by batch, the tensors they are named after: those of the
             batch, or "logits", "preds", "q_halt_logits" of the last step.
         observe: called with the set's name and all of these, batch by batch.

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from trm_fast.console import say, show_builds
-from trm_fast.inference import predict, sudoku_side
+from trm_fast.inference import predict
 from trm_fast.loading import (
     MISMATCH,
     MODEL,
@@ -44,6 +44,7 @@ from trm_fast.puzzles import (
     parse_text,
     with_clues,
 )
+from trm_fast.rules import sudoku_side
 
 __all__ = ["main", "newest_run"]
 

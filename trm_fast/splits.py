@@ -12,7 +12,7 @@ from pathlib import Path
 from trm_fast.config import TrainConfig
 from trm_fast.data.dataset import PuzzleDataset, PuzzleDatasetConfig
 from trm_fast.data.format import DataError, Metadata
-from trm_fast.inference import sudoku_side
+from trm_fast.rules import rules_of, square_side, sudoku_side
 
 
 @dataclass(frozen=True)
@@ -31,21 +31,29 @@ def open_splits(config: TrainConfig) -> Splits:
     Raises:
         DataError: missing or malformed training data; malformed or empty test data, or test data
             unlike the training data; `data_paths_test` given without a test split.
-        ValueError: Sudoku augmentation or curriculum for other puzzles.
+        ValueError: augmentation or curriculum that does not fit the puzzles.
     """
     paths, paths_test = config.data_paths, config.data_paths_test or config.data_paths
     train = PuzzleDataset(dataset_config(config, paths, 1, test=False)).metadata
-    for key, used in (("augment", config.augment != "none"), ("curriculum", config.curriculum > 0)):
-        if used and sudoku_side(train) is None:
-            raise ValueError(
-                f"{key} is for Sudoku: {paths[0]} has {train.seq_len} tokens of "
-                f"{train.vocab_size} values"
-            )
+    _check_augmentation(config, train, paths[0])
     test = None
     if config.data_paths_test or all(Path(path, "test").is_dir() for path in paths_test):
         test = PuzzleDataset(dataset_config(config, paths_test, 1, test=True), "test").metadata
         _check_alike(config, train, test, paths_test[0])
     return Splits(tuple(paths), tuple(paths_test), train, test)
+
+
+def _check_augmentation(config: TrainConfig, train: Metadata, path: str) -> None:
+    """Raise unless the puzzles are of a kind that the settings can change on the fly."""
+    has = f"{path} has {train.seq_len} tokens of {train.vocab_size} values"
+    if config.augment == "sudoku" and sudoku_side(train) is None:
+        raise ValueError(f"augment=sudoku is for Sudoku: {has}")
+    if config.augment == "dihedral" and square_side(train) is None:
+        raise ValueError(f"augment=dihedral is for square grids: {has}")
+    if config.augment == "dihedral" and sudoku_side(train) == 6:
+        raise ValueError(f"augment=dihedral would turn the oblong boxes of 6x6 Sudoku: {path}")
+    if config.curriculum > 0 and rules_of(train) is None:
+        raise ValueError(f"curriculum is for Sudoku and mazes: {has}")
 
 
 def _check_alike(config: TrainConfig, train: Metadata, test: Metadata, path: str) -> None:

@@ -11,8 +11,9 @@ import torch
 from trm_fast.console import program, say
 from trm_fast.data.dataset import PuzzleDataset, PuzzleDatasetConfig
 from trm_fast.data.format import DataError, read_manifest
-from trm_fast.inference import SetReport, predict, sudoku_side
+from trm_fast.inference import SetReport, predict
 from trm_fast.model import Model
+from trm_fast.rules import sudoku_side
 from trm_fast.trainer import Trainer
 from trm_fast.viz import format_board, side_by_side
 

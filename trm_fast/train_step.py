@@ -20,13 +20,14 @@ from torch import Tensor, nn
 from trm_fast import optim
 from trm_fast.capture import Capture
 from trm_fast.config import TrainConfig
-from trm_fast.data.augment import augmentation_words, hand_back, sudoku_augment
+from trm_fast.data.augment import AUGMENTATIONS, augmentation_words, hand_back
 from trm_fast.data.feed import Feed
 from trm_fast.ema import EMA
 from trm_fast.flat import joined, lay_out
 from trm_fast.losses import ACTLossHead, MetricSums
 from trm_fast.philox import Draws, integers, uniform
 from trm_fast.recursion import Carry, Exploration
+from trm_fast.rules import blank_token
 
 __all__ = ["TrainStep"]
 
@@ -79,6 +80,7 @@ class TrainStep:
         self._gradients += [g for p, g in self._places if not isinstance(p, nn.Parameter)]
         self._weights = [p.data_ptr() for p, _ in self._places]
         self._hands_back = False
+        self._blank = blank_token(self.model_config)
         # Dropout draws from PyTorch's generator, which a recomputed pass looks up on the host.
         captured = config.cuda_graph and not self.model_config.dropout
         self._capture = Capture(self._step, device, captured)
@@ -140,14 +142,13 @@ class TrainStep:
         from PyTorch's generator."""
         config, batch = self.config, self.feed.batch()
         inputs, labels = batch["inputs"], batch["labels"]
-        sudoku = config.augment == "sudoku"
-        counts = augmentation_words(inputs.shape[1], sudoku, self._hands_back)
+        counts = augmentation_words(inputs.shape[1], config.augment, self._hands_back)
         draws = Draws(config.seed, self._count, self._rows, {EXPLORATION: 2, **counts})
-        if sudoku:
-            inputs, labels = sudoku_augment(inputs, labels, draws)
+        if config.augment != "none":
+            inputs, labels = AUGMENTATIONS[config.augment](inputs, labels, draws)
         if self._hands_back:
             fraction = 1 - self._count / (config.curriculum * self.total_steps)
-            inputs = hand_back(inputs, labels, fraction, draws)
+            inputs = hand_back(inputs, labels, fraction, draws, self._blank)
         words = draws.words(EXPLORATION)
         most = self.model_config.halt_max_steps
         drawn = Exploration(uniform(words[:, 0]), integers(words[:, 1], 2, most + 1))

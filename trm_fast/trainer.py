@@ -29,13 +29,14 @@ from trm_fast.durable import unwritable
 from trm_fast.ema import EMA
 from trm_fast.evaluators import Evaluators
 from trm_fast.flops import step_flops
-from trm_fast.inference import SetReport, evaluate, sudoku_rules, sudoku_side
+from trm_fast.inference import SetReport, evaluate
 from trm_fast.interop import load_weights
 from trm_fast.loading import pick_device
 from trm_fast.losses import ACTLossHead
 from trm_fast.model import Model
 from trm_fast.optim import GuardState
 from trm_fast.profiling import StepProfile
+from trm_fast.rules import rules_of
 from trm_fast.splits import Splits, dataset_config
 from trm_fast.train_step import TrainStep
 
@@ -340,7 +341,7 @@ class Trainer:
                 steps=config.eval_steps_max,
                 max_puzzles=max_puzzles or config.eval_max_puzzles,
                 loss_type=config.arch.loss_type,
-                rules=sudoku_rules if sudoku_side(self.splits.test) else None,
+                rules=rules_of(self.splits.test),
                 collect=collect,
                 observe=self.evaluators.observe,
                 cuda_graph=config.cuda_graph,

@@ -8,7 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from trm_fast.data.augment import hand_back, sudoku_augment
+    from trm_fast.data.augment import dihedral_augment, hand_back, sudoku_augment
     from trm_fast.data.dataset import Batch, PuzzleDataset, PuzzleDatasetConfig, from_arrays
     from trm_fast.data.format import (
         IGNORE_LABEL_ID,
@@ -28,6 +28,7 @@ __all__ = [
     "PuzzleArrays",
     "PuzzleDataset",
     "PuzzleDatasetConfig",
+    "dihedral_augment",
     "from_arrays",
     "hand_back",
     "read_metadata",
@@ -40,6 +41,7 @@ _HOME = {
     "Batch": "dataset",
     "PuzzleDataset": "dataset",
     "PuzzleDatasetConfig": "dataset",
+    "dihedral_augment": "augment",
     "from_arrays": "dataset",
     "hand_back": "augment",
     "sudoku_augment": "augment",

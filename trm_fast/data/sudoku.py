@@ -11,17 +11,16 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from trm_fast import __version__
-from trm_fast.console import say
-from trm_fast.data.format import DataError, DatasetWriter, one_line, open_writer, sha256
+from trm_fast.data import building
+from trm_fast.data.building import Puzzles
+from trm_fast.data.format import DatasetWriter, open_writer
 from trm_fast.data.sudoku_generator import generate, generate_apart, sudoku_metadata
-from trm_fast.data.sudoku_source import Puzzles, read_puzzles
+from trm_fast.data.sudoku_source import read_puzzles
 from trm_fast.symmetry import BoxShape, SudokuSymmetry, box_shape, grid_invariant
 
 __all__ = ["BuildOptions", "build", "main"]
@@ -30,41 +29,21 @@ DEFAULT_REPO = "sapientinc/sudoku-extreme"
 _ROWS = 1 << 13
 _ANY_WORD = (1 << 32) - 1
 _WORDS = 1 << 15
-_SHOWN = 20
 
 
 @dataclass(frozen=True)
-class BuildOptions:
-    """What to build; the fields are the flags of the command line.
+class BuildOptions(building.BuildOptions):
+    """What to build; the fields are the flags of the command line."""
 
-    One of source (a file, or a directory with train.csv and test.csv), source_repo (a data set on
-    the Hugging Face hub) and generate (how many puzzles) says where puzzles come from.
-    """
-
-    output_dir: str
-    source: str | None = None
-    source_repo: str | None = None
-    generate: int | None = None
-    size: int | None = None
     clues: tuple[int, int] | None = None
-    test_size: int = 0
-    subsample_size: int | None = None
     num_aug: int = 0
     min_difficulty: int | None = None
-    seed: int = 0
     compact: bool = False
-    skip_bad: bool = False
 
     def __post_init__(self) -> None:
-        origins = [self.source, self.source_repo, self.generate]
-        if sum(origin is not None for origin in origins) > 1:
-            raise ValueError("give only one of source, source_repo and generate")
-        if not 0 <= self.seed < 2**32:
-            raise ValueError(f"seed is {self.seed}, expected 0..{2**32 - 1}")
-        for name, low in (("generate", 1), ("subsample_size", 1), ("num_aug", 0), ("test_size", 0)):
-            value = getattr(self, name)
-            if value is not None and value < low:
-                raise ValueError(f"{name} is {value}, expected at least {low}")
+        super().__post_init__()
+        if self.num_aug < 0:
+            raise ValueError(f"num_aug is {self.num_aug}, expected at least 0")
         if self.clues is not None and self.generate is None:
             raise ValueError("clues are chosen for generated puzzles only")
         if self.size is not None:
@@ -77,86 +56,27 @@ def build(options: BuildOptions) -> dict[str, Any]:
     Raises DataError (bad puzzles, unwritable or foreign output directory) or ValueError (options).
     Nothing appears at output_dir unless all of it was written.
     """
-    splits, origin = _load_splits(options)
+    splits, origin = building.load_splits(
+        options,
+        lambda path: read_puzzles(
+            path,
+            size=options.size,
+            min_difficulty=options.min_difficulty,
+            skip_bad=options.skip_bad,
+        ),
+        lambda count: _generated(options, count),
+        DEFAULT_REPO,
+    )
     # The official builder draws from numpy's global generator: the subsample, then augmentations.
     random = np.random.RandomState(options.seed)
-    train = splits["train"]
-    subset = {"of": len(train.boards), "kept": len(train.boards)}
-    if options.subsample_size is not None and options.subsample_size < len(train.boards):
-        kept = random.choice(len(train.boards), size=options.subsample_size, replace=False)
-        splits["train"] = Puzzles(
-            train.boards[kept], train.grids[kept], train.skipped, train.listed
-        )
-        subset["kept"] = options.subsample_size
-    manifest = {
-        "version": __version__,
-        "source": origin,
-        "options": {k: v for k, v in asdict(options).items() if k != "output_dir"},
-        "seed": options.seed,
-        "subset": subset,
-        "counts": {
-            name: {
-                "groups": len(puzzles.boards),
-                "examples": len(puzzles.boards) * (1 + (options.num_aug if name == "train" else 0)),
-                "skipped": puzzles.skipped,
-            }
-            for name, puzzles in splits.items()
-        },
-        "skipped": [line for puzzles in splits.values() for line in puzzles.listed],
-    }
+    subset = building.subsample(splits, options.subsample_size, random)
+    manifest = building.describe(options, origin, subset, splits, 1 + options.num_aug)
     with open_writer(options.output_dir, manifest) as writer:
         for name, puzzles in splits.items():
             num_aug = options.num_aug if name == "train" else 0
             _write_split(writer, name, puzzles, num_aug, random, options.compact)
         writer.json("identifiers.json", ["<blank>"])
     return manifest
-
-
-def _load_splits(options: BuildOptions) -> tuple[dict[str, Puzzles], dict[str, Any]]:
-    """Puzzles per split, and where they came from."""
-    if options.generate is not None:
-        return _generated(options, options.generate)
-    if options.source is not None and not Path(options.source).is_dir():
-        whole = _read(options, Path(options.source))
-        origin = {"file": Path(options.source).name, "sha256": sha256(Path(options.source))}
-        return _hold_out(whole, options), origin
-    if options.test_size:
-        raise ValueError("test_size is for generated puzzles and single files")
-    if options.source is not None:
-        paths = {name: Path(options.source) / f"{name}.csv" for name in ("train", "test")}
-        origin = {"directory": Path(options.source).resolve().name}
-    else:
-        repo = options.source_repo or DEFAULT_REPO
-        paths = {name: _download(repo, f"{name}.csv") for name in ("train", "test")}
-        origin = {"repo": repo}
-    splits = {name: _read(options, path) for name, path in paths.items()}
-    lengths = {puzzles.boards.shape[1] for puzzles in splits.values()}
-    if len(lengths) > 1:
-        raise DataError(f"{paths['test']}: boards of another size than in {paths['train']}")
-    return splits, {**origin, **{f"{k}_sha256": sha256(p) for k, p in paths.items()}}
-
-
-def _read(options: BuildOptions, path: Path) -> Puzzles:
-    return read_puzzles(
-        path,
-        size=options.size,
-        min_difficulty=options.min_difficulty,
-        skip_bad=options.skip_bad,
-    )
-
-
-def _download(repo: str, name: str) -> Path:
-    try:
-        from huggingface_hub import hf_hub_download
-    except ImportError:
-        raise DataError(
-            f"{repo}: needs huggingface_hub (pip install 'trm-fast[hub]'), or a local copy with "
-            "--source"
-        ) from None
-    try:
-        return Path(hf_hub_download(repo, name, repo_type="dataset"))
-    except (OSError, ValueError) as error:
-        raise DataError(f"{repo}: {name} cannot be downloaded ({one_line(error)})") from None
 
 
 def _generated(options: BuildOptions, count: int) -> tuple[dict[str, Puzzles], dict[str, Any]]:
@@ -174,21 +94,6 @@ def _generated(options: BuildOptions, count: int) -> tuple[dict[str, Puzzles], d
             held = generate_apart(options.test_size, avoid, clues=clues, size=size, seed=test_seed)
         splits["test"] = Puzzles(*held)
     return splits, {"generated": count, "size": size, "clues": list(clues)}
-
-
-def _hold_out(whole: Puzzles, options: BuildOptions) -> dict[str, Puzzles]:
-    """A single file as train split, with test_size random puzzles of it held out."""
-    if not options.test_size:
-        return {"train": whole}
-    total = len(whole.boards)
-    if options.test_size >= total:
-        raise ValueError(f"test_size {options.test_size} leaves nothing of {total} puzzles")
-    order = np.random.Generator(np.random.Philox(seed=[options.seed, 2])).permutation(total)
-    test, train = np.sort(order[: options.test_size]), np.sort(order[options.test_size :])
-    return {
-        "train": Puzzles(whole.boards[train], whole.grids[train], whole.skipped, whole.listed),
-        "test": Puzzles(whole.boards[test], whole.grids[test]),
-    }
 
 
 def _write_split(
@@ -350,53 +255,29 @@ def _lines(blocks: np.ndarray, inside: list[np.ndarray], within: int) -> np.ndar
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code: 0, or 2 for bad input or options."""
     arguments = vars(_parser().parse_args(argv))
-    try:
-        if arguments["clues"] is not None:
-            arguments["clues"] = _parse_range(arguments["clues"])
-        options = BuildOptions(**arguments)
-        manifest = build(options)
-    except (ValueError, OSError) as error:
-        say(f"error: {error}", err=True)
-        return 2
-    except MemoryError:
-        say("error: not enough memory for so many puzzles", err=True)
-        return 2
-    for line in manifest["skipped"][:_SHOWN]:
-        say(f"skipped {line}", err=True)
-    for name, count in manifest["counts"].items():
-        bad = f", {count['skipped']} bad rows skipped" if count["skipped"] else ""
-        say(f"{name}: {count['groups']} puzzles, {count['examples']} examples{bad}")
-    say(f"written to {options.output_dir}")
-    return 0
 
+    def run() -> dict[str, Any]:
+        clues = arguments.pop("clues")
+        given = None if clues is None else building.parse_range("clues", clues)
+        return build(BuildOptions(clues=given, **arguments))
 
-def _parse_range(text: str) -> tuple[int, int]:
-    low, _, high = text.partition("-")
-    if not low.isdecimal() or not (high or low).isdecimal():
-        raise ValueError(f"clues {text!r}: expected a number or a range such as 32-50")
-    return int(low), int(high or low)
+    return building.command(run, arguments["output_dir"])
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m trm_fast.data.sudoku",
-        description="Build a Sudoku data set in the official layout.",
+        description="Build a Sudoku data set in the official layout. A puzzle file is CSV or bare "
+        "lines.",
         allow_abbrev=False,
     )
+    building.add_shared(parser, DEFAULT_REPO)
     add = parser.add_argument
-    add("--output-dir", required=True, help="where the data set appears, whole or not at all")
-    add("--source", help="puzzle file (CSV or bare lines), or directory with train.csv, test.csv")
-    add("--source-repo", help=f"data set on the Hugging Face hub (default {DEFAULT_REPO})")
-    add("--generate", type=int, metavar="N", help="make N puzzles instead")
     add("--size", type=int, help="4, 6 or 9: of generated puzzles, or expected of those read")
     add("--clues", metavar="A-B", help="givens of generated puzzles (default for 9x9: 32-50)")
-    add("--test-size", type=int, default=0, help="held-out puzzles (generated, or of one file)")
-    add("--subsample-size", type=int, help="keep that many random training puzzles")
     add("--num-aug", type=int, default=0, help="random symmetric images per training puzzle")
     add("--min-difficulty", type=int, help="leave out puzzles with a smaller rating")
-    add("--seed", type=int, default=0, help="of subsample, augmentation and generation")
     add("--compact", action="store_true", help="uint8 also where the official arrays are int64")
-    add("--skip-bad", action="store_true", help="leave bad rows out, counted and listed")
     return parser
 
 

@@ -1,7 +1,8 @@
 """Random Sudoku puzzles, many at once, in numpy, without a compiler; and the default job's data.
 
 Owns the making of puzzles. May be imported by data.sudoku, the inference and training modules;
-imports symmetry, data.format and data.sudoku_solver.
+imports symmetry, data.building, data.format
+and data.sudoku_solver.
 
 Grids come from the solver's search over almost empty boards with random guesses. A puzzle is a grid
 with cells removed in random order, each removal kept only if naked and hidden singles alone still
@@ -17,12 +18,11 @@ from typing import Any
 
 import numpy as np
 
+from trm_fast.data.building import reusable
 from trm_fast.data.format import (
-    DataError,
     Metadata,
     one_puzzle_per_group,
     read_manifest,
-    verify_manifest,
     write_dataset,
 )
 from trm_fast.data.sudoku_solver import WIDTH, candidates, propagate, solve
@@ -205,7 +205,7 @@ def default_job_data(
             "medium": {"boards": test_boards, "clues": [28, 32]},
         },
     }
-    manifest = _reusable(root, request)
+    manifest = reusable(root, request)
     if manifest is not None:
         return manifest
     boards, grids = generate(train_boards, clues=(32, 50), seed=seed)
@@ -226,14 +226,3 @@ def default_job_data(
     manifest = read_manifest(root)
     assert manifest is not None
     return manifest
-
-
-def _reusable(root: str | os.PathLike[str], request: dict[str, Any]) -> dict[str, Any] | None:
-    """The manifest in `root` if it answers exactly `request` and all its files are intact."""
-    try:
-        manifest = read_manifest(root)
-        if manifest is None or manifest.get("request") != request:
-            return None
-        return manifest if verify_manifest(root, manifest) is None else None
-    except DataError:
-        return None

@@ -1,7 +1,7 @@
 """Reads Sudoku puzzles from text: two CSV dialects and bare lines; checks every row.
 
 Owns the parsing of puzzle files for the builder and the commands that take puzzles. Imports
-data.format (DataError), data.sudoku_solver and symmetry (box shapes).
+data.building, data.format (DataError), data.sudoku_solver and symmetry (box shapes).
 
 Dialects, told apart by the first line: `source,question,answer,rating` (blanks `.` or `0`; source
 and rating may lack), `quizzes,solutions`, and no header at all: one board a line, `#` comments
@@ -19,27 +19,16 @@ from typing import TextIO
 
 import numpy as np
 
+from trm_fast.data.building import Faults, Puzzles, bounded_lines
 from trm_fast.data.format import DataError
 from trm_fast.data.sudoku_solver import clashing, is_valid, solve
 from trm_fast.symmetry import box_shape
 
-__all__ = ["Puzzles", "read_puzzles"]
+__all__ = ["read_puzzles"]
 
 _BLOCK = 1 << 16
 _LINE_LIMIT = 4096
-_LISTED = 1000
 _DIALECTS = (("question", "answer"), ("quizzes", "solutions"))
-
-
-@dataclass(frozen=True)
-class Puzzles:
-    """boards, grids [N, L] uint8 digits (0 blank); skipped: how many rows were bad, and the first
-    thousand of them as one line each."""
-
-    boards: np.ndarray
-    grids: np.ndarray
-    skipped: int = 0
-    listed: tuple[str, ...] = ()
 
 
 @dataclass
@@ -50,24 +39,12 @@ class _Row:
 
 
 @dataclass
-class _Reader:
-    """Collects checked blocks; a bad row raises, or with skip_bad is counted and listed."""
+class _Reader(Faults):
+    """Collects checked blocks, and the faults of bad rows."""
 
-    path: Path
-    size: int | None
-    skip_bad: bool
+    size: int | None = None
     boards: list[np.ndarray] = field(default_factory=list)
     grids: list[np.ndarray] = field(default_factory=list)
-    skipped: int = 0
-    listed: list[str] = field(default_factory=list)
-
-    def bad(self, row: int, reason: str) -> None:
-        message = f"{self.path} row {row}: {reason}"
-        if not self.skip_bad:
-            raise DataError(message)
-        self.skipped += 1
-        if len(self.listed) < _LISTED:
-            self.listed.append(message)
 
 
 def read_puzzles(
@@ -83,7 +60,7 @@ def read_puzzles(
     file and row for a wrong length or character, clashing clues, an answer that breaks the rules or
     the clues, no or several solutions where no answer is given, or columns that are not known.
     """
-    reader = _Reader(Path(path), size, skip_bad)
+    reader = _Reader(Path(path), skip_bad, size=size)
     try:
         with open(path, encoding="utf-8-sig", errors="replace", newline="") as file:
             block: list[_Row] = []
@@ -106,18 +83,8 @@ def read_puzzles(
     )
 
 
-def _lines(file: TextIO, reader: _Reader) -> Iterator[tuple[int, str]]:
-    """(row, stripped line); lines of absurd length end the reading before they fill memory."""
-    number = 0
-    while line := file.readline(_LINE_LIMIT):
-        number += 1
-        if len(line) == _LINE_LIMIT and not line.endswith("\n"):
-            raise DataError(f"{reader.path} row {number}: longer than {_LINE_LIMIT} characters")
-        yield number, line.strip()
-
-
 def _rows(file: TextIO, reader: _Reader, min_difficulty: int | None) -> Iterator[_Row]:
-    lines = _lines(file, reader)
+    lines = ((n, text.strip()) for n, text in bounded_lines(file, reader.path, _LINE_LIMIT))
     first = next(((n, text) for n, text in lines if text and not text.startswith("#")), None)
     if first is None:
         return

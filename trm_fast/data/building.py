@@ -1,0 +1,262 @@
+"""What the builders of Sudoku and maze data share: options, sources, held-out puzzles, the report.
+
+Owns everything around the puzzles of a builder that turns a file, a data set of the Hugging Face
+hub or nothing into a data set. Imported by the builders and their sources; imports data.format.
+The subset is drawn as the official builders draw it under `numpy.random.seed(seed)`.
+
+Dims: N puzzles, L cells.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, TextIO
+
+import numpy as np
+
+from trm_fast import __version__
+from trm_fast.console import say
+from trm_fast.data.format import DataError, one_line, read_manifest, sha256, verify_manifest
+
+__all__ = [
+    "BuildOptions",
+    "Faults",
+    "Puzzles",
+    "add_shared",
+    "bounded_lines",
+    "command",
+    "describe",
+    "load_splits",
+    "parse_range",
+    "reusable",
+    "subsample",
+]
+
+_LISTED = 1000
+_SHOWN = 20
+
+
+@dataclass(frozen=True)
+class Puzzles:
+    """boards, grids [N, L] uint8: puzzles and their answers; skipped: how many rows were bad, and
+    the first thousand of them as one line each."""
+
+    boards: np.ndarray
+    grids: np.ndarray
+    skipped: int = 0
+    listed: tuple[str, ...] = ()
+
+    def take(self, rows: np.ndarray) -> Puzzles:
+        """These puzzles of them, in this order."""
+        return Puzzles(self.boards[rows], self.grids[rows], self.skipped, self.listed)
+
+
+@dataclass
+class Faults:
+    """Bad rows of a file: the first one raises, or with skip_bad they are counted and listed."""
+
+    path: Path
+    skip_bad: bool = False
+    skipped: int = 0
+    listed: list[str] = field(default_factory=list)
+
+    def bad(self, row: int, reason: str) -> None:
+        """A fault of a row, counted from 1; raises DataError unless it may be skipped."""
+        message = f"{self.path} row {row}: {reason}"
+        if not self.skip_bad:
+            raise DataError(message)
+        self.skipped += 1
+        if len(self.listed) < _LISTED:
+            self.listed.append(message)
+
+
+def bounded_lines(file: TextIO, path: Path, limit: int) -> Iterator[tuple[int, str]]:
+    """(row from 1, line with its end); lines of absurd length stop it before they fill memory."""
+    number = 0
+    while line := file.readline(limit):
+        number += 1
+        if len(line) == limit and not line.endswith("\n"):
+            raise DataError(f"{path} row {number}: longer than {limit} characters")
+        yield number, line
+
+
+@dataclass(frozen=True)
+class BuildOptions:
+    """What to build; the fields are flags of the command line.
+
+    One of source (a file, or a directory with train.csv and test.csv), source_repo (a data set on
+    the Hugging Face hub) and generate (how many puzzles) says where puzzles come from.
+    """
+
+    output_dir: str
+    source: str | None = None
+    source_repo: str | None = None
+    generate: int | None = None
+    size: int | None = None
+    test_size: int = 0
+    subsample_size: int | None = None
+    seed: int = 0
+    skip_bad: bool = False
+
+    def __post_init__(self) -> None:
+        origins = [self.source, self.source_repo, self.generate]
+        if sum(origin is not None for origin in origins) > 1:
+            raise ValueError("give only one of source, source_repo and generate")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed is {self.seed}, expected 0..{2**32 - 1}")
+        for name, low in (("generate", 1), ("subsample_size", 1), ("test_size", 0)):
+            value = getattr(self, name)
+            if value is not None and value < low:
+                raise ValueError(f"{name} is {value}, expected at least {low}")
+
+
+def load_splits(
+    options: BuildOptions,
+    read: Callable[[Path], Puzzles],
+    generate: Callable[[int], tuple[dict[str, Puzzles], dict[str, Any]]],
+    default_repo: str,
+) -> tuple[dict[str, Puzzles], dict[str, Any]]:
+    """Puzzles per split, and where they came from, for the manifest.
+
+    Raises DataError for what cannot be read or downloaded, ValueError for options.
+    """
+    if options.generate is not None:
+        return generate(options.generate)
+    if options.source is not None and not Path(options.source).is_dir():
+        path = Path(options.source)
+        return _hold_out(read(path), options), {"file": path.name, "sha256": sha256(path)}
+    if options.test_size:
+        raise ValueError("test_size is for generated puzzles and single files")
+    if options.source is not None:
+        paths = {name: Path(options.source) / f"{name}.csv" for name in ("train", "test")}
+        origin = {"directory": Path(options.source).resolve().name}
+    else:
+        repo = options.source_repo or default_repo
+        paths = {name: _download(repo, f"{name}.csv") for name in ("train", "test")}
+        origin = {"repo": repo}
+    splits = {name: read(path) for name, path in paths.items()}
+    if len({puzzles.boards.shape[1] for puzzles in splits.values()}) > 1:
+        raise DataError(f"{paths['test']}: boards of another size than in {paths['train']}")
+    return splits, {**origin, **{f"{k}_sha256": sha256(p) for k, p in paths.items()}}
+
+
+def _download(repo: str, name: str) -> Path:
+    try:
+        from huggingface_hub import hf_hub_download
+    except ImportError:
+        raise DataError(
+            f"{repo}: needs huggingface_hub (pip install 'trm-fast[hub]'), or a local copy with "
+            "--source"
+        ) from None
+    try:
+        return Path(hf_hub_download(repo, name, repo_type="dataset"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{repo}: {name} cannot be downloaded ({one_line(error)})") from None
+
+
+def _hold_out(whole: Puzzles, options: BuildOptions) -> dict[str, Puzzles]:
+    """A single file as train split, with test_size random puzzles of it held out."""
+    if not options.test_size:
+        return {"train": whole}
+    total = len(whole.boards)
+    if options.test_size >= total:
+        raise ValueError(f"test_size {options.test_size} leaves nothing of {total} puzzles")
+    order = np.random.Generator(np.random.Philox(seed=[options.seed, 2])).permutation(total)
+    test, train = np.sort(order[: options.test_size]), np.sort(order[options.test_size :])
+    return {
+        "train": whole.take(train),
+        "test": Puzzles(whole.boards[test], whole.grids[test]),
+    }
+
+
+def subsample(
+    splits: dict[str, Puzzles], size: int | None, random: np.random.RandomState
+) -> dict[str, int]:
+    """Keep `size` random training puzzles, if there are more; what the manifest says of it."""
+    train = splits["train"]
+    subset = {"of": len(train.boards), "kept": len(train.boards)}
+    if size is not None and size < len(train.boards):
+        splits["train"] = train.take(random.choice(len(train.boards), size=size, replace=False))
+        subset["kept"] = size
+    return subset
+
+
+def describe(
+    options: BuildOptions,
+    origin: dict[str, Any],
+    subset: dict[str, int],
+    splits: dict[str, Puzzles],
+    images: int,
+) -> dict[str, Any]:
+    """The manifest of a build; each training puzzle stands there with `images` images of it."""
+    return {
+        "version": __version__,
+        "source": origin,
+        "options": {k: v for k, v in asdict(options).items() if k != "output_dir"},
+        "seed": options.seed,
+        "subset": subset,
+        "counts": {
+            name: {
+                "groups": len(puzzles.boards),
+                "examples": len(puzzles.boards) * (images if name == "train" else 1),
+                "skipped": puzzles.skipped,
+            }
+            for name, puzzles in splits.items()
+        },
+        "skipped": [line for puzzles in splits.values() for line in puzzles.listed],
+    }
+
+
+def reusable(root: str | os.PathLike[str], request: dict[str, Any]) -> dict[str, Any] | None:
+    """The manifest in `root` if it answers exactly `request` and all its files are intact."""
+    try:
+        manifest = read_manifest(root)
+        if manifest is None or manifest.get("request") != request:
+            return None
+        return manifest if verify_manifest(root, manifest) is None else None
+    except DataError:
+        return None
+
+
+def add_shared(parser: argparse.ArgumentParser, default_repo: str) -> None:
+    """The flags of `BuildOptions`."""
+    add = parser.add_argument
+    add("--output-dir", required=True, help="where the data set appears, whole or not at all")
+    add("--source", help="puzzle file, or directory with train.csv and test.csv")
+    add("--source-repo", help=f"data set on the Hugging Face hub (default {default_repo})")
+    add("--generate", type=int, metavar="N", help="make N puzzles instead")
+    add("--test-size", type=int, default=0, help="held-out puzzles (generated, or of one file)")
+    add("--subsample-size", type=int, help="keep that many random training puzzles")
+    add("--seed", type=int, default=0, help="of subsample, augmentation and generation")
+    add("--skip-bad", action="store_true", help="leave bad rows out, counted and listed")
+
+
+def parse_range(name: str, text: str) -> tuple[int, int]:
+    """`A-B`, or `A` for both; ValueError for anything else."""
+    low, _, high = text.partition("-")
+    if not low.isdecimal() or not (high or low).isdecimal():
+        raise ValueError(f"{name} {text!r}: expected a number or a range such as 32-50")
+    return int(low), int(high or low)
+
+
+def command(build: Callable[[], dict[str, Any]], output_dir: str) -> int:
+    """Run a builder and say what it wrote; returns the exit code: 0, or 2 for bad input."""
+    try:
+        manifest = build()
+    except (ValueError, OSError) as error:
+        say(f"error: {error}", err=True)
+        return 2
+    except MemoryError:
+        say("error: not enough memory for so many puzzles", err=True)
+        return 2
+    for line in manifest["skipped"][:_SHOWN]:
+        say(f"skipped {line}", err=True)
+    for name, count in manifest["counts"].items():
+        bad = f", {count['skipped']} bad rows skipped" if count["skipped"] else ""
+        say(f"{name}: {count['groups']} puzzles, {count['examples']} examples{bad}")
+    say(f"written to {output_dir}")
+    return 0

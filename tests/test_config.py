@@ -122,6 +122,7 @@ def test_train_config_defaults_are_cfg_pretrain_and_ours_change_nothing():
         "eval_max_puzzles": None,
         "eval_batch_size": None,
         "eval_steps_max": None,
+        "load_identifiers": None,
         "resume": "auto",
         "save_interval": None,
         "keep": None,
@@ -198,6 +199,10 @@ CASES = {
     "run_name": TEXT_OR_NULL,
     "checkpoint_path": TEXT_OR_NULL,
     "load_checkpoint": TEXT_OR_NULL,
+    "load_identifiers": (
+        [(None, None)],
+        [("auto", "given with load_checkpoint"), (3, "text")],
+    ),
     "resume": ([("auto", "auto"), ("a/step_3", "a/step_3")], [("", "text"), (None, "text")]),
     "checkpoint_every_eval": SWITCH,
     "save_interval": COUNT_OR_NULL,

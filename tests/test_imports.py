@@ -32,7 +32,7 @@ ORDER = [
     ["data.sudoku", "data.maze", "data.arc", "data.feed"],
     ["rules"],
     ["data"],
-    ["ops", "flat", "capture"],
+    ["ops", "flat", "capture", "puzzle_rows"],
     ["extension.build"],
     ["extension.cache"],
     ["extension.library", "extension._common"],

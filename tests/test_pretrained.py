@@ -44,7 +44,7 @@ def test_a_folder_of_save_pretrained_gives_the_same_model(tmp_path):
     assert read_saved(folder).step == 12
     # Weights for a training run: the same folder by load_checkpoint.
     other = tiny_model(seed=3, forward_dtype="bfloat16")
-    assert load_weights(other, folder / "model.safetensors") is False
+    assert load_weights(other, folder / "model.safetensors") is None
     same_model(other, model)
 
 

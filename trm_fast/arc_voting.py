@@ -30,12 +30,12 @@ from torch import distributed as dist
 
 from trm_fast.data.arc_augment import CELLS, VOCABULARY, parse_name, undo
 from trm_fast.data.arc_source import MAX_SIDE, Task, read_test_puzzles
-from trm_fast.data.format import DataError, read_json, read_metadata
+from trm_fast.data.format import DataError, read_metadata
+from trm_fast.puzzle_rows import read_identifiers
 
 __all__ = ["ArcVoting", "cut"]
 
 PASS_KS = (1, 2, 5, 10, 100, 1000)
-_MAX_BYTES = 1 << 30
 _COLOUR = 2  # the token of colour 0
 _UNANSWERED = np.zeros((1, 1), np.uint8)
 
@@ -106,7 +106,7 @@ class ArcVoting:
         self.submission_K, self.pass_Ks = submission_K, tuple(pass_Ks)
         self.aggregated_voting = aggregated_voting
         root = Path(data_path)
-        self._names = _read_identifiers(root / "identifiers.json")
+        self._names = _image_names(root / "identifiers.json")
         _check_fits(root, len(self._names))
         self._tasks = read_test_puzzles(root / "test_puzzles.json")
         self._wanted = {
@@ -201,10 +201,8 @@ def write_submission(path: Path, submission: dict[str, Any]) -> None:
     os.replace(temp, path)
 
 
-def _read_identifiers(path: Path) -> list[str]:
-    names = read_json(path, _MAX_BYTES)
-    if not isinstance(names, list) or not all(type(name) is str for name in names):
-        raise DataError(f"{path}: expected a list of names")
+def _image_names(path: Path) -> list[str]:
+    names = read_identifiers(path)
     for name in names:
         try:
             parse_name(name)

@@ -54,7 +54,7 @@ LOSS_HEAD = "losses@ACTLossHead"
 BEYOND_OFFICIAL = """
     preset generate augment curriculum grad_accum steps seeds max_skipped optimizer muon_lr
     grad_clip ema_warmup eval_steps eval_max_puzzles eval_batch_size eval_steps_max resume
-    save_interval keep official log_interval logger device threads compile profile
+    load_identifiers save_interval keep official log_interval logger device threads compile profile
     cuda_graph
     arch.loss_type arch.intermediate_size arch.token_intermediate_size arch.intermediate_multiple
     arch.q_readout arch.q_logits arch.dropout arch.backend arch.policy arch.quantize
@@ -180,6 +180,10 @@ class TrainConfig:
         "run folder; null: checkpoints/<project_name>/<run_name>", None
     )
     load_checkpoint: str | None = option("weights to start from", None)
+    load_identifiers: str | None = option(
+        "data of load_checkpoint: puzzles of the same names keep their rows; auto: its own",
+        None,
+    )
     resume: str = option("auto: go on with an unfinished run; never; or the PATH of one", "auto")
     checkpoint_every_eval: bool = option("checkpoint at every evaluation, not only the last", True)
     save_interval: int | None = option(
@@ -239,6 +243,8 @@ class TrainConfig:
                 f"epochs must be a multiple of eval_interval, got {self.epochs} and "
                 f"{self.eval_interval} (eval_interval=null evaluates at the end)"
             )
+        if self.load_identifiers and not self.load_checkpoint:
+            raise ConfigError("load_identifiers must be given with load_checkpoint")
         if self.freeze_weights and self.arch.puzzle_emb_ndim == 0:
             raise ConfigError("freeze_weights=true needs arch.puzzle_emb_ndim > 0, got 0")
 

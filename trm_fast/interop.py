@@ -8,7 +8,7 @@ trainer and the commands. Formats: our run and step folders, safetensors files, 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from trm_fast.durable import (
     unwritable,
 )
 from trm_fast.model import Model
+from trm_fast.puzzle_rows import carried_rows, mean_rows, read_identifiers
 
 OFFICIAL_PREFIX = "_orig_mod.model.inner."
 
@@ -51,29 +52,52 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     return {name: value for name, value in state.items() if name not in NOT_SAVED}
 
 
-def load_weights(model: Model, path: str | Path) -> bool:
+def load_weights(
+    model: Model, path: str | Path, names: tuple[Sequence[str], Sequence[str]] | None = None
+) -> int | None:
     """Copy weights from `path` into the model.
 
     Puzzle rows of another number become copies of the mean row (the official rule for training on
     other puzzles).
 
+    Args:
+        names: the puzzles' names by identifier, of the weights and of the model: rows of puzzles
+            that both name are kept, under whatever number; the others become the mean row.
+
     Returns:
-        Whether that happened.
+        How many puzzle rows kept what was learned for them, or None where rows were copied as they
+        are (also where there are none).
 
     Raises:
-        ValueError: see `read_state_dict`; or names or shapes that differ from the model's.
+        ValueError: see `read_state_dict`; names or shapes that differ from the model's; or `names`
+            of another number of puzzles.
     """
     state, own = dict(read_state_dict(path)), model.state_dict()
     rows, fresh = state.get(PUZZLE_ROWS), own.get(PUZZLE_ROWS)
-    reset = False
+    kept = None
     if rows is not None and fresh is not None and len(rows) and rows.shape[1:] == fresh.shape[1:]:
-        reset = len(rows) != len(fresh)
-        if reset:
-            state[PUZZLE_ROWS] = rows.mean(dim=0, keepdim=True).expand(fresh.shape)
+        if names is not None:
+            state[PUZZLE_ROWS], kept = carried_rows(rows, *names)
+        elif len(rows) != len(fresh):
+            state[PUZZLE_ROWS], kept = mean_rows(rows, len(fresh)), 0
     if fault := mismatch(state, own):
         raise ValueError(f"{path}: {fault}")
     model.load_state_dict(state, strict=True)
-    return reset
+    return kept
+
+
+def trained_puzzles(path: str | Path) -> list[str]:
+    """The names of the puzzles that a run of ours was trained on, from the data it was trained on.
+
+    Raises ValueError where `path` is no run or step folder, or the data is no longer there.
+    """
+    if not Path(path).is_dir():
+        raise ValueError(f"{path} does not say what it was trained on: give load_identifiers=DIR")
+    config = checkpoint.load_checkpoint(checkpoint.resolve(path)).config
+    paths = (config.get("data") or {}).get("data_paths") or [None]
+    if len(paths) != 1 or not isinstance(paths[0], str):
+        raise ValueError(f"{path} was not trained on one data set: give load_identifiers=DIR")
+    return read_identifiers(paths[0])
 
 
 def mismatch(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> str | None:

@@ -281,6 +281,9 @@ def _announce(trainer: Trainer, spot: Place) -> None:
         f"training    {trainer.total_steps} steps of {trainer.config.global_batch_size} boards, "
         f"about {trainer.step_bytes / memory.GIB:.2f} GiB"
     )
+    if trainer.kept_rows is not None:
+        rows = trainer.model_config.num_puzzle_identifiers
+        say(f"puzzle rows {trainer.kept_rows} of {rows} as trained, the others their mean row")
     if trainer.config.curriculum:
         until = int(trainer.config.curriculum * trainer.total_steps)
         say(f"curriculum  cells given away fade out by step {until}: till then boards get harder")

@@ -24,7 +24,8 @@ except ImportError:  # Windows: no lock, two processes in one folder are the use
 
 # Settings that may change when a run goes on: they do not change what is learned.
 FREE = {
-    "preset", "project_name", "run_name", "checkpoint_path", "load_checkpoint", "resume", "seeds",
+    "preset", "project_name", "run_name", "checkpoint_path", "load_checkpoint", "load_identifiers",
+    "resume", "seeds",
     "evaluators", "eval_steps", "eval_max_puzzles", "eval_batch_size", "eval_steps_max",
     "eval_save_outputs", "min_eval_interval", "data_paths_test", "checkpoint_every_eval",
     "save_interval", "keep", "official", "log_interval", "logger", "max_skipped",

@@ -30,12 +30,13 @@ from trm_fast.ema import EMA
 from trm_fast.evaluators import Evaluators
 from trm_fast.flops import step_flops
 from trm_fast.inference import SetReport, evaluate
-from trm_fast.interop import load_weights
+from trm_fast.interop import load_weights, trained_puzzles
 from trm_fast.loading import pick_device
 from trm_fast.losses import ACTLossHead
 from trm_fast.model import Model
 from trm_fast.optim import GuardState
 from trm_fast.profiling import StepProfile
+from trm_fast.puzzle_rows import read_identifiers
 from trm_fast.rules import rules_of
 from trm_fast.splits import Splits, dataset_config
 from trm_fast.train_step import TrainStep
@@ -97,6 +98,8 @@ class Trainer:
 
     Attributes:
         step: optimizer steps so far.  total_steps: of the whole run.
+        kept_rows: puzzle rows that load_checkpoint brought along by name, None where rows stayed as
+            they are.
         best: (exact accuracy, step) of the best evaluation, or None.
         reports, scores: of the last evaluation; the latter of the configured evaluators.
     """
@@ -129,9 +132,10 @@ class Trainer:
         self.step_bytes = memory.check_fits(self.model_config, part, self.device, engine)
         torch.manual_seed(config.seed)
         self.model = Model(self.model_config).to(self.device).train()
+        self.kept_rows: int | None = None
         if config.load_checkpoint and resume_from is None:
             try:
-                load_weights(self.model, config.load_checkpoint)
+                self.kept_rows = load_weights(self.model, config.load_checkpoint, self._names())
             except ValueError as error:
                 raise ValueError(f"load_checkpoint: {error}") from error
         self.dataset = self._train_dataset()
@@ -152,6 +156,18 @@ class Trainer:
             self.resume(resume_from)
 
     # Data
+
+    def _names(self) -> tuple[list[str], list[str]] | None:
+        """With load_identifiers: the names of the puzzles of load_checkpoint, and of this run's."""
+        given, start = self.config.load_identifiers, self.config.load_checkpoint
+        if given is None or start is None:
+            return None
+        if len(self.splits.paths) != 1:
+            raise ValueError("load_identifiers is for runs on one data directory")
+        own = read_identifiers(self.splits.paths[0])
+        if len(own) != self.model_config.num_puzzle_identifiers:
+            raise ValueError(f"{len(own)} identifiers in {self.splits.paths[0]}: the rows are more")
+        return trained_puzzles(start) if given == "auto" else read_identifiers(given), own
 
     def _epochs_per_iteration(self) -> int:
         """Epochs drawn at once: the evaluation interval, which decides the official order."""

@@ -17,11 +17,14 @@ from tiny import tiny_model
 
 from trm_fast import Model
 from trm_fast.checkpoint import save_checkpoint
+from trm_fast.config import TrainConfig
 from trm_fast.convert import main
 from trm_fast.evaluate import main as evaluate_main
 from trm_fast.hub import Card
 from trm_fast.interop import load_weights, write_official
+from trm_fast.overrides import read_config_file
 from trm_fast.pretrained import card_of, read_saved
+from trm_fast.runs import place
 from trm_fast.solve import main as solve_main
 
 
@@ -43,9 +46,10 @@ def test_a_folder_of_save_pretrained_gives_the_same_model(tmp_path):
     same_model(got, model)
     assert read_saved(folder).step == 12
     # Weights for a training run: the same folder by load_checkpoint.
-    other = tiny_model(seed=3, forward_dtype="bfloat16")
-    assert load_weights(other, folder / "model.safetensors") is None
-    same_model(other, model)
+    for source in (folder, folder / "model.safetensors"):
+        other = tiny_model(seed=3, forward_dtype="bfloat16")
+        assert load_weights(other, source) is None
+        same_model(other, model)
 
 
 def test_a_run_gives_its_average_or_its_raw_weights(tmp_path):
@@ -67,6 +71,13 @@ def test_files_of_other_projects(tmp_path):
     assert torch.equal(got.inner.lm_head.weight, nano_weights(7)["lm_head.weight"])
 
 
+def changed(folder, key):
+    """A configuration that asks for ten thousand million of something."""
+    config = json.loads((folder / "config.json").read_text())
+    config["model"][key] = 10**10
+    (folder / "config.json").write_text(json.dumps(config))
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
@@ -80,9 +91,17 @@ def test_files_of_other_projects(tmp_path):
             "the model's configuration is missing",
         ),
         (
-            lambda f: safetensors.torch.save_file({"a": torch.ones(1)}, f / "model.safetensors"),
+            lambda f: safetensors.torch.save_file({"a": torch.ones(3000)}, f / "model.safetensors"),
             "weights do not fit config.json",
         ),
+        *(
+            (lambda f, key=key: changed(f, key), f"config.json: {key} is larger than any such")
+            for key in (
+                *("vocab_size", "intermediate_size", "L_layers", "seq_len", "batch_size"),
+                *("H_cycles", "L_cycles", "halt_max_steps"),
+            )
+        ),
+        (lambda f: changed(f, "num_puzzle_identifiers"), "puzzle_emb_ndim is larger than any"),
     ],
 )
 def test_a_damaged_folder_is_one_line(tmp_path, change, said):
@@ -295,3 +314,18 @@ def test_convert_errors_are_one_line(tmp_path, monkeypatch, capsys, arguments, s
     assert main(arguments) == status
     error = capsys.readouterr().err
     assert said in error and error.count("\n") == 1
+
+
+def test_converted_weights_start_a_run_and_are_not_gone_on_with(tmp_path):
+    torch.save(nano_document(sudoku=True), tmp_path / "last.ckpt")
+    assert main([str(tmp_path / "last.ckpt"), str(tmp_path / "run")]) == 0
+    file = tmp_path / "run" / "step_120" / "config.json"
+    config = TrainConfig.from_flat(read_config_file(file))
+    sizes = {"batch_size": 2, "seq_len": 16, "vocab_size": 6, "num_puzzle_identifiers": 3}
+    model = Model(config.arch.model_config(**sizes))
+    load_weights(model, tmp_path / "run")
+    averaged = read_saved(tmp_path / "run").ema
+    assert torch.equal(model.inner.lm_head.weight, averaged["inner.lm_head.weight"])
+    going_on = config.replace({"checkpoint_path": str(tmp_path / "run")})
+    with pytest.raises(ValueError, match=r"run holds converted weights, not a run .*load_checkp"):
+        place(going_on, 10)

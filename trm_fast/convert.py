@@ -91,7 +91,7 @@ def _read(options: argparse.Namespace) -> Saved:
         )
     except (ValueError, OSError) as error:
         raise CommandError(MODEL, error) from None
-    if options.format == "trm_fast" and "source" in saved.config and saved.place.is_file():
+    if options.format == "trm_fast" and saved.place.is_file():
         raise CommandError(MODEL, f"{options.source}: is not a run of trm_fast")
     return saved
 
@@ -133,7 +133,12 @@ def _without(source: str, error: Exception) -> str:
 
 def _write_run(saved: Saved, target: Path, step: int, weights: str | None) -> list[str]:
     """A run folder with one step: what evaluate, solve and load_checkpoint read."""
-    config: dict[str, Any] = {**saved.config, "finished": True}
+    # "source" says that there is no run here to go on with.
+    config: dict[str, Any] = {
+        "source": f"trm_fast: {saved.place}",
+        **saved.config,
+        "finished": True,
+    }
     raw = saved.ema if weights == "ema" and saved.ema is not None else saved.model
     ema = None if weights is not None else saved.ema
     folder = save_checkpoint(

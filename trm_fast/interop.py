@@ -39,12 +39,15 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     """Weights under a Model's names; of a run of ours the EMA weights, where it has them.
 
     Args:
-        path: a run or step folder of ours, a `.safetensors` file, or a torch.save'd state_dict
-            under any of the official prefixes.
+        path: a run or step folder of ours, a folder of `save_pretrained`, a `.safetensors` file,
+            or a torch.save'd state_dict under any of the official prefixes.
 
     Raises:
         CheckpointError: missing, damaged, or not a state_dict. Nothing in it is executed.
     """
+    plain = Path(path) / checkpoint.MODEL
+    if plain.is_file() and not (Path(path) / checkpoint.MANIFEST).exists():
+        path = plain
     if Path(path).is_dir():
         saved = checkpoint.load_checkpoint(checkpoint.resolve(path))
         return saved.ema or saved.model

@@ -155,7 +155,13 @@ def _record(step: Path) -> dict[str, Any]:
 
 def _saved_settings(step: Path) -> dict[str, Any]:
     """The dotted settings in a checkpoint's config.json."""
-    return flatten({k: v for k, v in _record(step).items() if k not in NOT_SETTINGS})
+    record = _record(step)
+    if "source" in record:  # `trm-fast convert` says there what it read
+        raise ValueError(
+            f"{step.parent} holds converted weights, not a run that can go on: start one under "
+            f"another run_name with load_checkpoint={step.parent}"
+        )
+    return flatten({k: v for k, v in record.items() if k not in NOT_SETTINGS})
 
 
 def _differences(config: TrainConfig, saved: Mapping[str, Any]) -> list[str]:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import safetensors.torch
+import torch
 from torch import Tensor
 
 from trm_fast.torch_file import read_torch_file
@@ -66,6 +67,23 @@ def separate(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         taken.add(t.untyped_storage().data_ptr())
         result[name] = t
     return result
+
+
+def write_pickle(target: Path, value: Mapping[str, Any]) -> None:
+    """torch.save to a file that is complete, or as it was before; CheckpointError where that
+    fails."""
+    temp = target.with_name(f".{target.name}.tmp")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with open(temp, "wb") as file:
+            torch.save(value, file)
+        sync(temp)
+        os.replace(temp, target)
+        sync(target.parent)
+    except (OSError, RuntimeError) as error:
+        raise unwritable(target, error) from error
+    finally:
+        unlink(temp)
 
 
 def write_line(path: Path, line: str) -> None:

@@ -10,7 +10,6 @@ Dims legend: V vocabulary, D width, S prefix and puzzle tokens.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from trm_fast.config import ConfigError, ModelConfig
-from trm_fast.durable import separate, sync, unlink, unwritable
+from trm_fast.durable import separate, unwritable, write_pickle
 from trm_fast.foreign_file import YAML, inner_width
 from trm_fast.interop import OFFICIAL_PREFIX, write_official
 from trm_fast.overrides import emit_yaml
@@ -224,7 +223,7 @@ def write_nano(parcel: Parcel, target: Path) -> list[str]:
         "global_step": parcel.step,
         "pytorch-lightning_version": "2.5.0",
     }
-    _save(document, target)
+    write_pickle(target, document)
     return notes
 
 
@@ -261,21 +260,6 @@ def _write_text(path: Path, text: str) -> None:
         path.write_text(text, encoding="utf-8")
     except OSError as error:
         raise unwritable(path, error) from None
-
-
-def _save(document: Mapping[str, Any], target: Path) -> None:
-    """torch.save to a file that is complete or not there."""
-    temp = target.with_name(f".{target.name}.tmp")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with open(temp, "wb") as file:
-            torch.save(document, file)
-        sync(temp)
-        os.replace(temp, target)
-    except (OSError, RuntimeError) as error:
-        raise unwritable(target, error) from error
-    finally:
-        unlink(temp)
 
 
 WRITERS: dict[str, Callable[[Parcel, Path], list[str]]] = {

@@ -12,7 +12,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from trm_fast import checkpoint
@@ -22,9 +21,7 @@ from trm_fast.durable import (
     parse_tensors,
     read_bytes,
     separate,
-    sync,
-    unlink,
-    unwritable,
+    write_pickle,
 )
 from trm_fast.model import Model
 from trm_fast.puzzle_rows import carried_rows, mean_rows, read_identifiers
@@ -127,20 +124,8 @@ def write_official(
 
     Raises CheckpointError for a path that cannot be written.
     """
-    target = Path(path)
-    temp = target.with_name(f".{target.name}.tmp")
     weights = {prefix + inner_name(k): v for k, v in separate(state_dict).items()}
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with open(temp, "wb") as file:
-            torch.save(weights, file)
-        sync(temp)
-        os.replace(temp, target)
-        sync(target.parent)
-    except (OSError, RuntimeError) as error:
-        raise unwritable(target, error) from error
-    finally:
-        unlink(temp)
+    write_pickle(Path(path), weights)
 
 
 def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:

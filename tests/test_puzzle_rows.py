@@ -7,7 +7,7 @@ import pytest
 import torch
 from training import make_config, make_trainer
 
-from trm_fast import train
+from trm_fast import evaluate, train
 from trm_fast.checkpoint import load_checkpoint
 from trm_fast.data.dataset import from_arrays
 from trm_fast.data.format import DataError, write_dataset
@@ -125,6 +125,16 @@ def test_the_command_says_what_it_kept(old, new_data, tmp_path, monkeypatch, cap
     shared = ["--config", str(config), *arguments, *names]
     assert train.main([*shared, "load_identifiers=auto"]) == 0
     assert "puzzle rows 2 of 4 as trained, the others their mean row" in capfd.readouterr().out
+
+
+def test_evaluate_says_where_the_rows_are_of_other_puzzles(old, tmp_path, capsys):
+    run, data = old
+    other = make_puzzles(tmp_path / "data", {"a": 1, "b": 2, "c": 3, "d": 0})
+    for folder, said in ((data, False), (other, True)):
+        assert evaluate.main([str(run), "--data", folder]) == 0
+        assert ("puzzles     not those trained on" in capsys.readouterr().out) is said
+        assert evaluate.main([str(run), "--data", folder, "--json"]) == 0
+        assert json.loads(capsys.readouterr().out)["other_puzzles"] is said
 
 
 def test_names_that_are_not_there_are_said_so(old, new_data, tmp_path):

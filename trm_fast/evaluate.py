@@ -33,6 +33,7 @@ from trm_fast.loading import (
     supervision_depth,
 )
 from trm_fast.rules import rules_of
+from trm_fast.splits import puzzles_of
 from trm_fast.symmetry import box_shape
 
 __all__ = ["main"]
@@ -229,10 +230,20 @@ def _document(
         "quantize": loaded.model.config.quantize,
         "data": list(source.names),
         "split": source.split,
+        "other_puzzles": _other_puzzles(loaded, source),
         "max_puzzles": options.max_puzzles,
         "supervision_steps": supervision_depth(loaded, options.steps),
         "sets": {name: report.to_dict() for name, report in reports.items()},
     }
+
+
+def _other_puzzles(loaded: Loaded, source: Source) -> bool:
+    """Whether the model has puzzle rows, and the data's identifiers name other puzzles than the
+    training data's did."""
+    config, trained = loaded.model.config, (loaded.config.get("data") or {}).get("puzzles")
+    if not config.puzzle_emb_ndim or trained is None or source.split is None:
+        return False
+    return any(found not in (trained, None) for found in (puzzles_of([n]) for n in source.names))
 
 
 def _text(loaded: Loaded, source: Source, reports: dict[str, SetReport]) -> str:
@@ -242,6 +253,10 @@ def _text(loaded: Loaded, source: Source, reports: dict[str, SetReport]) -> str:
         f"weights     {WEIGHT_NAMES[loaded.weights]}, optimizer step {loaded.step}",
         f"data        {', '.join(source.names)}{split}",
     ]
+    if _other_puzzles(loaded, source):
+        lines.append(
+            "puzzles     not those trained on: the puzzle rows were learned for other identifiers"
+        )
     if loaded.model.config.quantize != "none":
         lines.append(f"products    {loaded.model.config.quantize}")
     for name, report in reports.items():

@@ -1,28 +1,31 @@
 """The data of a run: opened, and checked against the settings before the first step.
 
-Owns `Splits`. Imported by `trainer.py` and `runner.py`: what would stop a run at its first
+Owns `Splits`. Imported by trainer, runner and evaluate: what would stop a run at its first
 evaluation, hours later, is an error here.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from trm_fast.config import TrainConfig
 from trm_fast.data.dataset import PuzzleDataset, PuzzleDatasetConfig
-from trm_fast.data.format import DataError, Metadata
+from trm_fast.data.format import DataError, Metadata, sha256
 from trm_fast.rules import rules_of, square_side, sudoku_side
 
 
 @dataclass(frozen=True)
 class Splits:
-    """The data of a run: where it lies, and its training and test metadata."""
+    """The data of a run: where it lies, its training and test metadata, and which puzzles its
+    identifiers are: `puzzles_of` the training data."""
 
     paths: tuple[str, ...]
     paths_test: tuple[str, ...]
     train: Metadata
     test: Metadata | None
+    puzzles: str | None
 
 
 def open_splits(config: TrainConfig) -> Splits:
@@ -40,7 +43,14 @@ def open_splits(config: TrainConfig) -> Splits:
     if config.data_paths_test or all(Path(path, "test").is_dir() for path in paths_test):
         test = PuzzleDataset(dataset_config(config, paths_test, 1, test=True), "test").metadata
         _check_alike(config, train, test, paths_test[0])
-    return Splits(tuple(paths), tuple(paths_test), train, test)
+    return Splits(tuple(paths), tuple(paths_test), train, test, puzzles_of(paths))
+
+
+def puzzles_of(paths: Sequence[str]) -> str | None:
+    """The sha256 of identifiers.json, equal where identifiers name the same puzzles; None where
+    there is no such file, or several."""
+    file = Path(paths[0], "identifiers.json")
+    return sha256(file) if len(paths) == 1 and file.is_file() else None
 
 
 def _check_augmentation(config: TrainConfig, train: Metadata, path: str) -> None:

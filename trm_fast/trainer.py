@@ -444,6 +444,7 @@ class Trainer:
                 "data_paths": list(splits.paths),
                 "data_paths_test": list(splits.paths_test),
                 "metadata": asdict(splits.train),
+                "puzzles": splits.puzzles,
             },
         }
 

@@ -7,6 +7,8 @@ Dims legend: B batch, L tokens, S prefix and L, D width (16), H heads, K head di
 V vocabulary.
 """
 
+import math
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -195,6 +197,39 @@ def nano_outputs(
         y, z = model.step(x, y, z)
     q = y[:, 0] @ model.w["q_head.weight"].T + model.w["q_head.bias"]
     return y[:, prefix:] @ model.w["lm_head.weight"].T, q[:, 0]
+
+
+def s4nj1th_digits(
+    weights: dict[str, Tensor], boards: Tensor, version: str, h_cycles: int, l_cycles: int
+) -> np.ndarray:
+    """Logits [B, 81, 9] for boards [B, 81] of digits, 0 empty; v1 as main.py, head as the notebook
+    has it since."""
+    w = {name: value.double().numpy() for name, value in weights.items()}
+    erf = np.vectorize(math.erf)
+
+    def stack(name: str, h: np.ndarray) -> np.ndarray:
+        gate = w[f"{name}_gate"]
+        gate = 1 / (1 + np.exp(-gate)) if version == "head" else gate
+        for block in range(sum(n.startswith(f"{name}_layers") for n in w) // 6):
+            net = f"{name}_layers.{block}.net."
+            a = (h - h.mean(-1, keepdims=True)) / np.sqrt(h.var(-1, keepdims=True) + 1e-5)
+            a = (a * w[f"{net}0.weight"] + w[f"{net}0.bias"]) @ w[f"{net}1.weight"].T
+            a = a + w[f"{net}1.bias"]
+            a = a * (1 + erf(a / 2**0.5)) / 2
+            h = h + gate * (a @ w[f"{net}4.weight"].T + w[f"{net}4.bias"])
+        return h
+
+    onehot = np.eye(10)[boards.numpy()].reshape(len(boards), 810)
+    x = onehot @ w["input_proj.weight"].T + w["input_proj.bias"]
+    start = x if version == "head" else 0 * x
+    y, z = start, start
+    rounds = [1] * (1 + h_cycles) if version == "head" else [l_cycles] * h_cycles
+    for inner in rounds:
+        for _ in range(inner):
+            z = stack("latent", x + y + z)
+        y = stack("output", y + z)
+    logits = y @ w["output_proj.weight"].T + w["output_proj.bias"]
+    return logits.reshape(len(boards), 81, 9)
 
 
 def lucidrains_outputs(

@@ -15,7 +15,6 @@ from foreign_models import (
     nano_weights,
     rs_logits,
     rs_weights,
-    s4nj1th_weights,
 )
 from tiny import tiny_model
 
@@ -407,59 +406,6 @@ def test_what_a_format_cannot_hold_is_refused(tmp_path, capsys, changes, to, sai
     error = capsys.readouterr().err
     assert f"cannot be written as {to}: " in error and said in error
     assert error.count("\n") == 1 and not target.parent.exists()
-
-
-# s4nj1th: read; its network is another one
-
-
-class TRMConfig:
-    """As the notebook has it, in __main__."""
-
-    L_layers, H_cycles = 9, 9  # of the class: not in the pickle
-
-
-TRMConfig.__module__ = "__main__"
-
-
-@pytest.mark.parametrize(("gates", "semantics"), [((1,), "v1"), ((), "head")])
-@pytest.mark.parametrize("new", [True, False], ids=["zip", "older"])
-def test_s4nj1th_checkpoints(tmp_path, monkeypatch, gates, semantics, new):
-    import __main__
-
-    monkeypatch.setattr(__main__, "TRMConfig", TRMConfig, raising=False)
-    config = TRMConfig()
-    vars(config).update(H_cycles=4, L_cycles=8, dropout=0.1, hidden_dim=12, data_path="a.csv")
-    document = {
-        "model_state_dict": s4nj1th_weights(gates),
-        "optimizer_state_dict": {"state": {}, "param_groups": [{"lr": 1e-4}]},
-        "config": config,
-        "train_losses": [1.0],
-    }
-    path = tmp_path / "trm_sudoku_best.pt"
-    torch.save(document, path, _use_new_zipfile_serialization=new)
-    foreign = read_foreign(path)
-    assert (foreign.format, foreign.arch) == ("s4nj1th", "gated_mlp")
-    assert foreign.settings == {
-        **{"H_cycles": 4, "L_cycles": 8, "dropout": 0.1, "hidden_dim": 12, "data_path": "a.csv"},
-        **{"input_dim": 810, "output_dim": 729, "L_layers": 3, "semantics": semantics},
-    }
-    for name, value in document["model_state_dict"].items():
-        assert torch.equal(foreign.model[name], value)
-    other = {"v1": "head", "head": "v1"}[semantics]
-    chosen = read_foreign(path, given={"semantics": other})
-    assert chosen.settings["semantics"] == other
-    assert chosen.notes == [f"its gates are those of {semantics}; run as {other}, as asked"]
-
-
-def test_s4nj1th_without_config_or_with_odd_gates(tmp_path):
-    path = tmp_path / "m.pt"
-    torch.save({"model_state_dict": s4nj1th_weights((1,))}, path)
-    with pytest.raises(ValueError, match="holds no config: --H-cycles N, --L-cycles N"):
-        read_foreign(path)
-    assert read_foreign(path, given=CYCLES).settings["H_cycles"] == H_CYCLES
-    torch.save({"model_state_dict": s4nj1th_weights((12,)), "config": {}}, path)
-    with pytest.raises(ValueError, match=r"of neither version: --semantics v1\|head"):
-        read_foreign(path)
 
 
 # What is of no format, or of another one

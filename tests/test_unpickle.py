@@ -304,6 +304,14 @@ def test_zip_bombs_and_archives_of_other_things():
         read_torch_file(bomb)
     assert tracemalloc.get_traced_memory()[1] < 4e6
     tracemalloc.stop()
+    lying = bytearray(archive(pickled, data_0=bytes(32)))
+    record = lying.rindex(b"PK\x01\x02")
+    lying[record + 20 : record + 28] = struct.pack("<II", 2**30, 2**30)
+    tracemalloc.start()
+    with pytest.raises(PickleError, match="compressed or overlapping entries"):
+        read_torch_file(bytes(lying))
+    assert tracemalloc.get_traced_memory()[1] < 4e6
+    tracemalloc.stop()
     with pytest.raises(PickleError, match="an entry of the archive is missing"):
         read_torch_file(archive(pickled))
     for entries in ({"constants.pkl": b""}, {"data.pkl": pickled}):

@@ -327,7 +327,20 @@ def _s4nj1th(source: Source) -> Foreign:
         notes.append(f"its gates are those of {found}; run as {chosen}, as asked")
     if "H_cycles" not in settings:
         raise source.fail(f"holds no config: {ASKED['H_cycles']}, {ASKED['L_cycles']}")
-    return Foreign("s4nj1th", "gated_mlp", source.weights, settings=settings, notes=notes)
+    state = dict(source.weights)
+    for name in ("latent_gate", "output_gate"):
+        state[name] = state[name].reshape(() if chosen == "head" else (1,))
+    # 81 cells of empty and nine digits in, of nine digits out; a token for padding here.
+    if inputs % 10 or settings["output_dim"] != inputs // 10 * 9:
+        raise source.fail(f"has {inputs} inputs and {settings['output_dim']} outputs: no Sudoku's")
+    config = {
+        **{"hidden_size": width, "L_layers": len(layers), "semantics": chosen},
+        **{"H_cycles": settings["H_cycles"], "L_cycles": settings.get("L_cycles") or 1},
+        **{"seq_len": inputs // 10, "vocab_size": 11, "dropout": settings.get("dropout") or 0.0},
+        **{"expansion": source.shape("latent_layers.0.net.1.weight")[0] / width},
+        **{"batch_size": 1, "num_puzzle_identifiers": 1},
+    }
+    return Foreign("s4nj1th", "gated_mlp", state, None, config, settings, notes)
 
 
 _READERS: dict[str, Callable[[Source], Foreign]] = {

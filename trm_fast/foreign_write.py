@@ -251,8 +251,20 @@ def _no_lucidrains(parcel: Parcel, target: Path) -> list[str]:
     )
 
 
-def _no_s4nj1th(parcel: Parcel, target: Path) -> list[str]:
-    raise _refuse("s4nj1th", f"it holds gated residual MLPs, this model is {parcel.arch}")
+def write_s4nj1th(parcel: Parcel, target: Path) -> list[str]:
+    """Its production checkpoint; the settings as a dictionary, which its main.py takes too."""
+    values = parcel.config.to_dict()
+    if parcel.arch != "gated_mlp":
+        raise _refuse("s4nj1th", f"it holds gated residual MLPs, this model is {parcel.arch}")
+    _check("s4nj1th", parcel.config, vector_gates=(False,), cell_attention=(False,))
+    _check("s4nj1th", parcel.config, expansion=(4.0,), seq_len=(81,), vocab_size=(11,))
+    settings = {
+        **{"input_dim": 810, "hidden_dim": values["hidden_size"], "output_dim": 729},
+        **{name: values[name] for name in ("L_layers", "H_cycles", "L_cycles", "dropout")},
+    }
+    write_pickle(target, {"model_state_dict": separate(parcel.weights), "config": settings})
+    runs = {"v1": "main.py", "head": "the notebook; its main.py would run it as v1"}
+    return [f"its recursion is {values['semantics']}: for {runs[values['semantics']]}"]
 
 
 def _write_text(path: Path, text: str) -> None:
@@ -267,6 +279,6 @@ WRITERS: dict[str, Callable[[Parcel, Path], list[str]]] = {
     "rs": write_rs,
     "nano-trm": write_nano,
     "lucidrains": _no_lucidrains,
-    "s4nj1th": _no_s4nj1th,
+    "s4nj1th": write_s4nj1th,
 }
 """How each format is written: (what, file) -> notes for the user, a line each."""

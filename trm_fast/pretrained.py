@@ -200,7 +200,9 @@ def _bounded(config: ModelConfig, state: Mapping[str, Tensor]) -> None:
     a file from elsewhere may say anything."""
     largest = max((value.numel() for value in state.values()), default=0)
     token = config.total_len * config.token_width if config.mlp_t else 0
+    gated = round(config.expansion * config.hidden_size) if config.kind == "gated_mlp" else 0
     wanted = {
+        "expansion": (gated * config.hidden_size, largest),
         "vocab_size": (config.vocab_size * config.hidden_size, largest),
         "intermediate_size": (config.hidden_size * config.channel_width, largest),
         "token_intermediate_size": (token, largest),

@@ -114,7 +114,10 @@ def _require(source: Source, foreign: Foreign) -> None:
         needed = [k for k in needed if not k.endswith("_cycles")]
     if needed:
         flags = ", ".join(ASKED[key] for key in needed)
-        raise source.fail(f"a file of {foreign.format} does not hold {', '.join(needed)}: {flags}")
+        raise source.fail(
+            f"a file of {foreign.format} does not hold {', '.join(needed)}: {flags}; trm-fast "
+            "convert takes these, as does config= in Python"
+        )
 
 
 def _official(source: Source) -> Foreign:

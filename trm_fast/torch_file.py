@@ -221,7 +221,10 @@ class _Archive:
                     result[filled : filled + len(block)] = block
                     filled += len(block)
         except Exception as error:  # a checksum that does not match, or a header elsewhere
-            raise PickleError("is damaged (an entry does not match its checksum)") from error
+            raise PickleError(
+                "is damaged (an entry does not match its checksum; one saved with "
+                "compute_crc32=False has none: save it anew)"
+            ) from error
         if filled != len(result):
             raise PickleError("is damaged (an entry is too short)")
         return result

@@ -11,7 +11,7 @@ import pytest
 from arc_tasks import CHOICES, digests, make_subsets, write_subsets
 from golden.record_arc import official_build
 
-from trm_fast.data import arc, arc_augment
+from trm_fast.data import arc, arc_augment, arc_source
 from trm_fast.data.arc import BuildOptions, build, main
 from trm_fast.data.arc_augment import Plan, draw_plan, encode, parse_name, undo
 from trm_fast.data.arc_source import Task, read_subset
@@ -207,6 +207,12 @@ def test_files_that_are_no_tasks(tmp_path: Path, text: bytes, message: str) -> N
         read_subset(str(tmp_path / "p"), "b")
 
 
+def test_huge_files(prefix: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(arc_source, "_MAX_BYTES", 1000)
+    with pytest.raises(DataError, match="arc_training_challenges.json: larger than 1000 bytes"):
+        read_subset(prefix, "training")
+
+
 @pytest.mark.parametrize(
     ("solutions", "message"),
     [
@@ -272,5 +278,9 @@ def test_command_line(prefix: str, tmp_path: Path, capsys: pytest.CaptureFixture
         "51 identifiers",
     ):
         assert words in said
+    assert main([*arguments, "--subsets", "concept", "--num-aug", "0"]) == 0
+    said = capsys.readouterr().out
+    assert "no test split: none of the subsets is called unsolved or your_test_set" in said
+    assert not (tmp_path / "out" / "test").exists()
     assert main([*arguments, "--subsets", "nowhere"]) == 2
     assert "arc_nowhere_challenges.json: no such file" in capsys.readouterr().err

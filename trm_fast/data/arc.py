@@ -281,6 +281,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"{split}: {count['groups']} tasks, {count['puzzles']} puzzles, "
             f"{count['examples']} examples"
         )
+    if not manifest["counts"]["test"]["groups"]:
+        tests = " or ".join(dict.fromkeys((options.test_set_name, options.test_set_name2)))
+        say(f"no test split: none of the subsets is called {tests}")
     for line in report_lines(manifest["leaks"]):
         say(line)
     say(f"written to {options.output_dir}, {manifest['identifiers']} identifiers with the blank")

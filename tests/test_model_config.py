@@ -69,6 +69,9 @@ def test_model_config_defaults_are_official_and_ours_are_off():
         "intermediate_multiple": 256,
         "q_readout": "first",
         "q_logits": 2,
+        "semantics": "head",
+        "vector_gates": False,
+        "cell_attention": False,
         "dropout": 0.0,
         "backend": "auto",
         "policy": "auto",
@@ -199,7 +202,7 @@ def test_arch_config_errors_name_the_dotted_key():
     assert message(ArchConfig, loss_type="mse").startswith("arch.loss_type must be one of stable")
     assert "arch.num_heads" in message(ArchConfig, num_heads=513)
     assert "did you mean 'trm'" in message(ArchConfig, name="tmr")
-    known = "trm, trm_singlez, trm_hier6, hrm, transformers_baseline"
+    known = "trm, trm_singlez, trm_hier6, hrm, transformers_baseline, gated_mlp"
     assert message(ArchConfig, name=None) == f"arch must be one of {known}, got None"
     assert message(ArchConfig, name="hrm") == "hrm needs arch.H_layers >= 1, got 0"
 

@@ -32,6 +32,7 @@ def config(**changes):
         "lr": 1e-2,
         "muon_lr": 4e-2,
         "weight_decay": 0.1,
+        "weight_decay_on": "all",
         "beta1": 0.9,
         "beta2": 0.95,
         "puzzle_emb_lr": 1e-1,

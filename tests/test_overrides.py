@@ -122,7 +122,8 @@ def test_bases():
     assert parse_train(["lr=0.5"]) == from_preset().replace({"lr": 0.5})
     for name in PRESETS:
         assert parse_train([f"preset={name}"]) == from_preset(name)
-        assert parse_train(["--preset", name, "arch=trm"]) == from_preset(name)
+        again = f"arch={from_preset(name).arch.kind}"
+        assert parse_train(["--preset", name, again]) == from_preset(name)
     for key in ("data_paths", "data_path", "--data-path"):
         config = parse_train([f"{key}=[d]"])
         assert (config.preset, config.data_paths, config.generate) == ("sudoku-mini", ("d",), 0)

@@ -53,11 +53,12 @@ LOSS_HEAD = "losses@ACTLossHead"
 # Keys that the official code does not have.
 BEYOND_OFFICIAL = """
     preset generate augment curriculum grad_accum steps seeds max_skipped optimizer muon_lr
-    grad_clip ema_warmup eval_steps eval_max_puzzles eval_batch_size eval_steps_max resume
-    load_identifiers save_interval keep official log_interval logger device threads compile profile
-    cuda_graph
+    weight_decay_on grad_clip constraint_weight constraint_boxes ema_warmup eval_steps
+    eval_max_puzzles eval_batch_size eval_steps_max resume load_identifiers save_interval keep
+    official log_interval logger device threads compile profile cuda_graph
     arch.loss_type arch.intermediate_size arch.token_intermediate_size arch.intermediate_multiple
-    arch.q_readout arch.q_logits arch.dropout arch.backend arch.policy arch.quantize
+    arch.q_readout arch.q_logits arch.semantics arch.vector_gates arch.cell_attention arch.dropout
+    arch.backend arch.policy arch.quantize
 """
 Plain = str | int | float | bool | None
 ALIASES = {
@@ -138,10 +139,19 @@ class TrainConfig:
     lr_min_ratio: float = option("last learning rate / lr; 1 = no decay", 1.0, low=0, high=1)
     lr_warmup_steps: int = option("steps of linear warm-up", 2000, low=0)
     weight_decay: float = option("decoupled weight decay", 0.1, low=0)
+    weight_decay_on: str = option(
+        "what decays: all weights, or matrices only and no biases, norms and gates (adamw)",
+        "all",
+        choices=("all", "matrices"),
+    )
     beta1: float = option("decay of the mean of the gradient", 0.9, low=0, high=1, open=")")
     beta2: float = option("decay of the mean of its square", 0.95, low=0, high=1, open=")")
     muon_lr: float = option("learning rate of the matrices with optimizer=muon", 0.02, low=0)
     grad_clip: float = option("largest norm of the gradient; 0 = no limit", 0.0, low=0)
+    constraint_weight: float = option(
+        "Sudoku: weight of a loss on rows, columns and boxes that hold a digit twice", 0.0, low=0
+    )
+    constraint_boxes: bool = option("whether boxes count in it, beside rows and columns", True)
     puzzle_emb_lr: float = option("learning rate of the puzzle embeddings", 1e-2, low=0)
     puzzle_emb_weight_decay: float = option("weight decay of the puzzle embeddings", 0.1, low=0)
     freeze_weights: bool = option("train the puzzle embeddings only", False)
@@ -245,6 +255,10 @@ class TrainConfig:
             )
         if self.load_identifiers and not self.load_checkpoint:
             raise ConfigError("load_identifiers must be given with load_checkpoint")
+        if self.weight_decay_on == "matrices" and self.optimizer != "adamw":
+            raise ConfigError(
+                f"weight_decay_on=matrices needs optimizer=adamw, got {self.optimizer}"
+            )
         if self.freeze_weights and self.arch.puzzle_emb_ndim == 0:
             raise ConfigError("freeze_weights=true needs arch.puzzle_emb_ndim > 0, got 0")
 

@@ -164,7 +164,7 @@ def build(
     torch.manual_seed(0)
     model = Model(config)
     with torch.no_grad():  # a halting head of zeros would hide what it reads
-        model.inner.q_head.weight.normal_(std=0.02)
+        model.inner.q_head.weight.normal_(std=0.02)  # type: ignore[operator, union-attr]
     reference = ACTLossHead(model, LOSS)
     if not contender.official:
         return reference.to(device)

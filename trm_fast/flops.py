@@ -101,6 +101,20 @@ def recursion_flops(
     return forward, forward + with_gradient * block.backward(scores_again)
 
 
+def gated_flops(config: ModelConfig, batch: int | None = None) -> tuple[int, int]:
+    """The same of `gated_mlp`, whose embedding and output stand among its products."""
+    cells, width = config.seq_len, config.hidden_size
+    channels, states = config.vocab_size - 1, config.seq_len if config.cell_attention else 1
+    ends = cells * width * (2 * channels - 1)
+    attention_weights = 4 * width * width * states if config.cell_attention else 0
+    core = 2 * states * states * width if config.cell_attention else 0
+    blocks, latent = config.passes[0], config.gated_passes[0] * config.L_layers
+    channel = 2 * states * width * round(config.expansion * width)
+    weights = ends + blocks * channel + latent * attention_weights
+    made = Products(*(2 * (batch or config.batch_size) * n for n in (weights, latent * core)))
+    return sum(made), sum(made) + made.backward(scores_again=False)
+
+
 def step_flops(
     config: ModelConfig, step: str, batch: int | None = None, scores_again: bool = False
 ) -> int:
@@ -116,6 +130,9 @@ def step_flops(
     """
     if step not in STEPS:
         raise ValueError(f"step must be one of {', '.join(STEPS)}, got {step!r}")
+    if config.kind == "gated_mlp":
+        forward, both = gated_flops(config, batch)
+        return both if step == "train" else forward
     forward, both = recursion_flops(config, batch, scores_again)
     tokens, width = config.total_len * config.vocab_size + config.q_logits, config.hidden_size
     heads = 2 * (batch or config.batch_size) * width * tokens

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 from trm_fast import backends
@@ -21,6 +22,7 @@ from trm_fast.config import did_you_mean
 from trm_fast.data.format import IGNORE_LABEL_ID
 from trm_fast.ops import Ops, wide_dtype
 from trm_fast.recursion import Exploration
+from trm_fast.symmetry import box_shape
 
 
 def _ignored(labels: Tensor, ignore_index: int, valid_mask: Tensor | None) -> Tensor:
@@ -72,19 +74,57 @@ LOSSES: dict[str, Callable[..., Tensor]] = {
 }
 
 
+def constraint_loss(logits: Tensor, boxes: bool = True) -> Tensor:
+    """How much a Sudoku's units are expected to hold of a digit beyond one, [B] float32.
+
+    For each row, column and, with `boxes`, box: the sum over its cells of a digit's probability,
+    where that exceeds 1, less 1; averaged over units of a kind and digits, added over the kinds.
+
+    Args:
+        logits: [B, L, V] of tokens 0 padding, 1 empty, digit d as d + 1; L = side^2, V = side + 2.
+
+    Raises:
+        ValueError: sizes that are not those of a Sudoku.
+
+    Source: the training of s4nj1th/tiny-recursive-model, which has rows and columns.
+    """
+    box = box_shape(cells=logits.shape[1])
+    if logits.shape[2] != box.side + 2:
+        raise ValueError(
+            f"constraint_weight is for Sudoku: {logits.shape[1]} cells have {box.side + 2} token "
+            f"values, not {logits.shape[2]}"
+        )
+    wide = logits[..., 2:].to(torch.promote_types(logits.dtype, torch.float32))
+    grid = wide.softmax(-1).unflatten(1, (box.side, box.side))
+    sums = [grid.sum(2), grid.sum(1)]
+    if boxes:
+        split = "b (r i) (c j) v -> b (r c) (i j) v"
+        sums.append(rearrange(grid, split, i=box.rows, j=box.cols).sum(2))
+    return torch.stack([(units - 1).clamp_min(0).mean((1, 2)) for units in sums]).sum(0)
+
+
 class ACTLossHead(nn.Module):
     """Runs a model for one supervision step and adds loss and metrics.
 
     Args:
         model: `Model`, the official model class, or either under torch.compile.
         loss_type: a name in `LOSSES`.
+        constraint_weight: of `constraint_loss` beside it; 0 leaves that out.
+        constraint_boxes: whether boxes count there too.
 
     Raises:
         ValueError: an unknown loss_type.
     """
 
-    def __init__(self, model: nn.Module, loss_type: str) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        loss_type: str,
+        constraint_weight: float = 0.0,
+        constraint_boxes: bool = True,
+    ) -> None:
         super().__init__()
+        self.constraint_weight, self.constraint_boxes = constraint_weight, constraint_boxes
         if loss_type not in LOSSES:
             hint = did_you_mean(loss_type, LOSSES)
             raise ValueError(f"unknown loss_type {loss_type!r}{hint}; allowed: {', '.join(LOSSES)}")
@@ -113,7 +153,8 @@ class ACTLossHead(nn.Module):
             The next carry; the loss summed over the batch (divide by the global batch size);
             metrics summed over halted items that have labels, losses over all items: count,
             accuracy, exact_accuracy, q_halt_accuracy, steps, lm_loss, q_halt_loss
-            [, q_continue_loss], scalars; the outputs asked for; whether all items halted.
+            [, q_continue_loss] [, constraint_loss], scalars; the outputs asked for; whether all
+            items halted.
         """
         draws = {} if drawn is None else {"drawn": drawn}
         carry, outputs = self.model(carry=carry, batch=batch, **draws)
@@ -141,6 +182,10 @@ class ACTLossHead(nn.Module):
             )
             metrics["q_continue_loss"] = continue_loss.detach()
             q_loss = q_loss + continue_loss
+        if self.constraint_weight:
+            broken = constraint_loss(outputs["logits"], self.constraint_boxes).sum()
+            metrics["constraint_loss"] = broken.detach()
+            lm_loss = lm_loss + self.constraint_weight * broken
         returned = {key: outputs[key].detach() for key in return_keys if key in outputs}
         return carry, lm_loss + 0.5 * q_loss, metrics, returned, carry.halted.all()
 

@@ -25,12 +25,34 @@ CONTROL_GROUP = Path("/sys/fs/cgroup")
 
 def parameter_count(config: ModelConfig) -> int:
     """Trainable parameters, puzzle rows not counted."""
+    if config.kind == "gated_mlp":
+        return _gated_parameters(config)
     d, f = config.hidden_size, config.channel_width
     attention = 4 * d * config.attention_width
     mixer = 3 * config.total_len * config.token_width if config.mlp_t else attention
     positions = config.total_len * d if config.pos_encodings == "learned" else 0
     heads = 2 * config.vocab_size * d + config.q_logits * (d + 1)
     return config.blocks * (mixer + 3 * d * f) + heads + positions
+
+
+def _gated_parameters(config: ModelConfig) -> int:
+    d, f = config.hidden_size, round(config.expansion * config.hidden_size)
+    cells, channels = config.seq_len, config.vocab_size - 1
+    whole = 1 if config.cell_attention else cells
+    ends = whole * channels * d + d + (d + 1) * whole * (channels - 1)
+    attention = config.L_layers * (4 * d * d + 6 * d) + cells * d if config.cell_attention else 0
+    gates = 2 * d if config.vector_gates else 2
+    return ends + attention + gates + config.blocks * (2 * d * f + f + 3 * d)
+
+
+def _gated_elements(config: ModelConfig, policy: str) -> int:
+    """Elements per item that `gated_mlp` keeps for the backward, at its worst moment."""
+    d, f = config.hidden_size, round(config.expansion * config.hidden_size)
+    states = config.seq_len if config.cell_attention else 1
+    block = states * (3 * d + 2 * f + (7 * d if config.cell_attention else 0))
+    if policy == "save":
+        return config.passes[0] * block
+    return 3 * states * d * sum(config.gated_passes) + max(config.L_layers, 2) * block
 
 
 def saved_elements(config: ModelConfig, policy: str) -> int:
@@ -58,6 +80,8 @@ def _reference_elements(config: ModelConfig, policy: str) -> int:
 
     "recompute" holds what "save" keeps of one pass and "light" that of one block.
     """
+    if config.kind == "gated_mlp":
+        return _gated_elements(config, policy)
     _, blocks, passes = config.passes
     if policy == "save":
         return blocks * saved_elements(config, policy)

@@ -11,9 +11,8 @@ V vocabulary.
 
 from __future__ import annotations
 
-import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from importlib import import_module
 from os import PathLike
 from pathlib import Path
@@ -23,9 +22,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from trm_fast import backends, memory
 from trm_fast.backends import Choice
 from trm_fast.config import ModelConfig
+from trm_fast.gated_mlp import GatedMLP
 from trm_fast.hub import Card
 from trm_fast.layers import (
     Embedding,
@@ -47,18 +46,15 @@ from trm_fast.recursion import (
     take_new_data,
 )
 from trm_fast.reference import linear
+from trm_fast.served import Served
 from trm_fast.variants import VARIANTS
 
-log = logging.getLogger("trm_fast")
 
-
-class InnerModel(nn.Module):
+class InnerModel(Served):
     """One supervision step: question in, all cycles, answer and halting logits out."""
 
     def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        self.config = config
-        self.forward_dtype: torch.dtype = getattr(torch, config.forward_dtype)
+        super().__init__(config)
         width = config.hidden_size
         self.embed_tokens = Embedding(config.vocab_size, width)
         self.lm_head = Linear(width, config.vocab_size)
@@ -78,8 +74,7 @@ class InnerModel(nn.Module):
         # Drawn in the forward dtype: dtype and order of the draws decide the initial weights.
         for name in self.variant.initial.values():
             setattr(self, name, nn.Buffer(self._initial_state()))
-        self.ops = self._select_ops()
-        self._policies: dict[int, str] = {}
+        self.serve()
 
     def _initial_state(self) -> Tensor:
         return truncated_normal_(torch.empty(self.config.hidden_size, dtype=self.forward_dtype), 1)
@@ -89,40 +84,13 @@ class InnerModel(nn.Module):
         names = self.variant.initial.items()
         return {state: getattr(self, buffer) for state, buffer in names}
 
-    def _like(self) -> Tensor:
+    def like(self) -> Tensor:
         """Something of the states' device and dtype."""
         return next(iter(self._initial().values()))
 
-    @property
-    def device(self) -> torch.device:
-        """Where the states are."""
-        return self._like().device
-
-    def _select_ops(self) -> Ops:
-        device = self.device
-        try:
-            ops = backends.select(self.config.backend, device, self._like().dtype, self.config)
-        except ValueError as error:
-            if device.type == "cpu" and torch.cuda.is_available():
-                return backends.refusing(error)  # a GPU's backend, asked for before `.to("cuda")`
-            raise
-        log.info("implementations on %s: %s", device, self.backend_report())
-        return ops
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> InnerModel:
-        super()._apply(fn, recurse)
-        self.ops = self._select_ops()
-        self._policies = {}
-        return self
-
-    def backend_report(self) -> list[Choice]:
-        """Which implementation serves each operation here, and why."""
-        config, like = self.config, self._like()
-        return backends.report(config.backend, like.device, like.dtype, config)
-
     def empty_carry(self, batch_size: int) -> AnyState:
         """Uninitialised states [batch_size, S, D]: the first step overwrites all of them."""
-        self._policy(batch_size)
+        self.policy(batch_size)
         shape = (batch_size, self.config.total_len, self.config.hidden_size)
         return state_of({name: value.new_empty(shape) for name, value in self._initial().items()})
 
@@ -142,22 +110,11 @@ class InnerModel(nn.Module):
             rows = self.puzzle_emb(identifiers).to(self.forward_dtype)
             rows = F.pad(rows, (0, size - config.puzzle_emb_ndim))
         else:
-            rows = self._like().new_zeros(batch, size)
+            rows = self.like().new_zeros(batch, size)
         return rows.view(batch, config.prefix_len, config.hidden_size)
 
     def _rotary(self) -> Rotary | None:
         return self.rotary_emb.tables() if hasattr(self, "rotary_emb") else None
-
-    def _policy(self, batch: int) -> str:
-        """What the backward keeps. "auto" is decided once per batch size, when a carry is made, so
-        that a run does not change its mind and a compiled forward does not ask for free memory."""
-        if self.config.policy != "auto":
-            return self.config.policy
-        if batch not in self._policies:
-            device, dtype = self.device, self._like().dtype
-            engine = backends.recursion_engine(device, dtype, self.config)
-            self._policies[batch] = memory.fastest_policy(self.config, batch, device, engine)
-        return self._policies[batch]
 
     def _recursion(self, batch: int) -> Recursion:
         config = self.config
@@ -169,7 +126,7 @@ class InnerModel(nn.Module):
             config.L_cycles,
             config.num_heads,
             config.rms_norm_eps,
-            self._policy(batch),
+            self.policy(batch),
             config.dropout if self.training else 0.0,
             quantize,
         )
@@ -245,12 +202,13 @@ class Model(nn.Module):
         super().__init__()
         given = config_dict
         self.config = given if isinstance(given, ModelConfig) else ModelConfig.from_dict(given)
-        self.inner = InnerModel(self.config)
+        gated = self.config.kind == "gated_mlp"
+        self.inner = GatedMLP(self.config) if gated else InnerModel(self.config)
 
     @property
     def puzzle_emb(self) -> PuzzleEmbedding:
         """The puzzle rows; AttributeError where the model has none (puzzle_emb_ndim = 0)."""
-        return self.inner.puzzle_emb
+        return self.inner.puzzle_emb  # type: ignore[return-value]
 
     @property
     def ops(self) -> Ops:

@@ -29,9 +29,10 @@ ARCHS = {
     "trm_hier6": "recursive_reasoning.trm_hier6@TinyRecursiveReasoningModel_ACTV1",
     "hrm": "recursive_reasoning.hrm@HierarchicalReasoningModel_ACTV1",
     "transformers_baseline": "recursive_reasoning.transformers_baseline@Model_ACTV2",
+    "gated_mlp": "gated_mlp@TinyRecursiveModel",  # of s4nj1th/tiny-recursive-model
 }
 QUANTIZED = ("none", "int8", "fp8")
-HIER6_LEVELS = 6
+HIER6_LEVELS, GATED_OUTPUT_BLOCKS = 6, 2
 # What the official classes fix, where a dictionary for one of them does not say otherwise: as many
 # prefix tokens as the puzzle rows fill, a second Q value to halt against, one pass of one network.
 _FIXED: dict[str, dict[str, Any]] = {
@@ -43,11 +44,23 @@ _FIXED: dict[str, dict[str, Any]] = {
         "L_cycles": 1,
         "L_layers": 1,
     },
+    "gated_mlp": {
+        "puzzle_emb_ndim": 0,
+        "puzzle_emb_len": 0,
+        "pos_encodings": "none",
+        "halt_max_steps": 1,
+        "halt_exploration_prob": 0.0,
+        "q_logits": 1,
+        "expansion": 4.0,
+        "num_heads": 8,
+        "forward_dtype": "float32",
+    },
 }
 # The sizes in the official architecture files, where they differ from those of arch=trm.
 _SIZES: dict[str, dict[str, Any]] = {
     "hrm": {"H_cycles": 2, "L_cycles": 2, "H_layers": 4, "L_layers": 4},
     "transformers_baseline": {"H_layers": 8, "num_heads": 12},
+    "gated_mlp": {"H_cycles": 6, "L_layers": 4, "loss_type": "softmax_cross_entropy"},
 }
 
 
@@ -99,6 +112,15 @@ class _Network:
         "halt logits read the first token or the mean", "first", choices=("first", "mean")
     )
     q_logits: int = option("halt logits: 2 (halt, continue) or 1 (halt)", 2, low=1, high=2)
+    semantics: str = option(
+        "gated_mlp: recursion and gates of that project's latest version, or of its first",
+        "head",
+        choices=("head", "v1"),
+    )
+    vector_gates: bool = option("gated_mlp: a gate for each feature instead of one for all", False)
+    cell_attention: bool = option(
+        "gated_mlp: a state for each cell, and attention among them, instead of one for all", False
+    )
     dropout: float = option("dropout inside the block", 0.0, low=0, high=1, open=")")
     backend: str = option(
         "implementation of the fused operations; what it lacks runs on the reference",
@@ -152,6 +174,18 @@ class _Network:
             )
         if arch == "transformers_baseline" and self.mlp_t:
             raise ConfigError(f"{arch} has no token MLP: {pre}mlp_t must be false")
+        if arch == "gated_mlp":
+            lacking: dict[str, Any] = {
+                "puzzle_emb_ndim": 0,
+                "puzzle_emb_len": 0,
+                "halt_max_steps": 1,
+            }
+            lacking |= {"mlp_t": False, "no_ACT_continue": True, "quantize": "none"}
+            for key, value in lacking.items():
+                if getattr(self, key) != value:
+                    raise ConfigError(
+                        f"{arch} needs {pre}{key}={str(value).lower()}, got {getattr(self, key)}"
+                    )
 
     @property
     def kind(self) -> str:
@@ -177,20 +211,34 @@ class _Network:
             return latent + self.H_cycles * self.H_layers, self.L_layers + self.H_layers, 2
         if self.kind == "transformers_baseline":
             return self.H_layers, self.H_layers, 1
+        if self.kind == "gated_mlp":
+            latent, answer = self.gated_passes
+            blocks = latent * self.L_layers + answer * GATED_OUTPUT_BLOCKS
+            return blocks, blocks, latent + answer
         tracked = self.L_cycles + 1
         return self.H_cycles * tracked * self.L_layers, tracked * self.L_layers, tracked
+
+    @property
+    def gated_passes(self) -> tuple[int, int]:
+        """Of gated_mlp: passes of the latent's blocks, and of the answer's."""
+        if self.semantics == "head":
+            return self.H_cycles + 1, self.H_cycles + 1
+        return self.H_cycles * self.L_cycles, self.H_cycles
 
     @property
     def blocks(self) -> int:
         """Blocks with weights of their own."""
         if self.kind == "transformers_baseline":
             return self.H_layers
+        if self.kind == "gated_mlp":
+            return self.L_layers + GATED_OUTPUT_BLOCKS
         return self.L_layers + (self.H_layers if self.kind == "hrm" else 0)
 
     @property
     def states(self) -> int:
         """Recurrent states [B, S, D] that an item carries along."""
         counts = {"trm_singlez": 1, "transformers_baseline": 1, "trm_hier6": 1 + HIER6_LEVELS}
+        counts["gated_mlp"] = 0
         return counts.get(self.kind, 2)
 
     @property

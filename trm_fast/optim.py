@@ -78,8 +78,8 @@ def build_optimizers(
 
     Args:
         model: a Model or the loss head around it, compiled or not.
-        config: reads optimizer, lr, muon_lr, weight_decay, beta1, beta2, freeze_weights,
-            puzzle_emb_lr, puzzle_emb_weight_decay.
+        config: reads optimizer, lr, muon_lr, weight_decay, weight_decay_on, beta1, beta2,
+            freeze_weights, puzzle_emb_lr, puzzle_emb_weight_decay.
         ops: the model's operations; None takes the model's own `ops`, else the reference.
 
     Raises:
@@ -119,7 +119,11 @@ def _weight_optimizers(
     else:
         assert config.optimizer == "adamw", config.optimizer
     if named:
-        others = [p for _, p in named]
+        others: Any = [p for _, p in named]
+        if config.weight_decay_on == "matrices":
+            groups = {decay: [p for p in others if p.ndim > 1]}
+            groups[0.0] = groups.get(0.0, []) + [p for p in others if p.ndim < 2]
+            others = [{"params": ps, "weight_decay": d} for d, ps in groups.items() if ps]
         settings: Any = {"betas": betas, "weight_decay": decay, "fused": True, "capturable": True}
         adamw = torch.optim.AdamW(others, 0.0, **settings)
         # Without this it warns of the plain steps before a capture.

@@ -199,12 +199,15 @@ def _bounded(config: ModelConfig, state: Mapping[str, Tensor]) -> None:
     """ConfigError where a configuration wants more memory than its weights fill, or endless work:
     a file from elsewhere may say anything."""
     largest = max((value.numel() for value in state.values()), default=0)
+    largest = max(4 * largest, 1 << 20)  # what is near is told better by the names and shapes
     token = config.total_len * config.token_width if config.mlp_t else 0
-    gated = round(config.expansion * config.hidden_size) if config.kind == "gated_mlp" else 0
+    gated, channel = 0, config.channel_width
+    if config.kind == "gated_mlp":
+        gated, channel = round(config.expansion * config.hidden_size), 0
     wanted = {
         "expansion": (gated * config.hidden_size, largest),
         "vocab_size": (config.vocab_size * config.hidden_size, largest),
-        "intermediate_size": (config.hidden_size * config.channel_width, largest),
+        "intermediate_size": (config.hidden_size * channel, largest),
         "token_intermediate_size": (token, largest),
         "puzzle_emb_ndim": (config.num_puzzle_identifiers * config.puzzle_emb_ndim, largest),
         "L_layers": (config.blocks, len(state)),

@@ -56,10 +56,15 @@ class LevelsState:
     z_L6: Tensor
 
 
-AnyState: TypeAlias = State | LatentState | AnswerState | LevelsState
+@dataclass
+class NoState:
+    """What gated_mlp carries along: nothing."""
+
+
+AnyState: TypeAlias = State | LatentState | AnswerState | LevelsState | NoState
 _STATES: dict[tuple[str, ...], type[AnyState]] = {
     tuple(field.name for field in fields(kind)): kind
-    for kind in (State, LatentState, AnswerState, LevelsState)
+    for kind in (State, LatentState, AnswerState, LevelsState, NoState)
 }
 
 

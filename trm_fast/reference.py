@@ -229,7 +229,7 @@ def tracked_network(
     """The network of the cycles with a gradient, whose backward keeps what the policy says."""
     network = partial(_cast_network, ops, blocks, rotary, r)
     if r.policy == "recompute":
-        return partial(_recomputed, network, draws=r.dropout > 0)
+        return partial(recomputed, network, draws=r.dropout > 0)
     return network
 
 
@@ -286,7 +286,7 @@ def _cast_network(
 
 
 def _block(ops: Ops, w: BlockWeights, rotary: Rotary | None, r: Recursion, h: Tensor) -> Tensor:
-    run = _recomputed if r.policy == "light" and torch.is_grad_enabled() else _direct
+    run = recomputed if r.policy == "light" and torch.is_grad_enabled() else direct
     if isinstance(w.mixer, TokenMixWeights):
         h = run(ops.token_mix, h, w.mixer.gate_up, w.mixer.down, r.eps)
     else:
@@ -299,7 +299,7 @@ def _block_with_dropout(
     ops: Ops, w: BlockWeights, rotary: Rotary | None, r: Recursion, h: Tensor
 ) -> Tensor:
     """The same with elements of each sublayer's output dropped before the residual."""
-    run = _recomputed if r.policy == "light" and torch.is_grad_enabled() else _direct
+    run = recomputed if r.policy == "light" and torch.is_grad_enabled() else direct
     if isinstance(w.mixer, TokenMixWeights):
         update, axis = run(_token_swiglu, h, w.mixer.gate_up, w.mixer.down), TOKENS
     else:
@@ -324,11 +324,11 @@ def _token_swiglu(h: Tensor, w_gate_up: Tensor, w_down: Tensor) -> Tensor:
     return (w_down @ _SwiGLU.apply(gate_up, 0)).view(by_token.shape).transpose(0, 1)
 
 
-def _direct(f: Callable[..., Tensor], *args: object) -> Tensor:
+def direct(f: Callable[..., Tensor], *args: object) -> Tensor:
     return f(*args)
 
 
-def _recomputed(f: Callable[..., Tensor], *args: object, draws: bool = False) -> Tensor:
+def recomputed(f: Callable[..., Tensor], *args: object, draws: bool = False) -> Tensor:
     """f(*args), whose inner tensors the backward computes again; `draws` if f draws numbers."""
     return checkpoint(f, *args, use_reentrant=False, preserve_rng_state=draws)
 
@@ -364,6 +364,11 @@ def adam_atan2_ema_(
     def put(t: Tensor, new: Tensor) -> None:
         torch.where(skipped != 0, t, new.to(t.dtype), out=t)
 
+    # Together with the coefficients, which are 0-d and wide, a 0-d tensor would be wide too.
+    params, grads, exp_avgs, exp_avg_sqs, emas, copies = (
+        [t.view(1) if t.dim() == 0 else t for t in given]
+        for given in (params, grads, exp_avgs, exp_avg_sqs, emas, copies)
+    )
     for i, (p, g, m, v) in enumerate(zip(params, grads, exp_avgs, exp_avg_sqs, strict=True)):
         g = g.to(m.dtype) * scale
         put(m, m.lerp(g, 1 - beta1))

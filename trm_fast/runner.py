@@ -18,6 +18,7 @@ from trm_fast import memory
 from trm_fast.checkpoint import CheckpointError
 from trm_fast.config import TrainConfig
 from trm_fast.console import program, say
+from trm_fast.data.sudoku import split_of_csv
 from trm_fast.data.sudoku_generator import default_job_data
 from trm_fast.evaluators import score_line
 from trm_fast.extension import library
@@ -184,13 +185,26 @@ def _build_first(config: TrainConfig) -> None:
 def _with_data(config: TrainConfig) -> TrainConfig:
     """The settings with `generate` replaced by the folder of the generated data."""
     if not config.generate:
-        return config
+        return _with_csv(config)
     root = Path("data", f"sudoku-mini-{config.generate}")
     began = time.monotonic()
     default_job_data(root, seed=0, train_boards=config.generate)
     say(f"data        {root}, {config.generate} training boards, {time.monotonic() - began:.1f} s")
     project = config.project_name or "Sudoku-mini"
     return config.replace({"data_paths": [str(root)], "project_name": project})
+
+
+def _with_csv(config: TrainConfig) -> TrainConfig:
+    """The settings with each puzzle file among the data replaced by the folder made of it."""
+    paths = []
+    for path in config.data_paths:
+        if path.lower().endswith((".csv", ".txt")) and Path(path).is_file():
+            began = time.monotonic()
+            folder = split_of_csv(path, "data")
+            say(f"data        {folder} of {path}, {time.monotonic() - began:.1f} s")
+            path = str(folder)
+        paths.append(path)
+    return config if paths == list(config.data_paths) else config.replace({"data_paths": paths})
 
 
 def _run_seeds(config: TrainConfig) -> int:
@@ -257,7 +271,10 @@ def _run_locked(spot: Place, splits: Splits, total: int, signals: Signals) -> tu
 def _engine(trainer: Trainer) -> str:
     """Whose recursion runs, and why not a faster one where that is plain PyTorch."""
     # Networks other than trm are composed; this is the operation that takes most of their time.
-    op = "deep_recursion" if trainer.model_config.kind == "trm" else "swiglu_rmsnorm"
+    kind = trainer.model_config.kind
+    if kind == "gated_mlp":
+        return "plain PyTorch"
+    op = "deep_recursion" if kind == "trm" else "swiglu_rmsnorm"
     (row,) = (r for r in trainer.model.backend_report() if r.op == op)
     if row.implementation != "reference" or trainer.config.arch.backend == "reference":
         return row.implementation

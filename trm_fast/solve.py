@@ -130,6 +130,9 @@ def _parser() -> Parser:
         help=f"a run folder, RUN/last, RUN/best or RUN/step_N (default: newest in ./{RUNS})",
     )
     parser.add_argument(
+        "--unsafe-load", action="store_true", help="no effect: nothing in a file is ever run"
+    )
+    parser.add_argument(
         "--select",
         choices=tuple(SELECT),
         default="best-q",

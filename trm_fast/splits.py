@@ -38,7 +38,7 @@ def open_splits(config: TrainConfig) -> Splits:
     """
     paths, paths_test = config.data_paths, config.data_paths_test or config.data_paths
     train = PuzzleDataset(dataset_config(config, paths, 1, test=False)).metadata
-    _check_augmentation(config, train, paths[0])
+    _check_kind(config, train, paths[0])
     test = None
     if config.data_paths_test or all(Path(path, "test").is_dir() for path in paths_test):
         test = PuzzleDataset(dataset_config(config, paths_test, 1, test=True), "test").metadata
@@ -53,7 +53,7 @@ def puzzles_of(paths: Sequence[str]) -> str | None:
     return sha256(file) if len(paths) == 1 and file.is_file() else None
 
 
-def _check_augmentation(config: TrainConfig, train: Metadata, path: str) -> None:
+def _check_kind(config: TrainConfig, train: Metadata, path: str) -> None:
     """Raise unless the puzzles are of a kind that the settings can change on the fly."""
     has = f"{path} has {train.seq_len} tokens of {train.vocab_size} values"
     if config.augment == "sudoku" and sudoku_side(train) is None:
@@ -64,6 +64,13 @@ def _check_augmentation(config: TrainConfig, train: Metadata, path: str) -> None
         raise ValueError(f"augment=dihedral would turn the oblong boxes of 6x6 Sudoku: {path}")
     if config.curriculum > 0 and rules_of(train) is None:
         raise ValueError(f"curriculum is for Sudoku and mazes: {has}")
+    others = {
+        "constraint_weight": config.constraint_weight > 0,
+        "arch=gated_mlp": config.arch.kind == "gated_mlp",
+    }
+    for key, used in others.items():
+        if used and sudoku_side(train) is None:
+            raise ValueError(f"{key} is for Sudoku: {has}")
 
 
 def _check_alike(config: TrainConfig, train: Metadata, test: Metadata, path: str) -> None:

@@ -141,7 +141,12 @@ class Trainer:
         self.dataset = self._train_dataset()
         self.train_step = TrainStep(
             config,
-            ACTLossHead(self.model, config.arch.loss_type),
+            ACTLossHead(
+                self.model,
+                config.arch.loss_type,
+                config.constraint_weight,
+                config.constraint_boxes,
+            ),
             Feed(self.dataset, self.device, self._resident()),
             self.total_steps,
         )

@@ -1,29 +1,38 @@
 """Builds a Sudoku data set: `python -m trm_fast.data.sudoku --output-dir DIR ...`.
 
-Owns the builder and its command line; imported by trm_fast.__main__ only. Writes the official
-layout (data.format) with the official arrays: for the same choices and the same seed the files
-hold the same numbers in the same dtypes as those of the official builder under
+Owns the builder and its command line; imported by trm_fast.__main__ and the runner. Writes the
+official layout (data.format) with the official arrays: for the same choices and the same seed the
+files hold the same numbers in the same dtypes as those of the official builder under
 `numpy.random.seed(seed)`.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from trm_fast.data import building
 from trm_fast.data.building import Puzzles
-from trm_fast.data.format import DatasetWriter, open_writer
+from trm_fast.data.format import (
+    DataError,
+    DatasetWriter,
+    open_writer,
+    read_manifest,
+    sha256,
+    verify_manifest,
+)
 from trm_fast.data.sudoku_generator import generate, generate_apart, sudoku_metadata
 from trm_fast.data.sudoku_source import read_puzzles
 from trm_fast.symmetry import BoxShape, SudokuSymmetry, box_shape, grid_invariant
 
-__all__ = ["BuildOptions", "build", "main"]
+__all__ = ["BuildOptions", "build", "main", "split_of_csv"]
 
 DEFAULT_REPO = "sapientinc/sudoku-extreme"
 _ROWS = 1 << 13
@@ -77,6 +86,30 @@ def build(options: BuildOptions) -> dict[str, Any]:
             _write_split(writer, name, puzzles, num_aug, random, options.compact)
         writer.json("identifiers.json", ["<blank>"])
     return manifest
+
+
+def split_of_csv(path: str | os.PathLike[str], parent: str | os.PathLike[str]) -> Path:
+    """A puzzle file as a data set of its own under `parent`, one puzzle in twenty held out.
+
+    Built once: as long as the file stays as it is, the folder is used again. Raises as `build`.
+    """
+    source = Path(path)
+    try:
+        digest = sha256(source)
+        with source.open("rb") as file:
+            lines = sum(block.count(b"\n") for block in iter(lambda: file.read(1 << 20), b""))
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror or error}") from None
+    root = Path(parent, f"{source.stem}-{digest[:8]}")
+    options = BuildOptions(str(root), source=str(source), test_size=max(1, lines // 20), seed=42)
+    manifest = read_manifest(root) if root.is_dir() else None
+    if manifest is None or manifest.get("source", {}).get("sha256") != digest:
+        build(options)
+    elif (damaged := verify_manifest(root, manifest)) is not None:
+        raise DataError(
+            f"{root / damaged}: missing or damaged; remove {root} to have it made again"
+        )
+    return root
 
 
 def _generated(options: BuildOptions, count: int) -> tuple[dict[str, Puzzles], dict[str, Any]]:

@@ -108,6 +108,7 @@ def test_train_config_defaults_are_cfg_pretrain_and_ours_change_nothing():
     assert ours == {
         "preset": None,
         "generate": 0,
+        "generate_puzzle": "sudoku",
         "augment": "none",
         "curriculum": 0.0,
         "grad_accum": 1,
@@ -161,6 +162,7 @@ CASES = {
         [(["preds", "labels"], ("preds", "labels")), ([], ())],
         [(["pred"], "a list of inputs, labels"), (3, "a list of inputs, labels")],
     ),
+    "generate_puzzle": ([("maze", "maze")], [("arc", "one of sudoku, maze")]),
     "generate": ([(0, 0)], [(-1, "an integer >= 0"), (True, "an integer >= 0")]),
     "augment": (
         [("sudoku", "sudoku"), ("dihedral", "dihedral"), ("none", "none")],

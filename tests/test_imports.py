@@ -62,7 +62,7 @@ ORDER = [
     ["foreign", "foreign_write"],
     ["pretrained"],
     ["loading", "puzzles", "runs"],
-    ["splits", "profiling"],
+    ["mazes", "splits", "profiling"],
     ["train_step"],
     ["trainer"],
     ["summary"],

@@ -52,8 +52,8 @@ DEFAULT_PRESET = "sudoku-mini"
 LOSS_HEAD = "losses@ACTLossHead"
 # Keys that the official code does not have.
 BEYOND_OFFICIAL = """
-    preset generate augment curriculum grad_accum steps seeds max_skipped optimizer muon_lr
-    weight_decay_on grad_clip constraint_weight constraint_boxes ema_warmup eval_steps
+    preset generate generate_puzzle augment curriculum grad_accum steps seeds max_skipped optimizer
+    muon_lr weight_decay_on grad_clip constraint_weight constraint_boxes ema_warmup eval_steps
     eval_max_puzzles eval_batch_size eval_steps_max resume load_identifiers save_interval keep
     official log_interval logger device threads compile profile cuda_graph
     arch.loss_type arch.intermediate_size arch.token_intermediate_size arch.intermediate_multiple
@@ -111,8 +111,9 @@ class TrainConfig:
     data_paths_test: tuple[str, ...] = option(
         "data directories to evaluate on; none: data_paths", ()
     )
-    generate: int = option(
-        "train on this many generated Sudoku boards, not on data_paths", 0, low=0
+    generate: int = option("train on this many generated boards, not on data_paths", 0, low=0)
+    generate_puzzle: str = option(
+        "what generate makes: 9x9 Sudoku, or 10x10 mazes", "sudoku", choices=("sudoku", "maze")
     )
     augment: str = option(
         "symmetries drawn anew for every board", "none", choices=("none", "sudoku", "dihedral")
@@ -321,7 +322,7 @@ class TrainConfig:
         project = self.project_name or (
             f"{os.path.basename(os.path.normpath(self.data_paths[0])).capitalize()}-ACT-torch"
             if self.data_paths
-            else "Sudoku-mini"
+            else f"{self.generate_puzzle.capitalize()}-mini"
         )
         start = self.preset or self.arch.kind
         for _ in range(100):

@@ -18,6 +18,7 @@ from trm_fast import memory
 from trm_fast.checkpoint import CheckpointError
 from trm_fast.config import TrainConfig
 from trm_fast.console import program, say
+from trm_fast.data.maze_generator import maze_job_data
 from trm_fast.data.sudoku import split_of_csv
 from trm_fast.data.sudoku_generator import default_job_data
 from trm_fast.evaluators import score_line
@@ -133,9 +134,10 @@ def _is_evaluation(row: dict[str, Any]) -> bool:
 
 
 def _sentence(name: str, report: SetReport) -> str:
+    valid = f", valid {report.valid[-1]:.1%}" if report.valid else ""
     return (
         f"{name}: exact {report.exact_accuracy[-1]:.1%} (best-q {report.best_q_exact_accuracy:.1%})"
-        f", cells {report.accuracy[-1]:.1%}, {report.puzzles} boards"
+        f"{valid}, cells {report.accuracy[-1]:.1%}, {report.puzzles} boards"
     )
 
 
@@ -186,11 +188,13 @@ def _with_data(config: TrainConfig) -> TrainConfig:
     """The settings with `generate` replaced by the folder of the generated data."""
     if not config.generate:
         return _with_csv(config)
-    root = Path("data", f"sudoku-mini-{config.generate}")
+    puzzle = config.generate_puzzle
+    root = Path("data", f"{puzzle}-mini-{config.generate}")
     began = time.monotonic()
-    default_job_data(root, seed=0, train_boards=config.generate)
+    make = {"sudoku": default_job_data, "maze": maze_job_data}[puzzle]
+    make(root, seed=0, train_boards=config.generate)
     say(f"data        {root}, {config.generate} training boards, {time.monotonic() - began:.1f} s")
-    project = config.project_name or "Sudoku-mini"
+    project = config.project_name or f"{puzzle.capitalize()}-mini"
     return config.replace({"data_paths": [str(root)], "project_name": project})
 
 

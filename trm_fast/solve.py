@@ -1,8 +1,8 @@
-"""`trm-fast solve PUZZLE ...`: answers of a trained model to Sudoku puzzles.
+"""`trm-fast solve PUZZLE ...`: answers of a trained model to Sudoku puzzles and mazes.
 
 Owns where puzzles come from, where answers go, and how they are shown; answering is
-`inference.predict`. Imported by `__main__.py` only. An answer has the clues written over it, and
-is checked against the rules, so that a wrong one is never passed off as right.
+`inference.predict`. Imported by `__main__.py` only. An answer has the clues, or the walls, written
+over it, and is checked against the rules, so that a wrong one is never passed off as right.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from trm_fast.loading import (
     load_or_stop,
     supervision_depth,
 )
+from trm_fast.mazes import Maze, looks_like_mazes, maze_rows, parse_mazes, verdict, with_walls
 from trm_fast.puzzles import (
     Breach,
     Puzzle,
@@ -44,7 +45,7 @@ from trm_fast.puzzles import (
     parse_text,
     with_clues,
 )
-from trm_fast.rules import sudoku_side
+from trm_fast.rules import maze_side, sudoku_side
 
 __all__ = ["main", "newest_run"]
 
@@ -88,6 +89,35 @@ class Solved:
         }
 
 
+@dataclass(frozen=True)
+class SolvedMaze:
+    """One answer: tokens [L] with the maze kept, what is wrong or "", sigmoid(q), 1-based step."""
+
+    puzzle: Maze
+    cells: np.ndarray
+    breach: str
+    confidence: float
+    step: int
+
+    def text(self) -> str:
+        """The rows, and what to think of it."""
+        said = self.breach or verdict(self.puzzle.cells, self.cells)[1]
+        judged = f"{said}; halting confidence {self.confidence:.3f} at step {self.step}"
+        return f"{maze_rows(self.cells)}\n\n{judged}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Ready for JSON."""
+        return {
+            "place": self.puzzle.place,
+            "puzzle": maze_rows(self.puzzle.cells).split("\n"),
+            "answer": maze_rows(self.cells).split("\n"),
+            "valid": not self.breach,
+            "broken": self.breach or None,
+            "confidence": self.confidence,
+            "step": self.step,
+        }
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Answer and print. Returns 0 if every answer keeps the rules, 1 if not, else as `Parser`."""
     show_builds()
@@ -110,7 +140,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> Parser:
     parser = Parser(
         "trm-fast solve",
-        "Answer Sudoku puzzles of 16, 36 or 81 characters, row by row; 0 . _ or * is a blank.\n"
+        "Answer Sudoku puzzles of 16, 36 or 81 characters, row by row; 0 . _ or * is a blank. Or\n"
+        "mazes, n lines of n characters: # wall, space or . open, S start, G goal.\n"
         "Shown are the answer with the clues kept, whether it keeps the rules, and how sure the\n"
         "model is.",
     )
@@ -164,14 +195,26 @@ def newest_run(root: str | os.PathLike[str] = RUNS) -> Path:
     return max(found)[1]
 
 
-def _puzzles(options: argparse.Namespace) -> list[Puzzle]:
-    """The puzzles of the arguments, then those of the file or stdin."""
+def _puzzles(options: argparse.Namespace) -> list[Puzzle] | list[Maze]:
+    """The puzzles of the arguments, then those of the file or stdin: Sudoku, or mazes."""
     status = USAGE
     try:
+        if any(looks_like_mazes(text) for text in options.puzzles):
+            mazes = [
+                maze
+                for number, text in enumerate(options.puzzles, 1)
+                for maze in parse_mazes(text, f"argument {number}", numbered=False)
+            ]
+            if options.input is not None:
+                mazes += parse_mazes(*_read(options.input))
+            return mazes
         puzzles = parse_arguments(options.puzzles)
         status = UNREADABLE
         if options.input is not None or not options.puzzles:
-            puzzles += parse_text(*_read(options.input))
+            text, name = _read(options.input)
+            if not puzzles and looks_like_mazes(text) and "," not in text:
+                return parse_mazes(text, name)
+            puzzles += parse_text(text, name)
     except SizeError as error:
         raise CommandError(MISMATCH, error) from None
     except PuzzleError as error:
@@ -197,12 +240,14 @@ def _read(path: str | None) -> tuple[str, str]:
         raise CommandError(UNREADABLE, f"{path or 'stdin'}: not UTF-8 text") from None
 
 
-def _check_sizes(puzzles: Sequence[Puzzle], loaded: Loaded) -> None:
+def _check_sizes(puzzles: Sequence[Puzzle] | Sequence[Maze], loaded: Loaded) -> None:
     config = loaded.model.config
-    if sudoku_side(config) is None:
+    mazes = isinstance(puzzles[0], Maze)
+    what, side = ("maze", maze_side(config)) if mazes else ("Sudoku", sudoku_side(config))
+    if side is None:
         raise CommandError(
             MISMATCH,
-            f"{loaded.folder}: not a Sudoku model ({config.seq_len} tokens of "
+            f"{loaded.folder}: not a {what} model ({config.seq_len} tokens of "
             f"{config.vocab_size} values)",
         )
     for puzzle in puzzles:
@@ -214,25 +259,37 @@ def _check_sizes(puzzles: Sequence[Puzzle], loaded: Loaded) -> None:
             )
 
 
-def _answer(puzzles: Sequence[Puzzle], loaded: Loaded, options: argparse.Namespace) -> list[Solved]:
-    tokens = torch.from_numpy(np.stack([puzzle.cells for puzzle in puzzles]).astype(np.int32) + 1)
+def _answer(
+    puzzles: Sequence[Puzzle] | Sequence[Maze], loaded: Loaded, options: argparse.Namespace
+) -> list[Solved] | list[SolvedMaze]:
+    cells = np.stack([puzzle.cells for puzzle in puzzles]).astype(np.int32)
+    mazes = isinstance(puzzles[0], Maze)
     answers = predict(
         loaded.model,
-        tokens,
+        torch.from_numpy(cells if mazes else cells + 1),
         steps=supervision_depth(loaded, options.steps),
         select=SELECT[options.select],
         batch_size=options.batch_size,
     )
-    digits = answers.tokens.numpy() - 1
+    tokens = answers.tokens.numpy()
     confidence, steps = torch.sigmoid(answers.q.double()).tolist(), answers.step.tolist()
-    solved = []
-    for index, puzzle in enumerate(puzzles):
-        cells = with_clues(digits[index], puzzle.cells)
-        solved.append(Solved(puzzle, cells, breaches(cells), confidence[index], steps[index]))
+    solved: list[Any] = []
+    asked: list[Any] = list(puzzles)
+    for index, puzzle in enumerate(asked):
+        judged = confidence[index], steps[index]
+        if isinstance(puzzle, Maze):
+            path = with_walls(tokens[index], puzzle.cells)
+            right, words = verdict(puzzle.cells, path)
+            solved.append(SolvedMaze(puzzle, path, "" if right else words, *judged))
+        else:
+            digits = with_clues(tokens[index] - 1, puzzle.cells)
+            solved.append(Solved(puzzle, digits, breaches(digits), *judged))
     return solved
 
 
-def _shown(answers: Sequence[Solved], loaded: Loaded, options: argparse.Namespace) -> str:
+def _shown(
+    answers: Sequence[Solved | SolvedMaze], loaded: Loaded, options: argparse.Namespace
+) -> str:
     if not options.json:
         return "\n\n".join(answer.text() for answer in answers)
     document = {

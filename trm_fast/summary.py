@@ -5,6 +5,9 @@ Owns that text. Imported by `runner.py`.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+
 import numpy as np
 import torch
 
@@ -12,8 +15,9 @@ from trm_fast.console import program, say
 from trm_fast.data.dataset import PuzzleDataset, PuzzleDatasetConfig
 from trm_fast.data.format import DataError, read_manifest
 from trm_fast.inference import SetReport, predict
+from trm_fast.mazes import maze_rows
 from trm_fast.model import Model
-from trm_fast.rules import sudoku_side
+from trm_fast.rules import maze_side, sudoku_side
 from trm_fast.trainer import Trainer
 from trm_fast.viz import format_board, side_by_side
 
@@ -36,14 +40,17 @@ def summarize(trainer: Trainer, seconds: float) -> None:
         say("            36-50 clues is easy Sudoku, 28-32 is what newspapers call medium.")
     test = trainer.splits.test
     board = test is not None and sudoku_side(test) is not None
-    if board:
-        _show_board(trainer)
+    maze = test is not None and maze_side(test) is not None
+    if board or maze:
+        _show_board(trainer, _shown_maze if maze else _shown_sudoku)
     say(f"run folder  {trainer.run_dir}")
     say("next")
     say(f"  {program()} -m trm_fast.evaluate {trainer.run_dir}{'' if test else ' --data DIR'}")
     if board:
         puzzle = _as_line(_first_test_board(trainer)[0])
         say(f'  {program()} -m trm_fast.solve -m {trainer.run_dir} "{puzzle}"')
+    elif maze:
+        say(f"  {program()} -m trm_fast.solve -m {trainer.run_dir} -i FILE")
     else:
         say(f"  {program()} -m trm_fast.train --help")
 
@@ -51,10 +58,11 @@ def summarize(trainer: Trainer, seconds: float) -> None:
 def _result(name: str, report: SetReport, clues: tuple[int, int] | None) -> str:
     boards = f"{report.puzzles} held-out boards"
     boards += f" of {clues[0]}-{clues[1]} clues" if clues else ""
+    valid = f"; {report.valid[-1]:.1%} keep the rules" if report.valid else ""
     return (
         f"{name:<12}{boards}: {report.exact_accuracy[-1]:.1%} solved "
         f"(answer of step {len(report.exact_accuracy)}), "
-        f"{report.best_q_exact_accuracy:.1%} by the answer of the highest halting score"
+        f"{report.best_q_exact_accuracy:.1%} by the answer of the highest halting score{valid}"
     )
 
 
@@ -77,7 +85,7 @@ def _first_test_board(trainer: Trainer) -> tuple[np.ndarray, np.ndarray]:
     return batch["inputs"][0].numpy(), batch["labels"][0].numpy()
 
 
-def _show_board(trainer: Trainer) -> None:
+def _show_board(trainer: Trainer, show: Callable[[np.ndarray, np.ndarray], str]) -> None:
     """One test board, its answer by the untrained model and by the trained one."""
     inputs, labels = _first_test_board(trainer)
     with torch.random.fork_rng(devices=[]):
@@ -87,18 +95,27 @@ def _show_board(trainer: Trainer) -> None:
     answers = [predict(untrained, tokens).tokens]
     with trainer.evaluation_weights():
         answers.append(predict(trainer.model, tokens).tokens)
-    clues = inputs.astype(np.int64) - 1
-    boards, titles = [format_board(clues.tolist(), clues.tolist())], ["a test board"]
+    boards, titles = [show(inputs, inputs)], ["a test board"]
     for title, answer in zip(("before training", "after training"), answers, strict=True):
         cells = answer[0].numpy()
         wrong = int((cells != labels).sum())
-        shown = np.clip(cells - 1, 0, sudoku_side(trainer.splits.train))
-        boards.append(format_board(shown.tolist(), clues.tolist()))
+        boards.append(show(cells, inputs))
         titles.append(f"{title}: {wrong} cells wrong")
     say()
     say(side_by_side(boards, titles))
-    say("brackets mark the places of the clues; a dot is an answer that is no digit")
+    if show is _shown_sudoku:
+        say("brackets mark the places of the clues; a dot is an answer that is no digit")
     say()
+
+
+def _shown_sudoku(tokens: np.ndarray, inputs: np.ndarray) -> str:
+    clues = inputs.astype(np.int64) - 1
+    digits = np.clip(tokens.astype(np.int64) - 1, 0, math.isqrt(len(tokens)))
+    return format_board(digits.tolist(), clues.tolist())
+
+
+def _shown_maze(tokens: np.ndarray, inputs: np.ndarray) -> str:
+    return maze_rows(tokens)
 
 
 def _as_line(inputs: np.ndarray) -> str:

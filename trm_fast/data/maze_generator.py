@@ -13,11 +13,14 @@ Dims: N mazes, L cells, tokens as in data.maze_solver.
 
 from __future__ import annotations
 
+import os
 from math import isqrt
+from typing import Any
 
 import numpy as np
 
-from trm_fast.data.format import Metadata
+from trm_fast.data.building import reusable
+from trm_fast.data.format import Metadata, one_puzzle_per_group, read_manifest, write_dataset
 from trm_fast.data.maze_solver import (
     FAR,
     GOAL,
@@ -38,6 +41,7 @@ __all__ = [
     "generate_apart",
     "generate_splits",
     "longest_path",
+    "maze_job_data",
     "maze_metadata",
     "wall_invariant",
 ]
@@ -298,7 +302,7 @@ def generate_splits(
     return splits
 
 
-def maze_metadata(side: int, groups: int) -> Metadata:
+def maze_metadata(side: int, groups: int, sets: tuple[str, ...] = ("all",)) -> Metadata:
     """Metadata of `groups` maze groups, the fields as the official builder writes them."""
     return Metadata(
         pad_id=0,
@@ -310,5 +314,48 @@ def maze_metadata(side: int, groups: int) -> Metadata:
         total_groups=groups,
         mean_puzzle_examples=1.0,
         total_puzzles=groups,
-        sets=("all",),
+        sets=sets,
     )
+
+
+def maze_job_data(
+    root: str | os.PathLike[str], *, seed: int, train_boards: int = 20000, test_boards: int = 500
+) -> dict[str, Any]:
+    """The data of the preset maze-mini, written to `root` unless it is there already.
+
+    10x10 mazes with a path of 10 steps or more. train: without loops, set "all"; test: sets
+    "perfect", without loops, and "loops", with 3 to 6, test_boards each; none has the walls of a
+    training maze, turned or mirrored. Returns the manifest. A folder whose manifest has the same
+    request and whose files are intact is reused. Raises DataError if `root` holds something else.
+    """
+    test_loops = {"perfect": (0, 0), "loops": (3, 6)}
+    request = {
+        "source": "generated",
+        "job": "maze-mini",
+        "generator_version": GENERATOR_VERSION,
+        "seed": seed,
+        "train": {"all": {"boards": train_boards, "loops": [0, 0]}},
+        "test": {
+            name: {"boards": test_boards, "loops": list(loops)}
+            for name, loops in test_loops.items()
+        },
+    }
+    manifest = reusable(root, request)
+    if manifest is not None:
+        return manifest
+    boards, answers = generate(train_boards, loops=(0, 0), seed=seed)
+    taken = wall_invariant(boards)
+    train = {"all": one_puzzle_per_group(boards, answers)}
+    test = {}
+    for k, (name, loops) in enumerate(test_loops.items(), 1):
+        boards, answers = generate_apart(test_boards, taken, loops=loops, seed=seed + k * 1_000_003)
+        taken = np.concatenate([taken, wall_invariant(boards)])
+        test[name] = one_puzzle_per_group(boards, answers)
+    splits = {
+        "train": (maze_metadata(10, train_boards), train),
+        "test": (maze_metadata(10, len(test) * test_boards, tuple(test)), test),
+    }
+    write_dataset(root, splits, manifest={"request": request})
+    manifest = read_manifest(root)
+    assert manifest is not None
+    return manifest

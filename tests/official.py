@@ -38,6 +38,8 @@ OFFICIAL_FILES = (
     "models/recursive_reasoning/transformers_baseline.py",
     "pretrain.py",
 )
+# The networks that have a file in models/recursive_reasoning/.
+NETWORKS = tuple(k for k, path in ARCHS.items() if path.startswith("recursive_reasoning."))
 _TOP_NAMES = ("models", "utils", "dataset", "evaluators", "puzzle_dataset", "pretrain")
 _LOADED: dict[Path, dict[str, types.ModuleType]] = {}
 

@@ -113,7 +113,7 @@ def test_larger_model(official: Official, name: str) -> None:
 def test_state_dicts_load_in_each_other(official: Official, name: str) -> None:
     config = INITIAL[name]
     torch.manual_seed(0)
-    theirs = official.Model(config)
+    theirs = official.model(config)
     state = digest(torch.get_rng_state())
     torch.manual_seed(0)
     ours = Model(config)

@@ -29,11 +29,9 @@ from golden.cases import (
     states,
     step_seed,
 )
-from official import Official
+from official import NETWORKS, Official
 from parity import relative_l2
 from torch import nn
-
-from trm_fast.config import ARCHS
 
 # Rows that the recorder wants clear of a decision: |q| and the lead of the best logit.
 MARGIN = {"float32": 2e-3, "float64": 2e-3, "bfloat16": 3e-2, "float16": 1e-2}
@@ -86,7 +84,7 @@ def _rms_norm64(hidden_states: torch.Tensor, variance_epsilon: float) -> torch.T
 def in_float64(official: Official) -> Iterator[None]:
     """Official models built and run inside compute in float64 (q logits still leave as fp32)."""
     with contextlib.ExitStack() as patches:
-        for kind in ARCHS:
+        for kind in NETWORKS:
             network = official.network(kind)
             patches.enter_context(mock.patch.object(network, "rms_norm", _rms_norm64))
             patches.enter_context(mock.patch.object(network, "RotaryEmbedding", _Tables64))

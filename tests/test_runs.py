@@ -10,7 +10,8 @@ import torch
 
 from trm_fast.checkpoint import save_checkpoint
 from trm_fast.config import TrainConfig, from_preset
-from trm_fast.runs import RunLock, latest, place
+from trm_fast.overrides import option_rows
+from trm_fast.runs import FREE, RunLock, latest, place
 
 ROOT = Path(__file__).resolve().parent.parent
 TOTAL = 100
@@ -69,6 +70,11 @@ def test_settings_that_change_nothing_learned_may_change():
     spot = place(job(run_name="r", eval_steps=7, log_interval=1, threads=1), TOTAL)
     assert spot.resume_from is not None
     assert spot.config.eval_steps == 7
+
+
+def test_the_machine_is_not_what_is_learned():
+    machine = {key for section, key, _, _ in option_rows() if section == "Machine"}
+    assert {"device", "cuda_graph", "profile"} <= machine <= FREE
 
 
 def test_an_unnamed_job_goes_on_with_its_unfinished_run():

@@ -293,6 +293,18 @@ def best_damaged(tmp_path):
     return run / "best", f"{run / 'step_5' / 'config.json'}: damaged"
 
 
+def test_an_older_checkpoint_is_not_taken_without_a_word(ask, tmp_path):
+    run = save_run(tmp_path / "run", steps=(5, 7))
+    weights = run / "step_7" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    for which in (run, run / "last"):
+        status, out, err = ask(CLUES, model=which)
+        assert status in (0, 1) and out
+        assert err.startswith(f"note: {weights}: damaged (") and err.endswith("; taking step_5\n")
+        assert err.count("\n") == 1
+    assert ask(CLUES, model=run / "step_5")[2] == ""
+
+
 def no_average(tmp_path):
     run = save_run(tmp_path / "run", ema=False)
     return run, f"{run / 'step_7'}: the run kept no moving average; take weights raw"

@@ -1,6 +1,7 @@
 """The train command: exit statuses, files, signals, kill -9 and going on, several seeds."""
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -8,17 +9,22 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from trm_fast import checkpoint, train
+from trm_fast.config import TrainConfig
 from trm_fast.data import sudoku_generator
 from trm_fast.data.format import one_puzzle_per_group, write_dataset
 from trm_fast.data.sudoku_generator import generate, sudoku_metadata
 from trm_fast.extension import library
 from trm_fast.extension.build import BuildError
-from trm_fast.progress import read_metrics
+from trm_fast.optim import GuardState
+from trm_fast.progress import StatusLine, read_metrics
+from trm_fast.runner import Console, Signals
+from trm_fast.runs import Place
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = [
@@ -67,6 +73,39 @@ def test_a_run_from_start_to_end(here, capfd):
         assert words in said
 
 
+def test_lines_count_the_steps_since_the_line_before(here, capfd, monkeypatch):
+    """Also after a resume, and at an end that is no multiple of log_interval."""
+    told = []
+    monkeypatch.setattr(StatusLine, "update", lambda self, *values: told.append(values))
+    assert run("+run_name=r", "log_interval=5") == 0
+    assert [(values[0], values[3]) for values in told] == [(5, 40), (10, 40), (12, 16)]
+    folder = run_folder(here)
+    (folder / "step_12" / "model.safetensors").write_bytes(b"damaged")
+    told.clear()
+    capfd.readouterr()
+    assert run("+run_name=r", "log_interval=5") == 0
+    assert [(values[0], values[3]) for values in told] == [(10, 32), (12, 16)]
+    said = capfd.readouterr().out
+    assert "damaged (7 bytes, not " in said and "; taking step_6\n" in said
+    assert "finished    12 steps, 6 of them now, " in said
+
+
+def test_the_last_line_of_a_run_by_epochs(here):
+    by_epochs = ["steps=null", "epochs=4", "eval_steps=null", "eval_interval=2"]
+    assert run("+run_name=r", *by_epochs, "log_interval=100") == 0
+    rows = read_metrics(run_folder(here))
+    assert ["train/lm_loss" in row for row in rows] == [False, True, False]
+    assert rows[1]["step"] == rows[2]["step"] == 20
+
+
+@pytest.mark.parametrize(("stopped_at", "where"), [(0, "by step 10"), (2, "step 2")])
+def test_a_step_left_out_is_not_said_to_be_another(here, capfd, stopped_at, where):
+    config = TrainConfig(data_paths=("boards",), checkpoint_path=str(here / "r"))
+    console = Console(Place(config, here / "r", None), 20, Signals())
+    console.on_skip(SimpleNamespace(step=10), GuardState(1, 1, stopped_at, 0.5, math.nan))
+    assert capfd.readouterr().out.startswith(f"{where}  the norm of a gradient was nan")
+
+
 def test_a_finished_named_run_is_shown_again(here, capfd):
     assert run("+run_name=r") == 0
     rows = read_metrics(run_folder(here))
@@ -106,7 +145,7 @@ def test_a_seed_of_several_is_continued_as_a_run_of_its_own(here):
 def test_a_signal_during_the_last_evaluation_ends_the_job(here, monkeypatch):
     """The first seed's run is complete; the second does not begin."""
 
-    def signalled(trainer, seconds):
+    def signalled(trainer, seconds, before):
         os.kill(os.getpid(), signal.SIGTERM)
 
     monkeypatch.setattr("trm_fast.runner.summarize", signalled)
@@ -189,8 +228,33 @@ def test_the_default_job_makes_its_data(here, capfd, monkeypatch):
     (here / "data").mkdir()
     assert train.main(["generate=30", *TINY]) == 0
     assert made == [("data/sudoku-mini-30", 0, 30)]
+    assert capfd.readouterr().out.startswith("data        generating 30 boards\n")
     assert run_folder(here).parent.name == "Sudoku-mini"
     assert callable(sudoku_generator.default_job_data)
+
+
+def test_an_interrupt_while_data_is_made(here, capfd, monkeypatch):
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("trm_fast.runner.default_job_data", interrupted)
+    assert train.main(["generate=30", *TINY]) == 130
+    assert capfd.readouterr().err == "interrupted; nothing was trained\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["device=cuda:99"], "device 'cuda:99' is not there"),
+        (["device=cpu", "arch.backend=triton"], "'triton' cannot serve residual_rmsnorm on cpu"),
+    ],
+    ids=["device", "backend"],
+)
+def test_what_the_machine_cannot_do_is_said_before_data_is_made(here, capfd, words, message):
+    assert train.main(["generate=30", *words]) == 2
+    said = capfd.readouterr()
+    assert message in said.err and said.err.count("\n") == 1 and said.out == ""
+    assert [path.name for path in here.iterdir()] == ["boards"]
 
 
 def start(here, *words):
@@ -247,7 +311,7 @@ def test_kill_9_loses_at_most_the_steps_since_the_last_checkpoint(here):
     assert run("+run_name=killed", *LONG) == 0
     assert_equal(final_state(folder.parent / "straight"), final_state(folder))
     steps = [row["step"] for row in read_metrics(folder) if "train/lr" in row]
-    assert steps == list(range(3, 400, 3))
+    assert steps == [*range(3, 400, 3), 400]
 
 
 @pytest.mark.parametrize(

@@ -175,6 +175,13 @@ def select(
     return Ops(**loaded)
 
 
+def check_device(name: str, device: torch.device, dtype: torch.dtype) -> None:
+    """ValueError where the backend `name` cannot serve `device` at all: what `select` would say,
+    before the shapes of a model are known."""
+    _check(name)
+    _choose("residual_rmsnorm", name, device, dtype, None)  # every backend has it
+
+
 def recursion_engine(device: torch.device, dtype: torch.dtype, config: ModelConfig) -> str:
     """Whose `deep_recursion` serves there, as `memory` names them."""
     row, _ = _choose("deep_recursion", config.backend, device, dtype, config)

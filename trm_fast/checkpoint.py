@@ -45,6 +45,7 @@ __all__ = [
     "CheckpointError",
     "list_steps",
     "load_checkpoint",
+    "passed_over",
     "prune",
     "read_pointer",
     "resolve",
@@ -228,6 +229,22 @@ def resolve(path: str | os.PathLike[str], which: str = "last") -> Path:
             reasons.append(str(error))
     found = f": {reasons[0]}" if reasons else " (no step_N folder)"
     raise CheckpointError(f"{run}: no readable checkpoint{found}")
+
+
+def passed_over(folder: str | os.PathLike[str]) -> str | None:
+    """Why `resolve` took this step folder and not the one that its run means by `last`, in one
+    line; None where it is that one."""
+    taken = Path(folder)
+    name = _pointer_or_none(taken.parent)
+    if name is None and (steps := list_steps(taken.parent)):
+        name = _step_name(steps[-1][1])
+    if name in (None, _step_name(taken)):
+        return None
+    try:
+        verify(taken.parent / str(name))
+    except CheckpointError as error:
+        return f"{error}; taking {_step_name(taken)}"
+    return None
 
 
 def list_steps(run_dir: str | os.PathLike[str]) -> list[tuple[int, Path]]:

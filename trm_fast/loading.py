@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -16,6 +17,7 @@ from typing import Any, NoReturn
 import torch
 
 from trm_fast.config import QUANTIZED
+from trm_fast.console import say
 from trm_fast.model import Model
 from trm_fast.pretrained import WEIGHTS, build, read_saved
 
@@ -40,6 +42,7 @@ class Loaded:
         config: the training configuration as saved, with "model" and "data".
         folder: the step folder, or the file of another project.
         step: optimizer steps taken.  weights: "ema" or "raw".
+        notes: what was assumed in reading it, a line each.
     """
 
     model: Model
@@ -47,6 +50,7 @@ class Loaded:
     folder: Path
     step: int
     weights: str
+    notes: Sequence[str] = ()
 
 
 def pick_device(name: str = "auto") -> torch.device:
@@ -92,7 +96,7 @@ def load(
     where = pick_device(device)
     saved = read_saved(path)
     model, chosen = build(saved, weights, quantize)
-    return Loaded(model.to(where), saved.config, saved.place, saved.step, chosen)
+    return Loaded(model.to(where), saved.config, saved.place, saved.step, chosen, saved.notes)
 
 
 def load_model(
@@ -109,16 +113,19 @@ def load_model(
 
 def load_or_stop(path: str | os.PathLike[str], options: argparse.Namespace) -> Loaded:
     """`load` by the shared options of a command: CommandError with status USAGE (device) or MODEL
-    (all else)."""
+    (all else). What was assumed in reading is said on standard error."""
     weights, device, quantize = options.weights, options.device, options.quantize
     try:
         pick_device(device)
     except ValueError as error:
         raise CommandError(USAGE, error) from None
     try:
-        return load(path, weights=weights, device=device, quantize=quantize)
+        loaded = load(path, weights=weights, device=device, quantize=quantize)
     except (ValueError, OSError) as error:
         raise CommandError(MODEL, error) from None
+    for note in loaded.notes:
+        say(f"note: {note}", err=True)
+    return loaded
 
 
 class Parser(argparse.ArgumentParser):

@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from trm_fast import hub
-from trm_fast.checkpoint import load_checkpoint, read_pointer, resolve
+from trm_fast.checkpoint import load_checkpoint, passed_over, read_pointer, resolve
 from trm_fast.config import ConfigError, TrainConfig
 from trm_fast.durable import (
     CheckpointError,
@@ -133,7 +133,10 @@ def read_saved(
         return _from_folder(path)
     folder = find_checkpoint(path)
     saved = load_checkpoint(folder)
-    return Saved(saved.config, saved.model, saved.ema, saved.step, folder)
+    named = path.name == "best" or path.name.startswith("step_")  # neither has a substitute
+    fault = None if named else passed_over(folder)
+    notes = [fault] if fault else []
+    return Saved(saved.config, saved.model, saved.ema, saved.step, folder, notes)
 
 
 def _fetched(repo: str, file: str | None, revision: str | None) -> Path:

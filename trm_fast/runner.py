@@ -14,8 +14,10 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from trm_fast import memory
-from trm_fast.checkpoint import CheckpointError
+import torch
+
+from trm_fast import backends, memory
+from trm_fast.checkpoint import CheckpointError, passed_over
 from trm_fast.config import TrainConfig
 from trm_fast.console import program, say
 from trm_fast.data.maze_generator import maze_job_data
@@ -71,7 +73,8 @@ class Console:
         self.writer = MetricsWriter(self.run_dir, spot.resume_step)
         rows = read_metrics(self.run_dir)
         self.evaluated = {row["step"] for row in rows if _is_evaluation(row)}
-        self.status = StatusLine(total_steps, start=spot.resume_step or 0)
+        self._told = spot.resume_step or 0  # the step of the last line
+        self.status = StatusLine(total_steps, start=self._told)
         self.trackers = make_loggers(
             config.logger,
             project=config.project_name or "trm_fast",
@@ -83,7 +86,8 @@ class Console:
 
     def on_step(self, trainer: Trainer, metrics: dict[str, float]) -> None:
         self._log(trainer.step, metrics)
-        boards = self.config.log_interval * self.config.global_batch_size
+        boards = (trainer.step - self._told) * self.config.global_batch_size
+        self._told = trainer.step
         exact = metrics["train/exact_accuracy"]
         self.status.update(trainer.step, metrics["train/lm_loss"], exact, boards)
 
@@ -106,8 +110,10 @@ class Console:
 
     def on_skip(self, trainer: Trainer, state: GuardState) -> None:
         self._log(trainer.step, {"train/skipped": float(state.skipped)})
+        # Which steps were left out is known of the last one only, and where it ends the run.
+        where = f"step {state.stopped_at}" if state.stopped_at else f"by step {trainer.step}"
         self.status.message(
-            f"step {trainer.step}  the norm of a gradient was {state.norm}: step left out "
+            f"{where}  the norm of a gradient was {state.norm}: step left out "
             f"({state.consecutive} in a row, {state.skipped} in all)"
         )
 
@@ -147,41 +153,41 @@ def train(config: TrainConfig) -> int:
     if world != "1":
         say(f"trm-fast train: WORLD_SIZE={world}, but this version trains in one process", err=True)
         return 2
+    lost = "nothing was trained"
     try:
-        _build_first(config)
-    except BuildError as error:
-        say(f"trm-fast train: {error}", err=True)
-        return 2
-    except KeyboardInterrupt:
-        say("interrupted; nothing was trained", err=True)
-        return 130
-    try:
+        _check_machine(config)
         with_data = _with_data(config)
+        lost = "what came after the last checkpoint is not saved"
         if config.seeds == 1:
             return _run(with_data)[0]
         return _run_seeds(with_data)
     except (TrainingStopped, CheckpointError, MetricsError) as error:
         say(f"trm-fast train: {error}", err=True)
         return 1
-    except (ValueError, OSError) as error:
+    except (BuildError, ValueError, OSError) as error:
         say(f"trm-fast train: {error}", err=True)
         return 2
     except MemoryError:
         say("trm-fast train: not enough memory for so many boards", err=True)
         return 2
     except KeyboardInterrupt:
-        say("interrupted; what came after the last checkpoint is not saved", err=True)
+        say(f"interrupted; {lost}", err=True)
         return 130
 
 
-def _build_first(config: TrainConfig) -> None:
-    """The compiled extension, before anything of the run is there: that may take a minute."""
-    try:
-        device = pick_device(config.device)
-    except ValueError:  # not there: said when the run begins
-        return
+def _check_machine(config: TrainConfig) -> None:
+    """What may be refused or take a minute, before the data is made: the device, the compiled
+    extension, the backend that was asked for.
+
+    Raises:
+        ValueError: the device is not there, or the backend does not serve it.
+        BuildError: of TRM_FAST_EXT=require.
+    """
+    config = for_device(config)
+    device = pick_device(config.device)
     if device.type == "cpu" and config.arch.backend in ("auto", "cpp"):
         library.unavailable("cpu")
+    backends.check_device(config.arch.backend, device, getattr(torch, config.arch.forward_dtype))
 
 
 def _with_data(config: TrainConfig) -> TrainConfig:
@@ -191,9 +197,12 @@ def _with_data(config: TrainConfig) -> TrainConfig:
     puzzle = config.generate_puzzle
     root = Path("data", f"{puzzle}-mini-{config.generate}")
     began = time.monotonic()
+    noun = {"sudoku": "boards", "maze": "mazes"}[puzzle]
+    if not root.exists():
+        say(f"data        generating {config.generate:,} {noun}")
     make = {"sudoku": default_job_data, "maze": maze_job_data}[puzzle]
     make(root, seed=0, train_boards=config.generate)
-    say(f"data        {root}, {config.generate} training boards, {time.monotonic() - began:.1f} s")
+    say(f"data        {root}, {config.generate} training {noun}, {time.monotonic() - began:.1f} s")
     project = config.project_name or f"{puzzle.capitalize()}-mini"
     return config.replace({"data_paths": [str(root)], "project_name": project})
 
@@ -204,6 +213,7 @@ def _with_csv(config: TrainConfig) -> TrainConfig:
     for path in config.data_paths:
         if path.lower().endswith((".csv", ".txt")) and Path(path).is_file():
             began = time.monotonic()
+            say(f"data        reading {path}")
             folder = split_of_csv(path, "data")
             say(f"data        {folder} of {path}, {time.monotonic() - began:.1f} s")
             path = str(folder)
@@ -265,7 +275,7 @@ def _run_locked(spot: Place, splits: Splits, total: int, signals: Signals) -> tu
         say(f"stopped at step {trainer.step}; everything is saved. Go on with:")
         say(f"  {program()} -m trm_fast.train resume={spot.run_dir}")
         return 128 + (signals.received or signal.SIGINT), trainer
-    summarize(trainer, seconds)
+    summarize(trainer, seconds, spot.resume_step or 0)
     picture = spot.run_dir / "learning_curve.png"
     say(learning_curve(read_metrics(spot.run_dir), picture) or f"curve       {picture}")
     # A signal during the last evaluation came too late to stop this run, not the next seed's.
@@ -291,6 +301,8 @@ def _announce(trainer: Trainer, spot: Place) -> None:
     parameters = sum(p.numel() for p in trainer.model.parameters())
     say(f"run folder  {spot.run_dir}")
     if spot.resume_from is not None:
+        if spot.config.resume == "auto" and (fault := passed_over(spot.resume_from)):
+            say(f"going on    {fault}")
         begins = "measured again" if trainer.finished else "a new run_name= starts anew"
         ends = ", the end of the run" if trainer.finished else ""
         say(f"going on    from step {trainer.step}{ends} ({begins})")

@@ -29,7 +29,8 @@ FREE = {
     "evaluators", "eval_steps", "eval_max_puzzles", "eval_batch_size", "eval_steps_max",
     "eval_save_outputs", "min_eval_interval", "data_paths_test", "checkpoint_every_eval",
     "save_interval", "keep", "official", "log_interval", "logger", "max_skipped",
-    "device", "threads", "compile", "arch.backend", "arch.policy", "arch.quantize",
+    "device", "threads", "compile", "profile", "cuda_graph",
+    "arch.backend", "arch.policy", "arch.quantize",
 }  # fmt: skip
 
 

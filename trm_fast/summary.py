@@ -22,13 +22,16 @@ from trm_fast.trainer import Trainer
 from trm_fast.viz import format_board, side_by_side
 
 
-def summarize(trainer: Trainer, seconds: float) -> None:
+def summarize(trainer: Trainer, seconds: float, before: int = 0) -> None:
     """Say what the finished run achieved.
 
     Args:
         trainer: at the end of its run.  seconds: that this process spent in it.
+        before: steps that an earlier process had made.
     """
     done = f"{trainer.step} steps"
+    if before:
+        done += f", {trainer.step - before} of them now"
     if seconds:
         done += f", {seconds:.0f} s including evaluation"
     say(f"finished    {done}")

@@ -54,7 +54,7 @@ class Reporter(Protocol):
     """Whoever wants to know how a run goes."""
 
     def on_step(self, trainer: Trainer, metrics: dict[str, float]) -> None:
-        """After every `log_interval` steps, with the means over them."""
+        """After every `log_interval` steps and the last one, with the means since the last call."""
 
     def on_evaluation(self, trainer: Trainer, reports: dict[str, SetReport]) -> None:
         """After every evaluation."""
@@ -239,9 +239,10 @@ class Trainer:
             what = f"{state.consecutive} gradients in a row are not finite, the last one"
         ids = self.train_step.guard.identifiers()
         shown = ", ".join(map(str, ids[:8])) + (", ..." if len(ids) > 8 else "")
+        kept = f"the last good checkpoint is kept in {self.run_dir}"
         raise TrainingStopped(
             f"{what} at step {state.stopped_at} (iteration {self.iteration}, puzzle identifiers "
-            f"{shown}); the last good checkpoint is kept in {self.run_dir}"
+            f"{shown}); {kept if checkpoint.list_steps(self.run_dir) else 'no checkpoint was made'}"
         )
 
     # The run
@@ -265,9 +266,10 @@ class Trainer:
             else:
                 self.advance(*batch)
                 self._profile.step()
-                if self.step % self.config.log_interval == 0 and self.train_step.sums.steps:
-                    self._report_step()
                 due = self._evaluates_now()
+            logs = batch is not None and self.step % self.config.log_interval == 0
+            if (logs or self.finished) and self.train_step.sums.steps:
+                self._report_step()
             if due:
                 self._evaluate_and_save()
             every = self.config.save_interval
@@ -350,9 +352,8 @@ class Trainer:
             self._evaluated_at = self.step
             return {}
         config = self.config
-        batches = PuzzleDataset(
-            dataset_config(config, self.splits.paths_test, 1, test=True), "test"
-        )
+        visit = dataset_config(config, self.splits.paths_test, 1, test=True)
+        batches = PuzzleDataset(visit, "test")
         collect: dict[str, list[Tensor]] = {name: [] for name in config.eval_save_outputs}
         self.evaluators.begin()
         with self.evaluation_weights(), suppress(_Interrupted):
@@ -479,9 +480,7 @@ class Trainer:
         saved = checkpoint.load_checkpoint(path)
         state, then = saved.train_state, saved.config["data"]["metadata"]
         now = json.loads(json.dumps(asdict(self.splits.train)))
-        if changed := [
-            f"{key} {now[key]} (was {then[key]})" for key in now if now[key] != then[key]
-        ]:
+        if changed := [f"{k} {now[k]} (was {then[k]})" for k in now if now[k] != then[k]]:
             raise checkpoint.CheckpointError(
                 f"{path}: the training data is not what it was: {', '.join(changed[:3])}"
             )

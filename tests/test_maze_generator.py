@@ -5,12 +5,14 @@ from collections import deque
 import numpy as np
 import pytest
 
+from trm_fast.data.format import read_split
 from trm_fast.data.maze_generator import (
     check_range,
     generate,
     generate_apart,
     generate_splits,
     longest_path,
+    maze_job_data,
     wall_invariant,
 )
 from trm_fast.data.maze_solver import (
@@ -165,3 +167,28 @@ def test_held_out_mazes_are_none_of_the_others_turned() -> None:
 def test_ranges_that_cannot_be(size, path, message) -> None:
     with pytest.raises(ValueError, match=message):
         check_range(size, *path)
+
+
+def test_the_job_s_data_is_cached_and_apart(tmp_path) -> None:
+    root = tmp_path / "mini"
+
+    def make(seed: int) -> dict:
+        return maze_job_data(root, seed=seed, train_boards=60, test_boards=20)
+
+    manifest = make(1)
+    metadata, train = read_split(root, "train")
+    assert (metadata.vocab_size, metadata.seq_len, metadata.total_groups) == (6, 100, 60)
+    metadata, test = read_split(root, "test")
+    assert metadata.sets == ("perfect", "loops") and metadata.total_groups == 40
+    assert (loops_of(np.array(test["perfect"].inputs)) == 0).all()
+    assert (loops_of(np.array(test["loops"].inputs)) > 0).mean() > 0.9
+    held = np.concatenate([wall_invariant(np.array(arrays.inputs)) for arrays in test.values()])
+    assert not np.isin(held, wall_invariant(np.array(train["all"].inputs))).any()
+    assert np.unique(held).size == 40
+
+    stamp = (root / "manifest.json").stat().st_mtime_ns
+    assert make(1) == manifest and (root / "manifest.json").stat().st_mtime_ns == stamp
+    (root / "train/all__labels.npy").write_bytes(b"damaged")
+    assert make(1) == manifest
+    read_split(root, "train")
+    assert make(2) != manifest

@@ -154,12 +154,8 @@ def test_turns_end_when_the_seconds_are_used_up():
     ("arguments", "said"),
     [
         (["--official", "nowhere"], "nowhere: not a checkout of the official code"),
-        (["--batch", "0"], "batch_size"),
         (["--json", "nowhere/x.json"], "--json nowhere/x.json: there is no folder nowhere"),
         (["--device", "gpu"], "gpu"),
-        (["--dtype", "bfloat"], "forward_dtype"),
-        (["--quantize", "int4"], "cannot quantize to 'int4'; allowed: int8, fp8"),
-        (["--policy", "safe"], "unknown policy 'safe'; allowed: save, light, recompute"),
     ],
 )
 def test_a_wrong_argument_is_one_line_and_exit_2(arguments, said, capsys):
@@ -170,13 +166,33 @@ def test_a_wrong_argument_is_one_line_and_exit_2(arguments, said, capsys):
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--case", "recipy"], ["--seconds", "-1"], ["--seconds", "nan"]]
+    ("arguments", "said"),
+    [
+        (["--case", "recipy"], "invalid choice: 'recipy'"),
+        (["--seconds", "-1"], "'-1' is not a number >= 0"),
+        (["--seconds", "nan"], "'nan' is not a number >= 0"),
+        (["--threads", "1,x"], "'x' is not a whole number from 1 to"),
+        (["--batch", "0"], "'0' is not a whole number from 1 to"),
+        (["--rounds", "0"], "'0' is not a whole number from 1 to"),
+        (["--dtype", "bfloat"], "'bfloat' is not one of bfloat16, float32"),
+        (["--quantize", "int4"], "'int4' is not one of int8, fp8"),
+        (["--policy", "safe"], "'safe' is not one of save, light, recompute"),
+    ],
 )
-def test_an_argument_that_cannot_be_exits_2(arguments, capsys):
+def test_an_argument_that_cannot_be_exits_2(arguments, said, capsys):
     with pytest.raises(SystemExit) as stopped:
         bench.main(arguments)
     assert stopped.value.code == 2
-    assert f"argument {arguments[0]}: invalid" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert err.startswith(f"trm-fast bench: argument {arguments[0]}: {said}")
+    assert err.count("\n") == 1
+
+
+def test_a_report_without_races_explains_no_table():
+    found = bench.report(CPU, bench.Peaks([], CPU), [])
+    shown = bench.text(found)
+    assert shown.startswith("trm_fast ") and "wait policy" in shown
+    assert "torch.mm" not in shown and "MFU" not in shown
 
 
 def test_the_memory_part_is_the_cpus_where_the_steps_are_a_gpus(monkeypatch):

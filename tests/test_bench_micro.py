@@ -69,7 +69,8 @@ def test_a_quick_run(extension):
     for r in found["rows"]:
         peak = found["peak_gflop_per_s"][r["dtype"]]
         assert r["fraction_of_peak"] == pytest.approx(r["gflop_per_s"] / peak)
-        assert r["holds"] == (r["fraction_of_peak"] >= FLOOR if r["guarded"] else None)
+        assert r["holds"] is None
+    assert "floor" not in micro_bench.text(found)
     assert max(map(len, micro_bench.text(found).splitlines())) <= 120
 
 

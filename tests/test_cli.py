@@ -190,10 +190,34 @@ def test_info_as_json():
         assert all(row["implementation"] and row["reason"] for row in table)
 
 
-def test_info_rejects_an_unknown_flag():
-    done = run("-m", "trm_fast", "info", "--jsno")
-    assert done.returncode == 2
-    assert "--jsno" in done.stderr
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["info", "--jsno"], "unrecognized arguments: --jsno"),
+        (["info", "--mem"], "unrecognized arguments: --mem"),
+        (["bench", "--part", "x"], "argument --part: invalid choice: 'x' (choose from 'steps',"),
+        (["data", "sudoku"], "the following arguments are required: --output-dir"),
+        (["data", "maze", "--size", "x"], "argument --size: 'x' is not a whole number"),
+        (["data", "arc", "--num-aug", "1e3"], "argument --num-aug: '1e3' is not a whole number"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_mistake_in_options_is_one_line(argv, said, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        shell.main(argv)
+    assert stopped.value.code == 2
+    err = capsys.readouterr().err
+    command = " ".join(argv[:2] if argv[0] == "data" else argv[:1])
+    assert err.startswith(f"trm-fast {command}: {said}") and err.endswith("; see --help\n")
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize("builder", shell.BUILDERS)
+def test_help_of_builders_names_the_command(builder, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        shell.main(["data", builder, "--help"])
+    assert stopped.value.code == 0
+    assert capsys.readouterr().out.startswith(f"usage: trm-fast data {builder} ")
 
 
 def test_commands_that_are_shown_start_this_python(monkeypatch, tmp_path):

@@ -2,6 +2,7 @@
 
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -253,7 +254,7 @@ def test_generated_sets_and_single_files(tmp_path: Path) -> None:
         (["--source", "x", "--clues", "30"], "for generated puzzles only"),
         (["--source", ".", "--test-size", "5"], "test_size is for"),
         (["--generate", "5", "--num-aug", "-1"], "num_aug is -1"),
-        (["--generate", "5", "--seed", "-1"], "seed is -1"),
+        (["--generate", "5", "--seed", "-1"], "trm-fast data sudoku: seed is -1"),
     ],
 )
 def test_wrong_options_exit_2(
@@ -263,6 +264,34 @@ def test_wrong_options_exit_2(
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
+
+
+def test_no_network_is_one_line_after_one_try(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """What was downloaded before is used; else the way around is named."""
+
+    def answer(url: str, timeout: float) -> None:
+        raise RuntimeError("no answer from\n the " + "very " * 40 + "distant hub")
+
+    def download(repo: str, name: str, repo_type: str, local_files_only: bool) -> str:
+        assert local_files_only, "it would try again and again"
+        if repo == "someone/cached":
+            return str(tmp_path / name)
+        raise FileNotFoundError("not in the cache")
+
+    library = SimpleNamespace(
+        get_hf_file_metadata=answer, hf_hub_url=lambda *a, **k: "url", hf_hub_download=download
+    )
+    monkeypatch.setitem(sys.modules, "huggingface_hub", library)
+    out = str(tmp_path / "out")
+    assert main(["--output-dir", out]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and error.endswith("--source reads a local copy\n")
+    assert "(no answer from the very very" in error and "very...)" in error
+    for split in ("train", "test"):
+        save(tmp_path / f"{split}.csv", [HEADER, f"x,{Q},{A},1"])
+    assert main(["--output-dir", out, "--source-repo", "someone/cached"]) == 0
 
 
 def test_the_hub_needs_its_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -283,5 +312,7 @@ def test_live_equality_with_the_official_builder(
 
 def test_absurd_numbers_are_one_line(tmp_path, capsys):
     assert main(["--output-dir", str(tmp_path / "d"), "--generate", "99999999999999"]) == 2
-    assert capsys.readouterr().err == "error: not enough memory for so many puzzles\n"
+    assert (
+        capsys.readouterr().err == "trm-fast data sudoku: not enough memory for so many puzzles\n"
+    )
     assert list(tmp_path.iterdir()) == []

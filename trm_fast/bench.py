@@ -29,14 +29,15 @@ import torch
 
 from trm_fast import memory_bench, micro_bench
 from trm_fast.bench_report import add_fractions, gains, head, table
-from trm_fast.config import QUANTIZED
-from trm_fast.console import say, show_builds
+from trm_fast.config import QUANTIZED, ModelConfig
+from trm_fast.console import Parser, positive, say, show_builds
 from trm_fast.contenders import COMPILE
 from trm_fast.extension import library
 from trm_fast.flops import STEPS
 from trm_fast.loading import pick_device
 from trm_fast.official import official_code
 from trm_fast.ops import POLICIES
+from trm_fast.options import to_float
 from trm_fast.profiling import wake_profiler
 from trm_fast.race import WRONG, release, set_up
 from trm_fast.timing import environment, matmul_peak, on_threads
@@ -46,6 +47,7 @@ __all__ = ["main", "run_cases"]
 
 SCHEMA = 3
 PARTS = ("steps", "memory", "micro")
+DTYPES = ModelConfig.__dataclass_fields__["forward_dtype"].metadata["choices"]
 SECONDS = 120.0  # for the turns of one race; a step of the official code takes 5 s in float32
 
 Progress = Callable[[str], None]
@@ -187,29 +189,27 @@ def default_threads(device: torch.device) -> list[int] | None:
 
 
 def _list_of(kind: Callable[[str], Any]) -> Callable[[str], list[Any]]:
-    def parse(given: str) -> list[Any]:
-        return [kind(part) for part in given.split(",")]
+    return lambda given: [kind(part) for part in given.split(",")]
 
-    parse.__name__ = f"list of {kind.__name__}"  # argparse names it
+
+def _one_of(names: Sequence[str]) -> Callable[[str], str]:
+    def parse(given: str) -> str:
+        if given not in names:
+            raise argparse.ArgumentTypeError(f"{given!r} is not one of {', '.join(names)}")
+        return given
+
     return parse
 
 
-def positive(given: str) -> int:
-    if int(given) < 1:
-        raise ValueError
-    return int(given)
-
-
 def seconds(given: str) -> float:
-    if not float(given) >= 0:  # nan is not
-        raise ValueError
-    return float(given)
+    number = to_float(given)
+    if number is None or number < 0:
+        raise argparse.ArgumentTypeError(f"{given!r} is not a number >= 0")
+    return number
 
 
-def parser() -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser(
-        prog="trm-fast bench", description="what you gain here: training and solving, timed"
-    )
+def parser() -> Parser:
+    made = Parser("trm-fast bench", "what you gain here: training and solving, timed")
     add = made.add_argument
     add("--part", choices=PARTS, action="append", help="default: all, on the CPU; repeatable")
     add(
@@ -220,13 +220,24 @@ def parser() -> argparse.ArgumentParser:
     )
     add("--step", choices=STEPS, action="append", help="default: by device; repeatable")
     add("--official", type=Path, metavar="PATH", help="official checkout")
-    add("--device", help="auto, cpu, cuda or mps; default: cuda where there is one, else cpu")
-    add("--dtype", type=_list_of(str), help="in place of the cases' own, such as float32,bfloat16")
-    add("--batch", type=_list_of(int), help="batch sizes in place of the cases' own")
-    add("--policy", type=_list_of(str), help=f"of our train step: {','.join(POLICIES)}")
+    add(
+        "--device",
+        help="auto, cpu, cuda, cuda:N or mps; default: cuda where there is one, else cpu",
+    )
+    add(
+        "--dtype",
+        type=_list_of(_one_of(DTYPES)),
+        help="in place of the cases' own, such as float32,bfloat16",
+    )
+    add("--batch", type=_list_of(positive), help="batch sizes in place of the cases' own")
+    add(
+        "--policy",
+        type=_list_of(_one_of(POLICIES)),
+        help=f"of our train step: {','.join(POLICIES)}",
+    )
     add(
         "--quantize",
-        type=_list_of(str),
+        type=_list_of(_one_of(QUANTIZED[1:])),
         help="also time our steps with arch.quantize of int8 (inference) or fp8, beside those "
         "without",
     )
@@ -261,12 +272,7 @@ def measure(given: argparse.Namespace, kept: dict[str, Any]) -> dict:
         raise ValueError(f"--json {given.json}: there is no folder {Path(given.json).parent}")
     usual = "cuda" if torch.cuda.is_available() else "cpu"
     device, begin = pick_device(given.device or usual), time.perf_counter()
-    policies = given.policy or []
-    if wrong := [p for p in policies if p not in POLICIES]:
-        raise ValueError(f"unknown policy {wrong[0]!r}; allowed: {', '.join(POLICIES)}")
-    quantized = given.quantize or []
-    if wrong := [q for q in quantized if q not in QUANTIZED[1:]]:
-        raise ValueError(f"cannot quantize to {wrong[0]!r}; allowed: {', '.join(QUANTIZED[1:])}")
+    policies, quantized = given.policy or [], given.quantize or []
     cases = [CASES[name] for name in given.case or ()] or default_cases(device.type)
     cases = [quick(case) for case in cases] if given.quick else cases
     if given.rounds is not None:

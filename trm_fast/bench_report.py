@@ -195,12 +195,16 @@ def head(found: dict[str, Any]) -> str:
         f"{count} thread{'s' * (count != '1')} " + ", ".join(f"{n} {v:.0f}" for n, v in of.items())
         for count, of in found["peak_gflop_per_s"].items()
     )
-    return (
+    machine = (
         f"trm_fast {found['version']} ({found['commit'] or 'no commit'}), torch "
         f"{found['torch']}\n{found['device']}, instruction set of the extension: "
         f"{found['instruction_set'] or 'none'}, {found['cores']} cores, wait policy "
-        f"{found['wait_policy']}\n"
-        f"torch.mm peak in GFLOP/s: {peaks}\n"
+        f"{found['wait_policy']}"
+    )
+    if not found["results"]:  # no race, so no table to explain
+        return machine
+    return (
+        f"{machine}\ntorch.mm peak in GFLOP/s: {peaks}\n"
         "/x: time of x over the row's, minima|medians, above 1 the row is faster; no optimizer in "
         "the train step\nMFU: useful operations over the maker's peak, where unknown over "
         "torch.mm's; kept: for the backward; ops: operations without views"

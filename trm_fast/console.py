@@ -5,15 +5,17 @@ library itself never does: it logs, and commands show what is logged where somet
 be imported by any module; imports nothing of the package.
 """
 
+import argparse
 import logging
 import os
+import re
 import shlex
 import shutil
 import sys
 from pathlib import Path
-from typing import TextIO
+from typing import NoReturn, TextIO
 
-__all__ = ["program", "say", "show_builds"]
+__all__ = ["Parser", "integer", "positive", "program", "say", "show_builds"]
 
 
 def say(text: str = "", *, err: bool = False, end: str = "\n") -> None:
@@ -35,6 +37,31 @@ def say(text: str = "", *, err: bool = False, end: str = "\n") -> None:
 class _OnStandardError(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         say(record.getMessage(), err=True)
+
+
+class Parser(argparse.ArgumentParser):
+    """The arguments of a command. A mistake in them is one line on standard error, and status 2."""
+
+    def __init__(self, prog: str, description: str) -> None:
+        super().__init__(prog=prog, description=description, allow_abbrev=False)
+
+    def error(self, message: str) -> NoReturn:
+        say(f"{self.prog}: {message}; see --help", err=True)
+        raise SystemExit(2)
+
+
+def integer(text: str) -> int:
+    """A whole number, for an argument parser."""
+    if not re.fullmatch("[+-]?[0-9]{1,18}", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number")
+    return int(text)
+
+
+def positive(text: str) -> int:
+    """An integer of at least 1, for an argument parser."""
+    if not re.fullmatch("0*[1-9][0-9]{0,8}", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 to 999999999")
+    return int(text)
 
 
 def show_builds() -> None:

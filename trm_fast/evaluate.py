@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from trm_fast.config import EvaluatorConfig
-from trm_fast.console import say, show_builds
+from trm_fast.console import positive, say, show_builds
 from trm_fast.data.dataset import PuzzleDataset, PuzzleDatasetConfig, from_arrays
 from trm_fast.data.format import DataError
 from trm_fast.data.sudoku_source import read_puzzles
@@ -29,7 +29,6 @@ from trm_fast.loading import (
     Loaded,
     Parser,
     load_or_stop,
-    positive,
     supervision_depth,
 )
 from trm_fast.rules import rules_of

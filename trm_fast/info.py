@@ -4,7 +4,6 @@ With `--memory` what fits GPUs of which size (`fits.py`). Owns gathering and sho
 Imported by `__main__.py` only.
 """
 
-import argparse
 import importlib.metadata
 import json
 import os
@@ -15,7 +14,7 @@ from typing import Any
 import torch
 
 from trm_fast import __version__, backends, fits, memory
-from trm_fast.console import say, show_builds
+from trm_fast.console import Parser, say, show_builds
 from trm_fast.extension import library
 
 __all__ = ["gather", "main"]
@@ -163,7 +162,7 @@ def _memory(found: list[fits.Fit]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the facts as text, or with `--json` as JSON. Returns 0."""
-    parser = argparse.ArgumentParser(prog="trm-fast info", description=__doc__.splitlines()[0])
+    parser = Parser("trm-fast info", __doc__.splitlines()[0].partition(": ")[2])
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument(
         "--memory", action="store_true", help="what fits GPUs of 6 to 80 GB, computed"

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ from typing import Any, NoReturn
 import torch
 
 from trm_fast.config import QUANTIZED
-from trm_fast.console import say
+from trm_fast.console import positive, say
 from trm_fast.model import Model
 from trm_fast.pretrained import WEIGHTS, build, read_saved
 
@@ -174,13 +173,6 @@ class Parser(argparse.ArgumentParser):
             "usual (default: the run's own, none unless arch.quantize was given)",
         )
         self.add_argument("--json", action="store_true", help="one JSON document on stdout")
-
-
-def positive(text: str) -> int:
-    """An integer of at least 1, for an argument parser."""
-    if not re.fullmatch("0*[1-9][0-9]{0,8}", text):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 to 999999999")
-    return int(text)
 
 
 def supervision_depth(loaded: Loaded, given: int | None) -> int:

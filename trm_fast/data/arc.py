@@ -8,7 +8,6 @@ build_arc_dataset.py. Beside them stand manifest.json and leaks.json (data.arc_l
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -19,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from trm_fast import __version__
-from trm_fast.console import say
+from trm_fast.console import Parser, integer, say
 from trm_fast.data.arc_augment import CELLS, PAD, VOCABULARY, Offsets, Plan, draw_plan, encode
 from trm_fast.data.arc_leaks import Subset, leak_report, report_lines
 from trm_fast.data.arc_source import Pair, Task, read_subset
@@ -257,16 +256,17 @@ class _Appender:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code: 0, or 2 for bad input or options."""
-    arguments = vars(_parser().parse_args(argv))
+    parser = _parser()
+    arguments = vars(parser.parse_args(argv))
     try:
         lists = {name: tuple(arguments[name]) for name in ("subsets", "compare")}
         options = BuildOptions(**{**arguments, **lists})
         manifest = build(options)
     except (ValueError, OSError) as error:
-        say(f"error: {error}", err=True)
+        say(f"{parser.prog}: {error}", err=True)
         return 2
     except MemoryError:
-        say("error: not enough memory for so many puzzles", err=True)
+        say(f"{parser.prog}: not enough memory for so many puzzles", err=True)
         return 2
     for name in manifest["without_solutions"]:
         say(f"{name}: no solutions file; unknown test outputs stand as one black cell")
@@ -290,11 +290,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m trm_fast.data.arc",
-        description="Build an ARC data set in the official layout from the Kaggle JSON files.",
-        allow_abbrev=False,
+def _parser() -> Parser:
+    parser = Parser(
+        "trm-fast data arc",
+        "Build an ARC data set in the official layout from the Kaggle JSON files.",
     )
     add = parser.add_argument
     add(
@@ -307,9 +306,14 @@ def _parser() -> argparse.ArgumentParser:
     add("--subsets", required=True, nargs="+", metavar="NAME", help="such as training evaluation")
     add("--test-set-name", required=True, metavar="NAME", help="the subset that is tested on")
     add("--test-set-name2", default="your_test_set", metavar="NAME", help="a second one")
-    add("--seed", type=int, default=42, help="of order, images and places (default 42)")
-    add("--num-aug", type=int, default=1000, help="random images per task (default 1000)")
-    add("--puzzle-identifiers-start", type=int, default=1, help="the first identifier (default 1)")
+    add("--seed", type=integer, default=42, help="of order, images and places (default 42)")
+    add("--num-aug", type=integer, default=1000, help="random images per task (default 1000)")
+    add(
+        "--puzzle-identifiers-start",
+        type=integer,
+        default=1,
+        help="the first identifier (default 1)",
+    )
     add(
         "--compare",
         nargs="+",

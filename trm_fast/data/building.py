@@ -9,7 +9,6 @@ Dims: N puzzles, L cells.
 
 from __future__ import annotations
 
-import argparse
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
@@ -19,7 +18,7 @@ from typing import Any, TextIO
 import numpy as np
 
 from trm_fast import __version__
-from trm_fast.console import say
+from trm_fast.console import Parser, integer, say
 from trm_fast.data.format import DataError, one_line, read_manifest, sha256, verify_manifest
 
 __all__ = [
@@ -146,16 +145,25 @@ def load_splits(
 
 def _download(repo: str, name: str) -> Path:
     try:
-        from huggingface_hub import hf_hub_download
+        from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
     except ImportError:
         raise DataError(
             f"{repo}: needs huggingface_hub (pip install 'trm-fast[hub]'), or a local copy with "
             "--source"
         ) from None
+    reason = None
+    try:  # once: without an answer hf_hub_download tries again and again, with a line each time
+        get_hf_file_metadata(hf_hub_url(repo, name, repo_type="dataset"), timeout=10)
+    except Exception as error:  # whatever the HTTP client of the library's version raises
+        reason = one_line(error)
+    cached = reason is not None
     try:
-        return Path(hf_hub_download(repo, name, repo_type="dataset"))
+        return Path(hf_hub_download(repo, name, repo_type="dataset", local_files_only=cached))
     except (OSError, ValueError) as error:
-        raise DataError(f"{repo}: {name} cannot be downloaded ({one_line(error)})") from None
+        raise DataError(
+            f"{repo}: {name} cannot be downloaded ({reason or one_line(error)}); --source reads a "
+            "local copy"
+        ) from None
 
 
 def _hold_out(whole: Puzzles, options: BuildOptions) -> dict[str, Puzzles]:
@@ -222,16 +230,16 @@ def reusable(root: str | os.PathLike[str], request: dict[str, Any]) -> dict[str,
         return None
 
 
-def add_shared(parser: argparse.ArgumentParser, default_repo: str) -> None:
+def add_shared(parser: Parser, default_repo: str) -> None:
     """The flags of `BuildOptions`."""
     add = parser.add_argument
     add("--output-dir", required=True, help="where the data set appears, whole or not at all")
     add("--source", help="puzzle file, or directory with train.csv and test.csv")
     add("--source-repo", help=f"data set on the Hugging Face hub (default {default_repo})")
-    add("--generate", type=int, metavar="N", help="make N puzzles instead")
-    add("--test-size", type=int, default=0, help="held-out puzzles (generated, or of one file)")
-    add("--subsample-size", type=int, help="keep that many random training puzzles")
-    add("--seed", type=int, default=0, help="of subsample, augmentation and generation")
+    add("--generate", type=integer, metavar="N", help="make N puzzles instead")
+    add("--test-size", type=integer, default=0, help="held-out puzzles (generated, or of one file)")
+    add("--subsample-size", type=integer, help="keep that many random training puzzles")
+    add("--seed", type=integer, default=0, help="of subsample, augmentation and generation")
     add("--skip-bad", action="store_true", help="leave bad rows out, counted and listed")
 
 
@@ -243,15 +251,15 @@ def parse_range(name: str, text: str) -> tuple[int, int]:
     return int(low), int(high or low)
 
 
-def command(build: Callable[[], dict[str, Any]], output_dir: str) -> int:
-    """Run a builder and say what it wrote; returns the exit code: 0, or 2 for bad input."""
+def command(prog: str, build: Callable[[], dict[str, Any]], output_dir: str) -> int:
+    """Run the builder of the command `prog` and say what it wrote: 0, or 2 for bad input."""
     try:
         manifest = build()
     except (ValueError, OSError) as error:
-        say(f"error: {error}", err=True)
+        say(f"{prog}: {error}", err=True)
         return 2
     except MemoryError:
-        say("error: not enough memory for so many puzzles", err=True)
+        say(f"{prog}: not enough memory for so many puzzles", err=True)
         return 2
     for line in manifest["skipped"][:_SHOWN]:
         say(f"skipped {line}", err=True)

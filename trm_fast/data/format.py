@@ -66,7 +66,8 @@ class DataError(ValueError):
 
 def one_line(error: BaseException) -> str:
     """The message of an error of somebody else's, on one line of decent length."""
-    return " ".join(str(error).split())[:160]
+    text = " ".join(str(error).split())
+    return text if len(text) <= 160 else (text[:157].rpartition(" ")[0] or text[:157]) + "..."
 
 
 @dataclass(frozen=True)

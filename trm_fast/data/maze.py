@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from trm_fast.console import Parser, integer
 from trm_fast.data import building
 from trm_fast.data.building import Puzzles
 from trm_fast.data.format import DatasetWriter, open_writer
@@ -132,28 +133,34 @@ def _write_split(writer: DatasetWriter, split: str, puzzles: Puzzles, images: in
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code: 0, or 2 for bad input or options."""
-    arguments = vars(_parser().parse_args(argv))
+    parser = _parser()
+    arguments = vars(parser.parse_args(argv))
 
     def run() -> dict[str, Any]:
         loops = arguments.pop("loops")
         given = None if loops is None else building.parse_range("loops", loops)
         return build(BuildOptions(loops=given, **arguments))
 
-    return building.command(run, arguments["output_dir"])
+    return building.command(parser.prog, run, arguments["output_dir"])
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m trm_fast.data.maze",
-        description="Build a maze data set in the official layout, from CSV files with the columns "
+def _parser() -> Parser:
+    parser = Parser(
+        "trm-fast data maze",
+        "Build a maze data set in the official layout, from CSV files with the columns "
         "source,question,answer,rating, or of generated mazes with one shortest path.",
-        allow_abbrev=False,
     )
     building.add_shared(parser, DEFAULT_REPO)
     add = parser.add_argument
-    add("--size", type=int, help="cells a side of generated mazes (10), or expected of those read")
-    add("--min-path", type=int, help="fewest steps from S to G, generated mazes (default: size)")
-    add("--max-path", type=int, help="most steps from S to G, generated mazes")
+    add(
+        "--size",
+        type=integer,
+        help="cells a side of generated mazes (10), or expected of those read",
+    )
+    add(
+        "--min-path", type=integer, help="fewest steps from S to G, generated mazes (default: size)"
+    )
+    add("--max-path", type=integer, help="most steps from S to G, generated mazes")
     add("--loops", metavar="A-B", help="loops of generated mazes (default: 0 to 6 %% of the cells)")
     add(
         "--aug",

@@ -8,7 +8,6 @@ files hold the same numbers in the same dtypes as those of the official builder 
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 from collections.abc import Sequence
@@ -18,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from trm_fast.console import Parser, integer
 from trm_fast.data import building
 from trm_fast.data.building import Puzzles
 from trm_fast.data.format import (
@@ -287,29 +287,28 @@ def _lines(blocks: np.ndarray, inside: list[np.ndarray], within: int) -> np.ndar
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code: 0, or 2 for bad input or options."""
-    arguments = vars(_parser().parse_args(argv))
+    parser = _parser()
+    arguments = vars(parser.parse_args(argv))
 
     def run() -> dict[str, Any]:
         clues = arguments.pop("clues")
         given = None if clues is None else building.parse_range("clues", clues)
         return build(BuildOptions(clues=given, **arguments))
 
-    return building.command(run, arguments["output_dir"])
+    return building.command(parser.prog, run, arguments["output_dir"])
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m trm_fast.data.sudoku",
-        description="Build a Sudoku data set in the official layout. A puzzle file is CSV or bare "
-        "lines.",
-        allow_abbrev=False,
+def _parser() -> Parser:
+    parser = Parser(
+        "trm-fast data sudoku",
+        "Build a Sudoku data set in the official layout. A puzzle file is CSV or bare lines.",
     )
     building.add_shared(parser, DEFAULT_REPO)
     add = parser.add_argument
-    add("--size", type=int, help="4, 6 or 9: of generated puzzles, or expected of those read")
+    add("--size", type=integer, help="4, 6 or 9: of generated puzzles, or expected of those read")
     add("--clues", metavar="A-B", help="givens of generated puzzles (default for 9x9: 32-50)")
-    add("--num-aug", type=int, default=0, help="random symmetric images per training puzzle")
-    add("--min-difficulty", type=int, help="leave out puzzles with a smaller rating")
+    add("--num-aug", type=integer, default=0, help="random symmetric images per training puzzle")
+    add("--min-difficulty", type=integer, help="leave out puzzles with a smaller rating")
     add("--compact", action="store_true", help="uint8 also where the official arrays are int64")
     return parser
 

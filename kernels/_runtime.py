@@ -48,6 +48,8 @@ class Launch:
 _recorded: list[Launch] | None = None
 _forced: int | None = None
 _pdl = os.environ.get("TRM_FAST_PDL") == "1"
+if os.environ.get("TRM_FAST_PDL", "") not in ("", "0", "1"):
+    raise ValueError(f"TRM_FAST_PDL is 0 or 1, not {os.environ['TRM_FAST_PDL']!r}")
 
 
 def architecture(device: torch.device) -> int:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from trm_fast import capture as capturing
-from trm_fast.capture import WARMUP, Capture
+from trm_fast.capture import WARMUP, Capture, graphs_allowed
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -121,6 +121,14 @@ def test_a_plain_call_beside_the_graph(cuda):
     assert len(calls) == WARMUP + 2 and happened[-2:] == ASIDE
     capture()
     assert len(calls) == WARMUP + 2 and made[0].replays == 2
+
+
+def test_another_word_than_0_and_1_is_refused(monkeypatch):
+    monkeypatch.setenv("TRM_FAST_CUDA_GRAPH", "off")
+    with pytest.raises(ValueError, match="TRM_FAST_CUDA_GRAPH is 0 or 1, not 'off'"):
+        Capture(print, torch.device("cpu"))
+    monkeypatch.setenv("TRM_FAST_CUDA_GRAPH", "")
+    assert graphs_allowed()
 
 
 @pytest.mark.parametrize("off", ["argument", "environment"])

@@ -155,6 +155,11 @@ TEXTS = (
     [(["a", "b"], ("a", "b")), ("a", ("a",))],
     [([3], "a list of texts"), (3, "a list"), ([""], "a list")],
 )
+NAME_OR_NULL = (
+    [("x.y", "x.y"), (None, None)],
+    [(3, "text or null")]
+    + [(bad, "a folder name, got") for bad in ("../x", "a/b", "a\\b", "..", ".")],
+)
 CASES = {
     "data_paths": TEXTS,
     "data_paths_test": TEXTS,
@@ -203,8 +208,8 @@ CASES = {
     "eval_max_puzzles": COUNT_OR_NULL,
     "eval_batch_size": COUNT_OR_NULL,
     "eval_steps_max": COUNT_OR_NULL,
-    "project_name": TEXT_OR_NULL,
-    "run_name": TEXT_OR_NULL,
+    "project_name": NAME_OR_NULL,
+    "run_name": NAME_OR_NULL,
     "checkpoint_path": TEXT_OR_NULL,
     "load_checkpoint": TEXT_OR_NULL,
     "load_identifiers": (

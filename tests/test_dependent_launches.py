@@ -106,7 +106,7 @@ def test_the_interpreter_knows_neither(gpu, monkeypatch, device):
 
 
 @pytest.mark.parametrize(
-    ("word", "on"), [(None, False), ("", False), ("0", False), ("true", False), ("1", True)]
+    ("word", "on"), [(None, False), ("", False), ("0", False), ("true", None), ("1", True)]
 )
 def test_the_environment_turns_it_on(monkeypatch, word, on):
     if word is None:
@@ -117,5 +117,9 @@ def test_the_environment_turns_it_on(monkeypatch, word, on):
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, spec.name, module)
+    if on is None:
+        with pytest.raises(ValueError, match="TRM_FAST_PDL is 0 or 1, not 'true'"):
+            spec.loader.exec_module(module)
+        return
     spec.loader.exec_module(module)
     assert module._pdl is on

@@ -142,6 +142,8 @@ def test_products_in_eight_bits(way, measure, run, tmp_path):
     assert load_model(own)[0].config.quantize == way
     assert load_model(own, quantize="none")[0].config.quantize == "none"
     assert measure("--quantize", "int4")[0] == 2
+    with pytest.raises(ValueError, match="^quantize must be one of none, int8, fp8, got 'int4'"):
+        load_model(own, quantize="int4")
 
 
 def test_run_folders_and_pointers(measure, run):

@@ -297,11 +297,13 @@ def test_predict_nothing():
 @pytest.mark.parametrize(
     ("inputs", "select", "said"),
     [
-        (torch.ones(2, 15), "best_q", r"inputs must be \[N, 16\], got \[2, 15\]"),
-        (torch.ones(16), "best_q", r"inputs must be \[N, 16\], got \[16\]"),
+        (torch.ones(2, 16), "best_q", r"inputs must be integers, got torch.float32"),
+        (torch.ones(2, 16) > 0, "best_q", r"inputs must be integers, got torch.bool"),
+        (torch.ones(2, 15).int(), "best_q", r"inputs must be \[N, 16\], got \[2, 15\]"),
+        (torch.ones(16).int(), "best_q", r"inputs must be \[N, 16\], got \[16\]"),
         (torch.full((1, 16), VOCAB), "best_q", r"tokens must be in 0\.\.5"),
         (torch.full((1, 16), -1), "best_q", r"tokens must be in 0\.\.5"),
-        (torch.ones(1, 16), "first", "select must be 'last' or 'best_q', got 'first'"),
+        (torch.ones(1, 16).int(), "first", "select must be 'last' or 'best_q', got 'first'"),
     ],
 )
 def test_predict_refuses(inputs, select, said):

@@ -153,6 +153,29 @@ def test_a_signal_during_the_last_evaluation_ends_the_job(here, monkeypatch):
     assert run_folder(here).name == "r-seed0"
 
 
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        ([], None),
+        (["arch.quantize=int8"], "int8 in evaluations and answers"),
+        (["arch.quantize=fp8"], "fp8 in evaluations and answers only: with arch.H_cycles=1 no"),
+        (["arch.quantize=fp8", "arch.dropout=0.1"], "fp8 in evaluations and answers only: train"),
+        (["arch.quantize=fp8", "arch.H_cycles=2"], "fp8 in evaluations and answers, and in train"),
+    ],
+    ids=["none", "int8", "fp8", "dropout", "cycles"],
+)
+def test_the_first_lines_say_what_is_quantised(here, capfd, words, line):
+    assert run("steps=1", *words) == 0
+    said = capfd.readouterr().out
+    assert (f"\nproducts    {line}" in said) if line else ("\nproducts " not in said)
+
+
+def test_with_dropout_the_engine_is_that_of_the_other_operations(here, capfd, extension):
+    width = ["arch.hidden_size=16", "arch.num_heads=2", "arch.intermediate_size=16"]
+    assert run("steps=1", "arch.dropout=0.1", "arch.token_intermediate_size=16", *width) == 0
+    assert "on cpu (cpp)" in capfd.readouterr().out
+
+
 def test_a_run_without_test_data_ends_well(here, capfd):
     shutil.rmtree(here / "boards" / "test")
     assert run("+run_name=r") == 0
@@ -190,6 +213,8 @@ def test_absurd_numbers_are_one_line_and_exit_2(here, capfd):
         (["data_paths=[nowhere]"], "nowhere"),
         (["device=cuda:99"], "cuda:99"),
         (["resume=nowhere"], "resume must be"),
+        (["checkpoint_path=/dev/null/x"], "checkpoint_path: nothing can be written in /dev/null/x"),
+        (["run_name=../r"], "run_name must be a folder name, got '../r'"),
     ],
 )
 def test_mistakes_are_one_line_and_exit_2(here, capfd, words, message):
@@ -247,10 +272,15 @@ def test_an_interrupt_while_data_is_made(here, capfd, monkeypatch):
     [
         (["device=cuda:99"], "device 'cuda:99' is not there"),
         (["device=cpu", "arch.backend=triton"], "'triton' cannot serve residual_rmsnorm on cpu"),
+        (["device=cpu"], "TRM_FAST_CUDA_GRAPH is 0 or 1, not 'off'"),
     ],
-    ids=["device", "backend"],
+    ids=["device", "backend", "variable"],
 )
-def test_what_the_machine_cannot_do_is_said_before_data_is_made(here, capfd, words, message):
+def test_what_the_machine_cannot_do_is_said_before_data_is_made(
+    here, capfd, monkeypatch, words, message
+):
+    if "TRM" in message:
+        monkeypatch.setenv("TRM_FAST_CUDA_GRAPH", "off")
     assert train.main(["generate=30", *words]) == 2
     said = capfd.readouterr()
     assert message in said.err and said.err.count("\n") == 1 and said.out == ""

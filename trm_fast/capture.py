@@ -20,10 +20,18 @@ from typing import Any
 
 import torch
 
-__all__ = ["Capture"]
+__all__ = ["Capture", "graphs_allowed"]
 
 log = logging.getLogger("trm_fast")
 WARMUP = 3  # plain runs before a capture: kernels are compiled and library handles made in them
+
+
+def graphs_allowed() -> bool:
+    """Whether TRM_FAST_CUDA_GRAPH lets graphs be captured; ValueError for what is not 0 or 1."""
+    given = os.environ.get("TRM_FAST_CUDA_GRAPH") or "1"
+    if given not in ("0", "1"):
+        raise ValueError(f"TRM_FAST_CUDA_GRAPH is 0 or 1, not {given!r}")
+    return given == "1"
 
 
 @dataclass
@@ -67,7 +75,7 @@ class Capture:
     ) -> None:
         self._body = weakref.WeakMethod(body) if inspect.ismethod(body) else lambda: body
         self.captures = enabled and device.type == "cuda"
-        self.captures &= os.environ.get("TRM_FAST_CUDA_GRAPH", "1") != "0"
+        self.captures &= graphs_allowed()
         if self.captures:
             index = torch.cuda.current_device() if device.index is None else device.index
             device = torch.device("cuda", index)

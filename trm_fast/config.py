@@ -237,6 +237,12 @@ class TrainConfig:
             raise ConfigError(
                 f"device must be one of auto, cpu, cuda, cuda:N, mps, got {show(self.device)}"
             )
+        for key in ("project_name", "run_name"):
+            name = getattr(self, key)
+            if name is not None and (re.search(r"[/\\]", name) or name in (".", "..")):
+                raise ConfigError(
+                    f"{key} must be a folder name, got {show(name)}: paths are for checkpoint_path"
+                )
         if self.generate and self.data_paths:
             raise ConfigError("data_paths and generate exclude each other: one must be [] or 0")
         if not self.generate and not self.data_paths:

@@ -248,9 +248,13 @@ def predict(
         batch_size: boards at a time.
 
     Raises:
-        ValueError: a wrong shape, another `select`, or steps < 1.
+        ValueError: a wrong dtype or shape, another `select`, or steps < 1.
     """
     config = model.config
+    given = {"inputs": inputs, "puzzle_identifiers": puzzle_identifiers}
+    for name, t in given.items():
+        if t is not None and (t.is_floating_point() or t.is_complex() or t.dtype == torch.bool):
+            raise ValueError(f"{name} must be integers, got {t.dtype}")
     if inputs.dim() != 2 or inputs.shape[1] != config.seq_len:
         raise ValueError(f"inputs must be [N, {config.seq_len}], got {list(inputs.shape)}")
     if inputs.numel() and not 0 <= int(inputs.min()) <= int(inputs.max()) < config.vocab_size:

@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 
 import torch
 
+from trm_fast.capture import graphs_allowed
 from trm_fast.config import QUANTIZED
 from trm_fast.console import positive, say
 from trm_fast.model import Model
@@ -111,11 +112,12 @@ def load_model(
 
 
 def load_or_stop(path: str | os.PathLike[str], options: argparse.Namespace) -> Loaded:
-    """`load` by the shared options of a command: CommandError with status USAGE (device) or MODEL
-    (all else). What was assumed in reading is said on standard error."""
+    """`load` by the shared options of a command: CommandError with status USAGE (device,
+    environment) or MODEL (all else). What was assumed in reading is said on standard error."""
     weights, device, quantize = options.weights, options.device, options.quantize
     try:
         pick_device(device)
+        graphs_allowed()
     except ValueError as error:
         raise CommandError(USAGE, error) from None
     try:

@@ -12,7 +12,7 @@ import os
 import shlex
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -236,7 +236,8 @@ def build(
         quantize: `arch.quantize` in place of the saved one.
 
     Raises:
-        ValueError: no moving average in it, or weights that do not fit or are not finite.
+        ValueError: no moving average in it, weights that do not fit or are not finite, or a
+            `quantize` that there is not.
     """
     if weights is not None and weights not in WEIGHTS:
         raise ValueError(f"weights must be 'ema' or 'raw', got {weights!r}")
@@ -248,11 +249,14 @@ def build(
     values = saved.config.get("model")
     if not isinstance(values, dict):
         raise CheckpointError(f"{place / CONFIG}: the model's configuration is missing")
-    if quantize is not None:
-        values = values | {"quantize": quantize}
     try:
         config = ModelConfig.from_dict(values)
         _bounded(config, state)
+    except ValueError as error:
+        raise CheckpointError(f"{place / CONFIG}: {error}") from None
+    if quantize is not None:  # a wrong one is the caller's fault, not the file's
+        config = replace(config, quantize=quantize)
+    try:
         model = Model(config)
     except ValueError as error:
         raise CheckpointError(f"{place / CONFIG}: {error}") from None

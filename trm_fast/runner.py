@@ -17,8 +17,9 @@ from typing import Any
 import torch
 
 from trm_fast import backends, memory
+from trm_fast.capture import graphs_allowed
 from trm_fast.checkpoint import CheckpointError, passed_over
-from trm_fast.config import TrainConfig
+from trm_fast.config import ModelConfig, TrainConfig
 from trm_fast.console import program, say
 from trm_fast.data.maze_generator import maze_job_data
 from trm_fast.data.sudoku import split_of_csv
@@ -180,11 +181,13 @@ def _check_machine(config: TrainConfig) -> None:
     extension, the backend that was asked for.
 
     Raises:
-        ValueError: the device is not there, or the backend does not serve it.
+        ValueError: the device is not there, the backend does not serve it, or
+            TRM_FAST_CUDA_GRAPH is not 0 or 1.
         BuildError: of TRM_FAST_EXT=require.
     """
     config = for_device(config)
     device = pick_device(config.device)
+    graphs_allowed()
     if device.type == "cpu" and config.arch.backend in ("auto", "cpp"):
         library.unavailable("cpu")
     backends.check_device(config.arch.backend, device, getattr(torch, config.arch.forward_dtype))
@@ -289,12 +292,27 @@ def _engine(trainer: Trainer) -> str:
     if kind == "gated_mlp":
         return "plain PyTorch"
     op = "deep_recursion" if kind == "trm" else "swiglu_rmsnorm"
+    if trainer.model_config.dropout:  # no fused recursion drops anything
+        op = "residual_rmsnorm"
     (row,) = (r for r in trainer.model.backend_report() if r.op == op)
     if row.implementation != "reference" or trainer.config.arch.backend == "reference":
         return row.implementation
     mine = {"cpu": "cpp: ", "cuda": "triton: "}.get(trainer.device.type, " ")
     why = next((r for r in row.reason.split("; ") if r.startswith(mine)), "")
     return f"plain PyTorch; {why}" if why else "plain PyTorch"
+
+
+def _products(config: ModelConfig) -> str:
+    """What is made of 8-bit numbers, and when: `arch.quantize` in words."""
+    where = "in evaluations and answers"
+    if config.quantize == "fp8":
+        if config.dropout:
+            where += " only: training drops"
+        elif config.kind == "trm" and config.H_cycles == 1:
+            where += " only: with arch.H_cycles=1 no cycle of training is without a gradient"
+        else:
+            where += ", and in training cycles without a gradient"
+    return f"{config.quantize} {where}"
 
 
 def _announce(trainer: Trainer, spot: Place) -> None:
@@ -310,6 +328,8 @@ def _announce(trainer: Trainer, spot: Place) -> None:
         f"model       {parameters:,} parameters, {trainer.config.arch.forward_dtype}, "
         f"on {trainer.device} ({_engine(trainer)})"
     )
+    if trainer.model_config.quantize != "none":
+        say(f"products    {_products(trainer.model_config)}")
     say(
         f"training    {trainer.total_steps} steps of {trainer.config.global_batch_size} boards, "
         f"about {trainer.step_bytes / memory.GIB:.2f} GiB"

@@ -52,12 +52,17 @@ class RunLock:
     """Held while a process writes to a run folder; the operating system frees it with the process.
 
     Raises:
-        ValueError: another process holds it.
+        ValueError: another process holds it, or nothing can be written there.
     """
 
     def __init__(self, run_dir: Path) -> None:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        self._file: IO[str] = open(run_dir / ".lock", "a", encoding="ascii")  # noqa: SIM115
+        try:
+            run_dir.mkdir(parents=True, exist_ok=True)
+            self._file: IO[str] = open(run_dir / ".lock", "a", encoding="ascii")  # noqa: SIM115
+        except OSError as error:
+            raise ValueError(
+                f"checkpoint_path: nothing can be written in {run_dir}: {error.strerror or error}"
+            ) from None
         if fcntl is not None:
             try:
                 fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)

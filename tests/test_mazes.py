@@ -40,6 +40,12 @@ def test_every_form_is_the_same_maze(text):
     assert maze_rows(maze.cells) == TEXT
 
 
+def test_sudoku_is_no_maze():
+    assert not looks_like_mazes("# Some Good boards\n12..34..21..43..\n")
+    assert not looks_like_mazes("Source,Question,Given\nx,12..34..21..43..,1\n")
+    assert not looks_like_mazes("................")
+
+
 def test_several_mazes_have_their_places():
     open_row = "\n".join(["     ", "S   G", "", "", "#"])
     text = f"\n{TEXT}\n\n{open_row}\n{TEXT}\n"

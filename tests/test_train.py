@@ -1,8 +1,10 @@
 """The train command: exit statuses, files, signals, kill -9 and going on, several seeds."""
 
+import functools
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -11,12 +13,13 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
 from trm_fast import checkpoint, train
 from trm_fast.config import TrainConfig
-from trm_fast.data import sudoku_generator
+from trm_fast.data import maze_generator, sudoku_generator
 from trm_fast.data.format import one_puzzle_per_group, write_dataset
 from trm_fast.data.sudoku_generator import generate, sudoku_metadata
 from trm_fast.extension import library
@@ -256,6 +259,24 @@ def test_the_default_job_makes_its_data(here, capfd, monkeypatch):
     assert capfd.readouterr().out.startswith("data        generating 30 boards\n")
     assert run_folder(here).parent.name == "Sudoku-mini"
     assert callable(sudoku_generator.default_job_data)
+
+
+def test_a_maze_job_makes_its_data_and_shows_both_metrics(here, capfd, monkeypatch):
+    small = functools.partial(maze_generator.maze_job_data, test_boards=9)
+    monkeypatch.setattr("trm_fast.runner.maze_job_data", small)
+    assert train.main(["preset=maze-mini", "generate=40", *TINY]) == 0
+    out = capfd.readouterr().out
+    assert re.search(r"perfect: exact [0-9.]+% \(best-q [0-9.]+%\), valid [0-9.]+%, cells", out)
+    assert re.search(r"loops +9 held-out boards: .* halting score; [0-9.]+% keep the rules", out)
+    (shown,) = re.findall(r"a test board +before training: .*\n((?:.*\n){10})", out)
+    inputs = np.load(here / "data/maze-mini-40/test/perfect__inputs.npy")[0]
+    rows = [line[:10].ljust(10) for line in shown.split("\n")[:-1]]
+    assert "".join(rows) == "".join("?# SGo"[token] for token in inputs)
+    folder = run_folder(here)
+    assert folder.parent.name == "Maze-mini" and folder.name.startswith("maze-mini-")
+    rows = [row for row in read_metrics(folder) if "loops/valid" in row]
+    assert [row["step"] for row in rows] == [6, 12]
+    assert all(row["loops/valid"] >= row["loops/exact_accuracy"] for row in rows)
 
 
 def test_an_interrupt_while_data_is_made(here, capfd, monkeypatch):

@@ -41,8 +41,10 @@ class Maze:
 
 
 def looks_like_mazes(text: str) -> bool:
-    """Whether a text has the start and the goal of a maze in it, which no Sudoku puzzle has."""
-    return "S" in text and "G" in text
+    """Whether a text has a start and a goal, and no digits as Sudoku has them (lines with `#` may
+    be comments there)."""
+    boards = "".join(line for line in text.splitlines() if not line.startswith("#"))
+    return "S" in text and "G" in text and not any(c.isdigit() for c in boards)
 
 
 def parse_mazes(text: str, name: str, numbered: bool = True) -> list[Maze]:

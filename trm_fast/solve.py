@@ -212,7 +212,7 @@ def _puzzles(options: argparse.Namespace) -> list[Puzzle] | list[Maze]:
         status = UNREADABLE
         if options.input is not None or not options.puzzles:
             text, name = _read(options.input)
-            if not puzzles and looks_like_mazes(text) and "," not in text:
+            if not puzzles and looks_like_mazes(text):
                 return parse_mazes(text, name)
             puzzles += parse_text(text, name)
     except SizeError as error:

@@ -72,6 +72,16 @@ _SUDOKU_MINI: dict[str, Any] = {
 
 PRESETS: dict[str, dict[str, Any]] = {
     "sudoku-mini": _SUDOKU_MINI,
+    "sudoku-extreme": {
+        **_PUZZLES_1K,
+        "data_paths": ["data/sudoku-extreme-1k-aug-1000"],
+        "arch.mlp_t": True,
+        "arch.pos_encodings": "none",
+    },
+    "sudoku-extreme-attention": {
+        **_PUZZLES_1K,
+        "data_paths": ["data/sudoku-extreme-1k-aug-1000"],
+    },
     "maze-mini": {
         **_SUDOKU_MINI,
         "generate": 30000,
@@ -91,16 +101,6 @@ PRESETS: dict[str, dict[str, Any]] = {
         "arch.halt_max_steps": 1,
         "arch.forward_dtype": "bfloat16",
         "arch.loss_type": "softmax_cross_entropy",
-    },
-    "sudoku-extreme": {
-        **_PUZZLES_1K,
-        "data_paths": ["data/sudoku-extreme-1k-aug-1000"],
-        "arch.mlp_t": True,
-        "arch.pos_encodings": "none",
-    },
-    "sudoku-extreme-attention": {
-        **_PUZZLES_1K,
-        "data_paths": ["data/sudoku-extreme-1k-aug-1000"],
     },
     "maze-hard": {
         **_PUZZLES_1K,

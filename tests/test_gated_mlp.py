@@ -11,6 +11,7 @@ from config_errors import message
 from golden.compare import HERE, tensors_of
 from golden.s4nj1th import SETTINGS, fill, puzzles, state_digests
 from parity import relative_l2
+from tiny import HeldStorages
 from torch.utils.flop_counter import FlopCounterMode
 
 from trm_fast import optim, runner
@@ -19,9 +20,10 @@ from trm_fast.data.format import DataError
 from trm_fast.data.sudoku import split_of_csv
 from trm_fast.data.sudoku_generator import generate
 from trm_fast.flops import step_flops
+from trm_fast.gated_mlp import _log_odds
 from trm_fast.loading import load
 from trm_fast.losses import ACTLossHead, constraint_loss
-from trm_fast.memory import parameter_count
+from trm_fast.memory import _gated_elements, parameter_count
 from trm_fast.model import Model
 from trm_fast.overrides import parse_train
 
@@ -149,6 +151,38 @@ def test_cells_attend_to_each_other_and_nothing_else_mixes_them():
     assert changed[:, 7].all() and changed.sum() == len(changed)
 
 
+@pytest.mark.parametrize("options", OPTIONS)
+def test_an_empty_batch(options):
+    model, batch = gated(**options).eval(), {n: t[:0] for n, t in board_batch().items()}
+    _, outputs = model(carry=model.initial_carry(batch), batch=batch)
+    assert outputs["logits"].shape == (0, 81, 11) and outputs["q_halt_logits"].shape == (0,)
+
+
+def test_dropout_of_a_recomputed_pass_is_that_of_the_forward():
+    grads = []
+    for policy in ("save", "recompute"):
+        model = gated(dropout=0.5, policy=policy)
+        fill(model)
+        torch.manual_seed(3)
+        grads.append(trained_once(model)[2])
+    for name, grad in grads[0].items():
+        torch.testing.assert_close(grads[1][name], grad, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("policy", ["save", "recompute"])
+def test_what_the_backward_keeps_is_what_the_estimate_says(options, policy):
+    model, batch = gated(**options, policy=policy).train(), board_batch()
+    carry = model.initial_carry(batch)
+    with HeldStorages([*model.parameters(), *batch.values()]) as held:
+        _, outputs = model(carry=carry, batch=batch)
+        kept = held.held_bytes(but=outputs.values())
+    estimate = 4 * 5 * _gated_elements(model.config, policy)
+    # Passes that are made again hold a pass of blocks more, then.
+    least = 0.8 if policy == "save" else 0.1
+    assert least * estimate < kept < 1.05 * estimate
+
+
 def test_q_is_the_log_odds_of_all_cells_being_right():
     model = gated()
     fill(model)
@@ -156,6 +190,11 @@ def test_q_is_the_log_odds_of_all_cells_being_right():
     p = outputs["logits"].double().softmax(-1).amax(-1).prod(-1)
     torch.testing.assert_close(outputs["q_halt_logits"].double(), torch.logit(p), rtol=1e-5, atol=0)
     assert outputs["q_halt_logits"].isfinite().all()
+    # Where it is nearly sure the odds are not the probability.
+    logits = torch.zeros(1, 4, 9)
+    logits[..., 3] = 12.0
+    p = logits.double().softmax(-1)[0, 0, 3] ** 4
+    torch.testing.assert_close(_log_odds(logits)[0].double(), torch.logit(p), rtol=2e-3, atol=0)
 
 
 def sure(grid):
@@ -210,6 +249,10 @@ def test_what_decays():
         ({"halt_max_steps": 2}, "gated_mlp needs halt_max_steps=1, got 2"),
         ({"mlp_t": True}, "gated_mlp needs mlp_t=false, got True"),
         ({"quantize": "int8"}, "gated_mlp needs quantize=none, got int8"),
+        (
+            {"cell_attention": True, "num_heads": 3},
+            "cell_attention needs hidden_size to be a multiple of num_heads, got 16 and 3",
+        ),
         ({"semantics": "v2"}, "semantics must be one of head, v1, got 'v2'"),
     ],
 )

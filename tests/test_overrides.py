@@ -147,6 +147,12 @@ def test_another_network_brings_its_official_sizes():
     again = parse_train(["arch.H_layers=3", "arch=hrm"])
     assert again.arch.H_layers == 3 and again.replace({"seed": 1}).arch == again.arch
     assert again.replace({"arch": "hrm"}) == again
+    other = again.replace({"arch": "trm_hier6"})
+    assert other.arch == ArchConfig(name="trm_hier6") and other.replace({"arch": "trm"}).arch == (
+        ArchConfig()
+    )
+    gated = parse_train(["preset=gated-mlp", "arch.hidden_size=64"])
+    assert gated.replace({"arch": "trm"}).arch == ArchConfig(hidden_size=64)
 
 
 def test_order_is_base_preset_file_command_line(tmp_path):

@@ -157,6 +157,10 @@ def test_act_enabled_and_act_inference():
     willing.load_state_dict(never.state_dict())
     carry, outputs = step(willing)
     assert carry.halted.all() and outputs["actual_steps"].tolist() == [1.0] * 4
+    with torch.no_grad():  # both Q values say yes, the second louder
+        willing.inner.q_head.weight.zero_()
+        willing.inner.q_head.bias.copy_(torch.tensor([5.0, 9.0]))
+    assert not step(willing)[0].halted.any()
     carry, outputs = step(model_of("transformers_baseline").eval())
     assert not carry.halted.any() and "actual_steps" not in outputs
 

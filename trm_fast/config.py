@@ -402,9 +402,12 @@ def layer(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
     """
     merged = {**below, **above}
     if "arch.name" in above:
-        chosen = arch_defaults(above["arch.name"])
-        if chosen["name"] != arch_name(below.get("arch.name", "trm")):
-            merged = {**below, **{f"arch.{k}": v for k, v in chosen.items()}, **above}
+        chosen, before = arch_defaults(above["arch.name"]), below.get("arch.name", "trm")
+        if chosen["name"] != arch_name(before):
+            # What the network before brought along goes with it.
+            brought = {f"arch.{key}" for key in arch_defaults(before)}
+            kept = {key: value for key, value in below.items() if key not in brought}
+            merged = {**kept, **{f"arch.{k}": v for k, v in chosen.items()}, **above}
     for winner, loser in (("epochs", "steps"), ("eval_interval", "eval_steps")):
         if winner in above and loser not in above:
             merged[loser] = None

@@ -27,22 +27,24 @@ from trm_fast.served import Served
 __all__ = ["GatedMLP"]
 
 OUTPUT_BLOCKS = 2
-NEVER = -1e4  # logit of a token that no answer has; its probability is 0 in any dtype
+NEVER = -1e4  # logit of a token that no answer has; by softmax its probability is 0 in any dtype
 
 
 def linear(module: nn.Linear, h: Tensor) -> Tensor:
+    """[..., in] -> [..., out] in the dtype of h."""
     return F.linear(h, module.weight.to(h.dtype), module.bias.to(h.dtype))
 
 
 def normed(module: nn.LayerNorm, h: Tensor) -> Tensor:
-    """Computed in float32 at least."""
+    """[..., D] -> [..., D] in the dtype of h, computed in float32 at least."""
     wide = h.to(norm_dtype(h.dtype))
     scale, shift = module.weight.to(wide.dtype), module.bias.to(wide.dtype)
     return F.layer_norm(wide, module.normalized_shape, scale, shift, module.eps).to(h.dtype)
 
 
 class ResidualMLP(nn.Module):
-    """What a block adds to a state: norm, D -> F, GELU, F -> D. Names: net.0, net.1, net.4."""
+    """What a block adds to states [..., D]: norm, D -> F, GELU, F -> D. Names: net.0, net.1,
+    net.4."""
 
     def __init__(self, width: int, inner: int, dropout: float) -> None:
         super().__init__()
@@ -171,7 +173,7 @@ class GatedMLP(Served):
         are right, if each were right with the probability it gives itself; without a gradient."""
         tokens = batch["inputs"]
         y = self._recursed(self._embedded(tokens), len(tokens))
-        digits = linear(self.output_proj, y).reshape(*tokens.shape, -1)
+        digits = linear(self.output_proj, y).reshape(*tokens.shape, self.config.vocab_size - 2)
         logits = F.pad(digits, (2, 0), value=NEVER)
         return carry, logits, (_log_odds(digits.detach()), None)
 

@@ -50,9 +50,10 @@ def _gated_elements(config: ModelConfig, policy: str) -> int:
     d, f = config.hidden_size, round(config.expansion * config.hidden_size)
     states = config.seq_len if config.cell_attention else 1
     block = states * (3 * d + 2 * f + (7 * d if config.cell_attention else 0))
+    onehot = config.seq_len * (config.vocab_size - 1)
     if policy == "save":
-        return config.passes[0] * block
-    return 3 * states * d * sum(config.gated_passes) + max(config.L_layers, 2) * block
+        return onehot + config.passes[0] * block
+    return onehot + 3 * states * d * sum(config.gated_passes) + max(config.L_layers, 2) * block
 
 
 def saved_elements(config: ModelConfig, policy: str) -> int:

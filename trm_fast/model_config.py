@@ -175,6 +175,11 @@ class _Network:
         if arch == "transformers_baseline" and self.mlp_t:
             raise ConfigError(f"{arch} has no token MLP: {pre}mlp_t must be false")
         if arch == "gated_mlp":
+            if self.cell_attention and self.hidden_size % self.num_heads:
+                raise ConfigError(
+                    f"{pre}cell_attention needs {pre}hidden_size to be a multiple of "
+                    f"{pre}num_heads, got {self.hidden_size} and {self.num_heads}"
+                )
             lacking: dict[str, Any] = {
                 "puzzle_emb_ndim": 0,
                 "puzzle_emb_len": 0,

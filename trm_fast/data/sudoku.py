@@ -100,6 +100,8 @@ def split_of_csv(path: str | os.PathLike[str], parent: str | os.PathLike[str]) -
             lines = sum(block.count(b"\n") for block in iter(lambda: file.read(1 << 20), b""))
     except OSError as error:
         raise DataError(f"{path}: {error.strerror or error}") from None
+    if lines < 3:
+        raise DataError(f"{path}: too few puzzles to hold one in twenty out")
     root = Path(parent, f"{source.stem}-{digest[:8]}")
     options = BuildOptions(str(root), source=str(source), test_size=max(1, lines // 20), seed=42)
     manifest = read_manifest(root) if root.is_dir() else None

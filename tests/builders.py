@@ -3,10 +3,14 @@
 import hashlib
 import importlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+
+from trm_fast.data.building import Puzzles
+from trm_fast.data.format import DataError
 
 HEADER = "source,question,answer,rating"
 
@@ -14,6 +18,25 @@ HEADER = "source,question,answer,rating"
 def save(path: Path, lines: list[str]) -> Path:
     path.write_text("\n".join(lines) + "\n")
     return path
+
+
+def assert_row_4_is_bad(
+    read: Callable[..., Puzzles], path: Path, message: str, others: np.ndarray
+) -> None:
+    """It is named in one line, or left out, counted and listed; the others are read."""
+    with pytest.raises(DataError, match=rf"{path.name} row 4: ") as caught:
+        read(path)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+    puzzles = read(path, skip_bad=True)
+    np.testing.assert_array_equal(puzzles.boards, others)
+    assert puzzles.skipped == 1 and message in puzzles.listed[0]
+
+
+def assert_unfit(read: Callable[..., Puzzles], path: Path, content: str, message: str) -> None:
+    """A file of that content is refused with that message."""
+    path.write_text(content, encoding="utf-8")
+    with pytest.raises(DataError, match=message):
+        read(path)
 
 
 def digests(root: Path, split: str = "train") -> dict[str, str]:

@@ -248,6 +248,7 @@ def test_a_test_set_needs_demonstrations_and_tests(tmp_path: Path) -> None:
         ({"seed": -1}, "seed is -1"),
         ({"num_aug": -1}, r"num_aug is -1, expected 0\.\.1000000"),
         ({"puzzle_identifiers_start": 0}, "puzzle_identifiers_start is 0, expected 1"),
+        ({"puzzle_identifiers_start": 10**7 + 1}, r"expected 1\.\.10000000"),
     ],
 )
 def test_options(tmp_path: Path, changes: dict, message: str) -> None:

@@ -19,6 +19,9 @@ from trm_fast.config import ConfigError, EvaluatorConfig
 from trm_fast.data.arc import BuildOptions, build
 from trm_fast.data.format import DataError
 from trm_fast.evaluators import Evaluators
+from trm_fast.progress import read_metrics
+from trm_fast.runner import Console, Signals
+from trm_fast.runs import Place
 
 TESTS = Path(__file__).parent
 GOLDEN = json.loads((TESTS / "golden" / "arc.json").read_text())["votes"]
@@ -188,6 +191,7 @@ def test_batches_that_do_not_fit(data: Path, changes: dict, message: str) -> Non
         ("identifiers.json", ["a|||t9|||0"], "identifiers.json: 'a.*' is not TASK"),
         ("identifiers.json", ["<blank>"], "1 names for 305 identifiers"),
         ("test_puzzles.json", [], "test_puzzles.json: expected an object"),
+        ("test_puzzles.json", {}, "test_puzzles.json: no tasks"),
         ("test_puzzles.json", {"x": {"test": [{}]}}, "task x test pair 0 input: expected 1 to 30"),
         ("test/dataset.json", {"seq_len": 81}, "boards of 81 tokens, those of ARC have 900"),
     ],
@@ -220,17 +224,37 @@ def test_evaluator_options(data: Path, evaluator: dict, message: str) -> None:
         Evaluators([EvaluatorConfig.from_value(evaluator)], [str(data)])
 
 
+def test_an_evaluator_counts_once(data: Path) -> None:
+    with pytest.raises(ConfigError, match="evaluators names arc@ARC twice"):
+        Evaluators([EvaluatorConfig("arc@ARC")] * 2, [str(data)])
+
+
+def test_data_without_a_test_split_is_not_voted_on(tmp_path: Path) -> None:
+    (tmp_path / "test_puzzles.json").write_text("{}")
+    evaluators = Evaluators([EvaluatorConfig("arc@ARC")], [str(tmp_path)])
+    assert len(evaluators) == 0 and evaluators.counts == {}
+    assert evaluators.left_out == [f"arc@ARC (no test in {tmp_path})"]
+
+
 def test_each_data_directory_votes_on_its_own_sets(data: Path, tmp_path: Path) -> None:
     evaluators = Evaluators([EvaluatorConfig("arc@ARC")], [str(data), str(tmp_path), str(data)])
     assert evaluators.left_out == [f"arc@ARC (no test_puzzles.json in {tmp_path})"]
-    evaluators.begin()
+    # Digits at the end of a name are not always those of the directory.
+    observe = evaluators.begin({"arc2": 0, "arc22": 2})
     for batch in predictions(data):
-        evaluators.observe("all2", batch)
+        observe("arc22", batch)
     scores = evaluators.result(tmp_path / "step_4")
     assert (
         scores["ARC/pass@2"] == 0.0 and scores["ARC2/pass@2"] == GOLDEN["1"]["scores"]["ARC/pass@2"]
     )
     assert (tmp_path / "evaluator_ARC2_step_4" / "submission.json").is_file()
+    missing = evaluators.unanswered
+    observe = evaluators.begin({"arc2": 0, "arc22": 2})
+    for batch in predictions(data):
+        observe("arc2", batch)
+    first = evaluators.result()
+    assert first["ARC/pass@2"] == scores["ARC2/pass@2"] and first["ARC2/pass@2"] == 0.0
+    assert evaluators.counts == {"ARC/unanswered": missing} and missing > 0
 
 
 @pytest.fixture(scope="module")
@@ -260,6 +284,22 @@ def test_a_run_scores_every_evaluation(run: tuple[Path, Recorder, dict]) -> None
         assert all(set(a) == {"attempt_1", "attempt_2"} for t in submission.values() for a in t)
 
 
+def test_the_console_says_and_logs_what_got_no_answer(
+    small: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    config = make_config(
+        str(small), evaluators=[{"name": "arc@ARC", "pass_Ks": [1]}], eval_max_puzzles=3,
+        arch__hidden_size=8, arch__halt_max_steps=1, threads=1,
+    )  # fmt: skip
+    console = Console(Place(config, tmp_path, None), 2, Signals())
+    trainer = make_trainer(config, tmp_path, console)
+    trainer.evaluate()
+    console.close()
+    told = "".join(capfd.readouterr())
+    assert "ARC/pass@1 0.00 %; 4 test inputs have no answer, which is wrong" in told
+    assert read_metrics(tmp_path)[-1]["ARC/unanswered"] == 4
+
+
 def test_the_command_votes_too(
     run: tuple[Path, Recorder, dict],
     small: Path,
@@ -272,6 +312,7 @@ def test_the_command_votes_too(
     assert evaluate.main([*arguments, "--submission", str(out), "--json"]) == 0
     document = json.loads(capsys.readouterr().out)
     assert {name: document[name] for name in scores} == scores
+    assert document["ARC/unanswered"] == 0
     last = folder / "evaluator_ARC_step_2" / "submission.json"
     assert out.read_bytes() == last.read_bytes()
     assert evaluate.main([*arguments, "--max-puzzles", "3"]) == 0

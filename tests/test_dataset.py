@@ -5,6 +5,7 @@ import io
 import itertools
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -151,10 +152,22 @@ def test_several_paths_are_keyed_and_counted_like_the_official(paths: dict[str, 
         "all",
         "all1",
     ]
+    assert dataset.directories == {"all": 0, "all1": 1}
     # The second set is the second "iteration" of the generator.
     alone = PuzzleDataset(config(paths["several"], seed=4))
     second = [batch for batch in order(PuzzleDataset(config(*paths.values()))) if batch[0] != "all"]
     assert [batch[1] for batch in second] == [batch[1] for batch in order(alone)]
+
+
+def test_sets_of_several_paths_need_names_of_their_own(tmp_path: Path) -> None:
+    tokens = np.ones((2, 4), np.uint8)
+    metadata, arrays = from_arrays(tokens, tokens, vocab_size=3)
+    both = replace(metadata, sets=("all", "all1"), total_groups=4, total_puzzles=4)
+    write_dataset(tmp_path, {"train": (both, {"all": arrays, "all1": arrays})})
+    with pytest.raises(DataError, match="sets all, all1 of several paths: names collide"):
+        PuzzleDataset(config(str(tmp_path), str(tmp_path)))
+    alone = PuzzleDataset(config(str(tmp_path)))
+    assert alone.directories == {"all": 0, "all1": 0}
 
 
 @pytest.mark.parametrize("test_set_mode", [False, True])

@@ -4,7 +4,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from builders import HEADER, assert_same_files, digests, official_build, save
+from builders import (
+    HEADER,
+    assert_row_4_is_bad,
+    assert_same_files,
+    assert_unfit,
+    digests,
+    official_build,
+    save,
+)
 
 from trm_fast.data.format import DataError, read_manifest, read_split, verify_manifest
 from trm_fast.data.maze import BuildOptions, build, main
@@ -139,12 +147,7 @@ BAD_ROWS = [
 @pytest.mark.parametrize(("row", "message"), BAD_ROWS)
 def test_a_bad_row_is_named_or_skipped(tmp_path: Path, row: str, message: str) -> None:
     path = save(tmp_path / "p.csv", [HEADER, *rows(0, 2), row, *rows(2, 4)])
-    with pytest.raises(DataError, match=r"p.csv row 4: ") as caught:
-        read_mazes(path)
-    assert message in str(caught.value) and "\n" not in str(caught.value)
-    mazes = read_mazes(path, skip_bad=True)
-    np.testing.assert_array_equal(mazes.boards, BOARDS[:4])
-    assert mazes.skipped == 1 and message in mazes.listed[0]
+    assert_row_4_is_bad(read_mazes, path, message, BOARDS[:4])
 
 
 @pytest.mark.parametrize(
@@ -160,9 +163,7 @@ def test_a_bad_row_is_named_or_skipped(tmp_path: Path, row: str, message: str) -
     ],
 )
 def test_unfit_files(tmp_path: Path, content: str, message: str) -> None:
-    (tmp_path / "p.csv").write_text(content, encoding="utf-8")
-    with pytest.raises(DataError, match=message):
-        read_mazes(tmp_path / "p.csv")
+    assert_unfit(read_mazes, tmp_path / "p.csv", content, message)
 
 
 def test_files_of_any_bytes_are_one_line(tmp_path: Path) -> None:
@@ -192,6 +193,8 @@ def test_roundabout_answers_are_kept_and_counted(tmp_path: Path) -> None:
         "test": {"several_shortest": 0, "not_shortest": 0},
     }
     assert manifest["counts"]["train"]["groups"] == 3
+    single = BuildOptions(str(tmp_path / "out"), source=str(tmp_path / "train.csv"), test_size=1)
+    assert build(single)["paths_in_source"] == {"train": {"several_shortest": 1, "not_shortest": 1}}
 
 
 def test_the_command_line(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -130,11 +130,27 @@ def test_the_command_says_what_it_kept(old, new_data, tmp_path, monkeypatch, cap
 def test_evaluate_says_where_the_rows_are_of_other_puzzles(old, tmp_path, capsys):
     run, data = old
     other = make_puzzles(tmp_path / "data", {"a": 1, "b": 2, "c": 3, "d": 0})
-    for folder, said in ((data, False), (other, True)):
+    unknown = tmp_path / "unknown"
+    unknown.mkdir()
+    (unknown / "test").symlink_to(f"{data}/test")
+    for folder, said in ((data, False), (other, True), (str(unknown), None)):
         assert evaluate.main([str(run), "--data", folder]) == 0
-        assert ("puzzles     not those trained on" in capsys.readouterr().out) is said
+        assert ("puzzles     not those trained on" in capsys.readouterr().out) is bool(said)
         assert evaluate.main([str(run), "--data", folder, "--json"]) == 0
         assert json.loads(capsys.readouterr().out)["other_puzzles"] is said
+
+
+def test_names_that_are_others_by_now_are_not_used(tmp_path, new_data):
+    data = make_puzzles(tmp_path / "data", OLD)
+    trainer = make_trainer(settings(data, steps=1), tmp_path / "run")
+    assert trainer.run()
+    names = ["<blank>", *reversed(OLD)]
+    (tmp_path / "data" / "identifiers.json").write_text(json.dumps(names))
+    asked = {"steps": 1, "load_checkpoint": str(tmp_path / "run")}
+    with pytest.raises(ValueError, match=r"identifiers.json is not the one that .*run was trained"):
+        make_trainer(settings(new_data, **asked, load_identifiers="auto"), tmp_path / "new")
+    given = settings(new_data, **asked, load_identifiers=data)
+    assert make_trainer(given, tmp_path / "new").kept_rows == 2
 
 
 def test_names_that_are_not_there_are_said_so(old, new_data, tmp_path):

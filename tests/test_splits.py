@@ -74,10 +74,10 @@ def test_identifiers_do_not_count_without_puzzle_rows(job):
 
 
 SIZES = {"sudoku4": (16, 6), "sudoku6": (36, 8), "maze": (25, 6), "square": (25, 20)}
-SIZES |= {"odd": (24, 6)}
+SIZES |= {"odd": (24, 6), "arc": (900, 12)}
 FITTING = {
     "augment=sudoku": ("sudoku4", "sudoku6"),
-    "augment=dihedral": ("sudoku4", "maze", "square"),
+    "augment=dihedral": ("sudoku4", "maze"),
     "curriculum=0.5": ("sudoku4", "sudoku6", "maze"),
 }
 

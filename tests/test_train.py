@@ -20,8 +20,9 @@ import torch
 from trm_fast import checkpoint, train
 from trm_fast.config import TrainConfig
 from trm_fast.data import maze_generator, sudoku_generator
+from trm_fast.data.building import one_kind
 from trm_fast.data.format import one_puzzle_per_group, write_dataset
-from trm_fast.data.sudoku_generator import generate, sudoku_metadata
+from trm_fast.data.sudoku_generator import generate
 from trm_fast.extension import library
 from trm_fast.extension.build import BuildError
 from trm_fast.optim import GuardState
@@ -45,7 +46,7 @@ def here(tmp_path, monkeypatch):
     for number, (split, count) in enumerate((("train", 40), ("test", 10))):
         boards, grids = generate(count, clues=(8, 12), size=4, seed=number)
         arrays = one_puzzle_per_group(boards + 1, grids + 1)
-        splits[split] = (sudoku_metadata(4, count), {"all": arrays})
+        splits[split] = (one_kind(6, 16, count), {"all": arrays})
     write_dataset(tmp_path / "boards", splits)
     return tmp_path
 

@@ -16,7 +16,10 @@ from training import assert_same, make_config, make_data, make_trainer
 
 from trm_fast import backends, optim
 from trm_fast.data.augment import AUGMENTATIONS, augmentation_words, hand_back
+from trm_fast.data.building import one_kind
 from trm_fast.data.feed import Feed
+from trm_fast.data.format import one_puzzle_per_group, write_dataset
+from trm_fast.data.maze_generator import generate
 from trm_fast.ema import EMA
 from trm_fast.flat import lay_out
 from trm_fast.losses import ACTLossHead, MetricSums
@@ -242,6 +245,20 @@ def test_a_resumed_step_is_captured_anew(data, tmp_path, monkeypatch):
     assert not again.train_step.captured
     again.run()
     assert_same(state(straight.train_step), state(again.train_step))
+
+
+def test_what_is_handed_back_of_mazes_is_their_path(tmp_path):
+    """The cells to be filled in are the open ones there, token 2; 1 is a wall."""
+    boards, answers = generate(8, size=5, seed=1)
+    train = one_kind(6, 25, 8), {"all": one_puzzle_per_group(boards, answers)}
+    write_dataset(tmp_path / "data", {"train": train})
+    config = settings(str(tmp_path / "data"), "attention", curriculum=1.0)
+    step = make_trainer(config, tmp_path / "run").train_step
+    step.run("all", np.arange(4), 1)
+    batch, _ = step._next_batch()
+    before, given = torch.from_numpy(boards[:4]).int(), batch["inputs"]
+    assert set(given[given != before].tolist()) == {5}
+    assert (given[given != before] == batch["labels"][given != before]).all()
 
 
 def test_a_profiler_is_given_plain_calls(data, tmp_path, monkeypatch):

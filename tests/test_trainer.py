@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -385,6 +386,24 @@ def test_resuming_on_other_data_is_refused(data, tmp_path):
     other = make_trainer(config, tmp_path / "run")
     with pytest.raises(checkpoint.CheckpointError, match=r"total_groups 24 \(was 20\)"):
         other.resume(tmp_path / "run" / "step_3")
+
+
+def test_resuming_on_other_puzzles_is_refused(data, tmp_path):
+    """Of the same number: nothing else of the data says that a row is of another puzzle now."""
+    config = make_config(data)
+    trainer = make_trainer(config, tmp_path / "run", Recorder(stop_at=3))
+    trainer.reporter.trainer = trainer
+    trainer.run()
+    identifiers = Path(data, "identifiers.json")
+    names = identifiers.read_text()
+    identifiers.write_text(json.dumps(["<blank>", "c", "b", "a"]))
+    other = make_trainer(config, tmp_path / "run")
+    with pytest.raises(checkpoint.CheckpointError, match="not what it was: identifiers.json names"):
+        other.resume(tmp_path / "run" / "step_3")
+    identifiers.write_text(names)
+    again = make_trainer(config, tmp_path / "run")
+    again.resume(tmp_path / "run" / "step_3")
+    assert again.step == 3
 
 
 def test_outputs_that_cannot_be_saved_are_one_error(data, tmp_path):

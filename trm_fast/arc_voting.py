@@ -109,6 +109,8 @@ class ArcVoting:
         self._names = _image_names(root / "identifiers.json")
         _check_fits(root, len(self._names))
         self._tasks = read_test_puzzles(root / "test_puzzles.json")
+        if not self._tasks:
+            raise DataError(f"{root / 'test_puzzles.json'}: no tasks")
         self._wanted = {
             (name, _packed(x)) for name, task in self._tasks.items() for x, _ in _tests(task)
         }

@@ -31,8 +31,8 @@ from trm_fast.loading import (
     load_or_stop,
     supervision_depth,
 )
+from trm_fast.puzzle_rows import puzzles_of
 from trm_fast.rules import rules_of
-from trm_fast.splits import puzzles_of
 from trm_fast.symmetry import box_shape
 
 __all__ = ["main"]
@@ -63,13 +63,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         say(f"trm-fast evaluate: {error}", err=True)
         return error.status
     if options.json:
-        say(json.dumps(_document(options, loaded, source, reports) | scores, indent=2))
+        voted = scores | evaluators.counts
+        say(json.dumps(_document(options, loaded, source, reports) | voted, indent=2))
     else:
         say(_text(loaded, source, reports))
         if scores:
-            say(f"\n{score_line(scores)}")
-            if evaluators.unanswered:
-                say(f"{evaluators.unanswered} test inputs have no answer and count as wrong")
+            say(f"\n{score_line(scores, evaluators.unanswered)}")
     return 0
 
 
@@ -207,7 +206,7 @@ def _measure(
             max_puzzles=options.max_puzzles,
             loss_type=arch.get("loss_type", "stablemax_cross_entropy"),
             rules=rules_of(source.dataset.metadata),
-            observe=evaluators.observe,
+            observe=evaluators.begin(source.dataset.directories),
         )
     except ValueError as error:  # no boards at all
         raise CommandError(UNREADABLE, f"{', '.join(source.names)}: {error}") from None
@@ -236,13 +235,20 @@ def _document(
     }
 
 
-def _other_puzzles(loaded: Loaded, source: Source) -> bool:
+def _other_puzzles(loaded: Loaded, source: Source) -> bool | None:
     """Whether the model has puzzle rows, and the data's identifiers name other puzzles than the
-    training data's did."""
+    training data's did; None where one of them does not say."""
     config, trained = loaded.model.config, (loaded.config.get("data") or {}).get("puzzles")
-    if not config.puzzle_emb_ndim or trained is None or source.split is None:
+    if not config.puzzle_emb_ndim:
         return False
-    return any(found not in (trained, None) for found in (puzzles_of([n]) for n in source.names))
+    if source.split is None:  # boards of a file have the blank identifier
+        return False if config.num_puzzle_identifiers == 1 else None
+    found = [puzzles_of([name]) for name in source.names]
+    if trained is None:
+        return None
+    if any(puzzles not in (trained, None) for puzzles in found):
+        return True
+    return None if None in found else False
 
 
 def _text(loaded: Loaded, source: Source, reports: dict[str, SetReport]) -> str:

@@ -6,7 +6,7 @@ trainer and `trm-fast evaluate`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,19 +31,22 @@ class Evaluators:
             officially; `left_out` says which.
 
     Raises:
-        ConfigError: another name or option.
+        ConfigError: another name or option, or the same evaluator twice.
         DataError: the files of an evaluator cannot be read.
     """
 
     def __init__(self, configs: Sequence[EvaluatorConfig], paths: Sequence[str]) -> None:
         self.left_out: list[str] = []
-        self._several = len(paths) > 1
         self._votings: list[tuple[int, ArcVoting]] = []
-        for config in configs:
+        for place, config in enumerate(configs):
             options = _checked(config)
+            if any(config.name == other.name for other in configs[:place]):
+                raise ConfigError(f"evaluators names {config.name} twice")
             for index, path in enumerate(paths):
-                if not Path(path, _NEEDED).is_file():
-                    self.left_out.append(f"{config.name} (no {_NEEDED} in {path})")
+                # The builder writes an empty one where there is no test split.
+                needed = next((n for n in (_NEEDED, "test") if not Path(path, n).exists()), None)
+                if needed is not None:
+                    self.left_out.append(f"{config.name} (no {needed} in {path})")
                     continue
                 try:
                     voting = ArcVoting(path, **options)
@@ -54,18 +57,18 @@ class Evaluators:
     def __len__(self) -> int:
         return len(self._votings)
 
-    def begin(self) -> None:
-        """Before an evaluation."""
+    def begin(self, directories: Mapping[str, int]) -> Callable[[str, Mapping[str, Tensor]], None]:
+        """Before an evaluation of the sets in `PuzzleDataset.directories`; returns what takes in
+        its batches, with the set's name and what `inference.evaluate` observes."""
         for _, voting in self._votings:
             voting.begin()
 
-    def observe(self, set_name: str, outputs: Mapping[str, Tensor]) -> None:
-        """A batch of the set of that name, with what `inference.evaluate` observes."""
-        digits = set_name[len(set_name.rstrip("0123456789")) :]
-        for index, voting in self._votings:
-            # The sets of the k-th data directory have k after their names.
-            if not self._several or digits == (str(index) if index else ""):
-                voting.update(outputs)
+        def observe(set_name: str, outputs: Mapping[str, Tensor]) -> None:
+            for index, voting in self._votings:
+                if directories[set_name] == index:
+                    voting.update(outputs)
+
+        return observe
 
     def result(self, folder: Path | None = None) -> dict[str, float]:
         """The scores by name; submission.json goes to the folder `evaluator_ARC<folder's end>`.
@@ -91,6 +94,11 @@ class Evaluators:
         """Test inputs that got no answer in the last evaluation."""
         return sum(voting.unanswered for _, voting in self._votings)
 
+    @property
+    def counts(self) -> dict[str, int]:
+        """`ARC/unanswered`, to stand beside the scores; {} where nothing is scored."""
+        return {"ARC/unanswered": self.unanswered} if self._votings else {}
+
 
 def _checked(config: EvaluatorConfig) -> dict[str, Any]:
     if config.name != "arc@ARC":
@@ -109,6 +117,9 @@ def _checked(config: EvaluatorConfig) -> dict[str, Any]:
     return dict(options)
 
 
-def score_line(scores: Mapping[str, float]) -> str:
-    """Scores on one line: `ARC/pass@1 2.50 %, ...`."""
-    return ", ".join(f"{name} {100 * value:.2f} %" for name, value in scores.items())
+def score_line(scores: Mapping[str, float], unanswered: int) -> str:
+    """Scores on one line: `ARC/pass@1 2.50 %, ...`, and how many answers they lack."""
+    line = ", ".join(f"{name} {100 * value:.2f} %" for name, value in scores.items())
+    return (
+        f"{line}; {unanswered} test inputs have no answer, which is wrong" if unanswered else line
+    )

@@ -24,7 +24,7 @@ from trm_fast.durable import (
     write_pickle,
 )
 from trm_fast.model import Model
-from trm_fast.puzzle_rows import carried_rows, mean_rows, read_identifiers
+from trm_fast.puzzle_rows import carried_rows, mean_rows, puzzles_of, read_identifiers
 
 OFFICIAL_PREFIX = "_orig_mod.model.inner."
 
@@ -89,15 +89,23 @@ def load_weights(
 def trained_puzzles(path: str | Path) -> list[str]:
     """The names of the puzzles that a run of ours was trained on, from the data it was trained on.
 
-    Raises ValueError where `path` is no run or step folder, or the data is no longer there.
+    Raises ValueError where `path` is no run or step folder, or the data is no longer there or names
+    other puzzles now.
     """
     if not Path(path).is_dir():
         raise ValueError(f"{path} does not say what it was trained on: give load_identifiers=DIR")
     config = checkpoint.load_checkpoint(checkpoint.resolve(path)).config
-    paths = (config.get("data") or {}).get("data_paths") or [None]
+    data = config.get("data") or {}
+    paths = data.get("data_paths") or [None]
     if len(paths) != 1 or not isinstance(paths[0], str):
         raise ValueError(f"{path} was not trained on one data set: give load_identifiers=DIR")
-    return read_identifiers(paths[0])
+    names, then = read_identifiers(paths[0]), data.get("puzzles")
+    if then is not None and puzzles_of(paths) != then:
+        raise ValueError(
+            f"{paths[0]}: identifiers.json is not the one that {path} was trained with: give "
+            "load_identifiers=FILE, a copy of that one"
+        )
+    return names
 
 
 def mismatch(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> str | None:

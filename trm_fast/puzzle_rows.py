@@ -1,7 +1,7 @@
 """Puzzle rows for other puzzles than those they were trained on, by the puzzles' names.
 
 Owns reading identifiers.json and the rule by which rows are carried over. Imported by interop,
-trainer and the ARC evaluator.
+splits, trainer, evaluate and the ARC evaluator.
 
 Dims: N rows trained, M rows wanted, E width of a row.
 """
@@ -14,9 +14,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from trm_fast.data.format import DataError, read_json
+from trm_fast.data.format import DataError, read_json, sha256
 
-__all__ = ["carried_rows", "mean_rows", "read_identifiers"]
+__all__ = ["carried_rows", "mean_rows", "puzzles_of", "read_identifiers"]
 
 _FILE = "identifiers.json"
 _MAX_BYTES = 1 << 30
@@ -33,6 +33,13 @@ def read_identifiers(path: str | Path) -> list[str]:
     if not isinstance(names, list) or not all(type(name) is str for name in names):
         raise DataError(f"{file}: expected a list of names")
     return names
+
+
+def puzzles_of(paths: Sequence[str]) -> str | None:
+    """The sha256 of identifiers.json, equal where identifiers name the same puzzles; None where
+    there is no such file, or several."""
+    file = Path(paths[0], _FILE)
+    return sha256(file) if len(paths) == 1 and file.is_file() else None
 
 
 def mean_rows(rows: Tensor, count: int) -> Tensor:

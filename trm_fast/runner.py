@@ -98,9 +98,10 @@ class Console:
             metrics |= {f"{name}/{key}": value for key, value in report.metrics().items()}
             self.status.message(f"step {trainer.step}  {_sentence(name, report)}")
         if trainer.scores:
-            self.status.message(f"step {trainer.step}  {score_line(trainer.scores)}")
+            missing = trainer.evaluators.unanswered
+            self.status.message(f"step {trainer.step}  {score_line(trainer.scores, missing)}")
         if trainer.step not in self.evaluated:  # made again to show a finished run
-            self._log(trainer.step, metrics | trainer.scores)
+            self._log(trainer.step, metrics | trainer.scores | trainer.evaluators.counts)
 
     def on_checkpoint(self, trainer: Trainer, path: Path) -> None:
         if self.config.official:

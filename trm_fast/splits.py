@@ -6,14 +6,16 @@ evaluation, hours later, is an error here.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from trm_fast.config import TrainConfig
 from trm_fast.data.dataset import PuzzleDataset, PuzzleDatasetConfig
-from trm_fast.data.format import DataError, Metadata, sha256
-from trm_fast.rules import rules_of, square_side, sudoku_side
+from trm_fast.data.format import DataError, Metadata
+from trm_fast.puzzle_rows import puzzles_of
+from trm_fast.rules import rules_of, sudoku_side
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,25 @@ class Splits:
     train: Metadata
     test: Metadata | None
     puzzles: str | None
+
+    def record(self) -> dict[str, Any]:
+        """What a checkpoint keeps of it, ready for JSON."""
+        return {
+            "data_paths": list(self.paths),
+            "data_paths_test": list(self.paths_test),
+            "metadata": self.train.to_dict(),
+            "puzzles": self.puzzles,
+        }
+
+    def changed(self, then: Mapping[str, Any]) -> list[str]:
+        """What of the training data is not as `then`, an earlier `record`, has it, in words."""
+        old, now = then["metadata"], self.record()["metadata"]
+        words = [f"{k} {now[k]} (was {old[k]})" for k in now if now[k] != old[k]]
+        # Records of data without identifiers.json, and of several directories, do not say.
+        known = then.get("puzzles") is not None and self.puzzles is not None
+        if known and self.puzzles != then["puzzles"]:
+            words.append("identifiers.json names other puzzles")
+        return words
 
 
 def open_splits(config: TrainConfig) -> Splits:
@@ -46,20 +67,14 @@ def open_splits(config: TrainConfig) -> Splits:
     return Splits(tuple(paths), tuple(paths_test), train, test, puzzles_of(paths))
 
 
-def puzzles_of(paths: Sequence[str]) -> str | None:
-    """The sha256 of identifiers.json, equal where identifiers name the same puzzles; None where
-    there is no such file, or several."""
-    file = Path(paths[0], "identifiers.json")
-    return sha256(file) if len(paths) == 1 and file.is_file() else None
-
-
 def _check_kind(config: TrainConfig, train: Metadata, path: str) -> None:
     """Raise unless the puzzles are of a kind that the settings can change on the fly."""
     has = f"{path} has {train.seq_len} tokens of {train.vocab_size} values"
     if config.augment == "sudoku" and sudoku_side(train) is None:
         raise ValueError(f"augment=sudoku is for Sudoku: {has}")
-    if config.augment == "dihedral" and square_side(train) is None:
-        raise ValueError(f"augment=dihedral is for square grids: {has}")
+    if config.augment == "dihedral" and rules_of(train) is None:
+        # Of other puzzles it is not known that they may be turned: tasks of ARC must not.
+        raise ValueError(f"augment=dihedral is for Sudoku and mazes: {has}")
     if config.augment == "dihedral" and sudoku_side(train) == 6:
         raise ValueError(f"augment=dihedral would turn the oblong boxes of 6x6 Sudoku: {path}")
     if config.curriculum > 0 and rules_of(train) is None:

@@ -9,11 +9,9 @@ Dims legend: B batch.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext, suppress
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -355,7 +353,6 @@ class Trainer:
         visit = dataset_config(config, self.splits.paths_test, 1, test=True)
         batches = PuzzleDataset(visit, "test")
         collect: dict[str, list[Tensor]] = {name: [] for name in config.eval_save_outputs}
-        self.evaluators.begin()
         with self.evaluation_weights(), suppress(_Interrupted):
             self.reports = evaluate(
                 self.model,
@@ -365,7 +362,7 @@ class Trainer:
                 loss_type=config.arch.loss_type,
                 rules=rules_of(self.splits.test),
                 collect=collect,
-                observe=self.evaluators.observe,
+                observe=self.evaluators.begin(batches.directories),
                 cuda_graph=config.cuda_graph,
             )
             self._evaluated_at = self.step
@@ -441,17 +438,11 @@ class Trainer:
         return self.ema.merged(state) if self.ema else state
 
     def _config_record(self) -> dict[str, Any]:
-        splits = self.splits
         return {
             **self.config.to_dict(),
             "finished": self.finished,
             "model": self.model_config.to_dict(),
-            "data": {
-                "data_paths": list(splits.paths),
-                "data_paths_test": list(splits.paths_test),
-                "metadata": asdict(splits.train),
-                "puzzles": splits.puzzles,
-            },
+            "data": self.splits.record(),
         }
 
     def state_dict(self) -> dict[str, Any]:
@@ -478,9 +469,8 @@ class Trainer:
             CheckpointError: damaged, or of other data than the run is given now.
         """
         saved = checkpoint.load_checkpoint(path)
-        state, then = saved.train_state, saved.config["data"]["metadata"]
-        now = json.loads(json.dumps(asdict(self.splits.train)))
-        if changed := [f"{k} {now[k]} (was {then[k]})" for k in now if now[k] != then[k]]:
+        state = saved.train_state
+        if changed := self.splits.changed(saved.config["data"]):
             raise checkpoint.CheckpointError(
                 f"{path}: the training data is not what it was: {', '.join(changed[:3])}"
             )

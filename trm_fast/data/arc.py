@@ -22,6 +22,7 @@ from trm_fast.console import Parser, integer, say
 from trm_fast.data.arc_augment import CELLS, PAD, VOCABULARY, Offsets, Plan, draw_plan, encode
 from trm_fast.data.arc_leaks import Subset, leak_report, report_lines
 from trm_fast.data.arc_source import Pair, Task, read_subset
+from trm_fast.data.building import attempt
 from trm_fast.data.format import DataError, DatasetWriter, Metadata, open_writer, sha256
 
 __all__ = ["BuildOptions", "build", "main"]
@@ -52,7 +53,7 @@ class BuildOptions:
             raise ValueError("subsets names none")
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"seed is {self.seed}, expected 0..{2**32 - 1}")
-        limits = (("num_aug", 0, 10**6), ("puzzle_identifiers_start", 1, 10**9))
+        limits = (("num_aug", 0, 10**6), ("puzzle_identifiers_start", 1, 10**7))
         for name, low, high in limits:
             if not low <= getattr(self, name) <= high:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected {low}..{high}")
@@ -258,22 +259,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code: 0, or 2 for bad input or options."""
     parser = _parser()
     arguments = vars(parser.parse_args(argv))
-    try:
-        lists = {name: tuple(arguments[name]) for name in ("subsets", "compare")}
-        options = BuildOptions(**{**arguments, **lists})
-        manifest = build(options)
-    except (ValueError, OSError) as error:
-        say(f"{parser.prog}: {error}", err=True)
+    lists = {name: tuple(arguments[name]) for name in ("subsets", "compare")}
+    manifest = attempt(parser.prog, lambda: build(BuildOptions(**{**arguments, **lists})))
+    if manifest is None:
         return 2
-    except MemoryError:
-        say(f"{parser.prog}: not enough memory for so many puzzles", err=True)
-        return 2
+    options = manifest["options"]
     for name in manifest["without_solutions"]:
         say(f"{name}: no solutions file; unknown test outputs stand as one black cell")
     if few := manifest["fewer_images"]:
         task = min(few, key=lambda name: few[name])
         say(
-            f"{len(few)} tasks have fewer than {options.num_aug} different images, "
+            f"{len(few)} tasks have fewer than {options['num_aug']} different images, "
             f"{task} {few[task]}"
         )
     for split, count in manifest["counts"].items():
@@ -282,11 +278,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"{count['examples']} examples"
         )
     if not manifest["counts"]["test"]["groups"]:
-        tests = " or ".join(dict.fromkeys((options.test_set_name, options.test_set_name2)))
+        tests = " or ".join(dict.fromkeys((options["test_set_name"], options["test_set_name2"])))
         say(f"no test split: none of the subsets is called {tests}")
     for line in report_lines(manifest["leaks"]):
         say(line)
-    say(f"written to {options.output_dir}, {manifest['identifiers']} identifiers with the blank")
+    say(
+        f"written to {arguments['output_dir']}, {manifest['identifiers']} identifiers with the "
+        "blank"
+    )
     return 0
 
 

@@ -1,4 +1,4 @@
-"""What the builders of Sudoku and maze data share: options, sources, held-out puzzles, the report.
+"""What the builders of data sets share: options, sources, held-out puzzles, the report.
 
 Owns everything around the puzzles of a builder that turns a file, a data set of the Hugging Face
 hub or nothing into a data set. Imported by the builders and their sources; imports data.format.
@@ -19,17 +19,26 @@ import numpy as np
 
 from trm_fast import __version__
 from trm_fast.console import Parser, integer, say
-from trm_fast.data.format import DataError, one_line, read_manifest, sha256, verify_manifest
+from trm_fast.data.format import (
+    DataError,
+    Metadata,
+    one_line,
+    read_manifest,
+    sha256,
+    verify_manifest,
+)
 
 __all__ = [
     "BuildOptions",
     "Faults",
     "Puzzles",
     "add_shared",
+    "attempt",
     "bounded_lines",
     "command",
     "describe",
     "load_splits",
+    "one_kind",
     "parse_range",
     "reusable",
     "subsample",
@@ -219,6 +228,25 @@ def describe(
     }
 
 
+def one_kind(
+    vocab_size: int, seq_len: int, groups: int, sets: tuple[str, ...] = ("all",)
+) -> Metadata:
+    """Metadata of `groups` groups of puzzles that all have the blank identifier, the fields as the
+    official builders of Sudoku and mazes write them."""
+    return Metadata(
+        pad_id=0,
+        ignore_label_id=0,
+        blank_identifier_id=0,
+        vocab_size=vocab_size,
+        seq_len=seq_len,
+        num_puzzle_identifiers=1,
+        total_groups=groups,
+        mean_puzzle_examples=1.0,
+        total_puzzles=groups,
+        sets=sets,
+    )
+
+
 def reusable(root: str | os.PathLike[str], request: dict[str, Any]) -> dict[str, Any] | None:
     """The manifest in `root` if it answers exactly `request` and all its files are intact."""
     try:
@@ -251,15 +279,22 @@ def parse_range(name: str, text: str) -> tuple[int, int]:
     return int(low), int(high or low)
 
 
-def command(prog: str, build: Callable[[], dict[str, Any]], output_dir: str) -> int:
-    """Run the builder of the command `prog` and say what it wrote: 0, or 2 for bad input."""
+def attempt(prog: str, build: Callable[[], dict[str, Any]]) -> dict[str, Any] | None:
+    """The manifest that the builder of the command `prog` returns; None, with a line, for bad
+    input."""
     try:
-        manifest = build()
+        return build()
     except (ValueError, OSError) as error:
         say(f"{prog}: {error}", err=True)
-        return 2
     except MemoryError:
         say(f"{prog}: not enough memory for so many puzzles", err=True)
+    return None
+
+
+def command(prog: str, build: Callable[[], dict[str, Any]], output_dir: str) -> int:
+    """Run the builder of the command `prog` and say what it wrote: 0, or 2 for bad input."""
+    manifest = attempt(prog, build)
+    if manifest is None:
         return 2
     for line in manifest["skipped"][:_SHOWN]:
         say(f"skipped {line}", err=True)

@@ -122,6 +122,9 @@ class PuzzleDataset(IterableDataset):  # type: ignore[type-arg]
     code's for the same seed; the choice of examples inside a puzzle of several has its own seeded
     stream, the same on all ranks. `data` gives arrays in memory instead of paths.
 
+    Attributes:
+        directories: by set name, the index of the path that the set is of.
+
     Raises DataError for data that cannot be used, when built.
     """
 
@@ -137,11 +140,12 @@ class PuzzleDataset(IterableDataset):  # type: ignore[type-arg]
         self.split = split
         self.local_batch_size = config.global_batch_size // config.num_replicas
         if data is None:
-            self.metadata, self._sets = _read_paths(config.dataset_paths, split)
+            self.metadata, self._sets, self.directories = _read_paths(config.dataset_paths, split)
         else:
             sets = data[1]
             named = {"all": sets} if isinstance(sets, PuzzleArrays) else dict(sets)
             self.metadata, self._sets = data[0], named
+            self.directories = dict.fromkeys(named, 0)
         if not config.test_set_mode:
             for name, arrays in self._sets.items():
                 _check_nothing_empty(name, arrays)
@@ -355,8 +359,9 @@ def _set_state(rng: np.random.Generator, text: str) -> None:
     }
 
 
-def _read_paths(paths: tuple[str, ...], split: str) -> tuple[Metadata, Sets]:
-    """Metadata over all paths and the sets of all, keyed <set>, <set>1, <set>2, ..."""
+def _read_paths(paths: tuple[str, ...], split: str) -> tuple[Metadata, Sets, dict[str, int]]:
+    """Metadata over all paths and the sets of all, keyed <set>, <set>1, <set>2, ...; and the index
+    of the path that each is of."""
     if not paths:
         raise DataError("no data directory given")
     loaded = [read_split(path, split) for path in paths]
@@ -381,7 +386,11 @@ def _read_paths(paths: tuple[str, ...], split: str) -> tuple[Metadata, Sets]:
         mean_puzzle_examples=examples / puzzles if puzzles else 0.0,
     )
     names = [(name, k) for name in first.sets for k in range(len(loaded))]
-    return merged, {f"{name}{k or ''}": loaded[k][1][name] for name, k in names}
+    directories = {f"{name}{k or ''}": k for name, k in names}
+    if len(directories) != len(names):
+        raise DataError(f"{paths[0]}: sets {', '.join(first.sets)} of several paths: names collide")
+    sets = {f"{name}{k or ''}": loaded[k][1][name] for name, k in names}
+    return merged, sets, directories
 
 
 def _check_nothing_empty(name: str, arrays: PuzzleArrays) -> None:

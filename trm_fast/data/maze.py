@@ -13,6 +13,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import isqrt
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,9 +26,8 @@ from trm_fast.data.maze_generator import (
     check_range,
     generate_splits,
     longest_path,
-    maze_metadata,
 )
-from trm_fast.data.maze_solver import SIDES
+from trm_fast.data.maze_solver import CHARSET, SIDES
 from trm_fast.data.maze_source import Mazes, read_mazes
 from trm_fast.symmetry import dihedral_transform
 
@@ -74,17 +74,22 @@ def build(options: BuildOptions) -> dict[str, Any]:
     Raises DataError (bad mazes, unwritable or foreign output directory) or ValueError (options).
     Nothing appears at output_dir unless all of it was written.
     """
+    paths = {}  # by file, as it was read: what is held out of one, or left out, counts too
+
+    def read(path: Path) -> Mazes:
+        mazes = read_mazes(path, size=options.size, skip_bad=options.skip_bad)
+        paths[path.stem] = {
+            "several_shortest": mazes.several_paths,
+            "not_shortest": mazes.not_shortest,
+        }
+        return mazes
+
     splits, origin = building.load_splits(
         options,
-        lambda path: read_mazes(path, size=options.size, skip_bad=options.skip_bad),
+        read,
         lambda count: _generated(options, count),
         DEFAULT_REPO,
     )
-    paths = {
-        name: {"several_shortest": mazes.several_paths, "not_shortest": mazes.not_shortest}
-        for name, mazes in splits.items()
-        if isinstance(mazes, Mazes)
-    }
     # The official builder draws the subset from numpy's global generator, and nothing else.
     subset = building.subsample(splits, options.subsample_size, np.random.RandomState(options.seed))
     images = _IMAGES if options.aug else 1
@@ -128,7 +133,7 @@ def _write_split(writer: DatasetWriter, split: str, puzzles: Puzzles, images: in
     }
     for name, array in small.items():
         writer.array(split, "all", name, array.shape, array.dtype)[:] = array
-    writer.metadata(split, maze_metadata(side, groups))
+    writer.metadata(split, building.one_kind(len(CHARSET) + 1, cells, groups))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

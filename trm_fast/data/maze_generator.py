@@ -19,9 +19,10 @@ from typing import Any
 
 import numpy as np
 
-from trm_fast.data.building import reusable
-from trm_fast.data.format import Metadata, one_puzzle_per_group, read_manifest, write_dataset
+from trm_fast.data.building import one_kind, reusable
+from trm_fast.data.format import one_puzzle_per_group, read_manifest, write_dataset
 from trm_fast.data.maze_solver import (
+    CHARSET,
     FAR,
     GOAL,
     OPEN,
@@ -42,7 +43,6 @@ __all__ = [
     "generate_splits",
     "longest_path",
     "maze_job_data",
-    "maze_metadata",
     "wall_invariant",
 ]
 
@@ -302,22 +302,6 @@ def generate_splits(
     return splits
 
 
-def maze_metadata(side: int, groups: int, sets: tuple[str, ...] = ("all",)) -> Metadata:
-    """Metadata of `groups` maze groups, the fields as the official builder writes them."""
-    return Metadata(
-        pad_id=0,
-        ignore_label_id=0,
-        blank_identifier_id=0,
-        vocab_size=6,
-        seq_len=side * side,
-        num_puzzle_identifiers=1,
-        total_groups=groups,
-        mean_puzzle_examples=1.0,
-        total_puzzles=groups,
-        sets=sets,
-    )
-
-
 def maze_job_data(
     root: str | os.PathLike[str], *, seed: int, train_boards: int = 20000, test_boards: int = 500
 ) -> dict[str, Any]:
@@ -352,8 +336,8 @@ def maze_job_data(
         taken = np.concatenate([taken, wall_invariant(boards)])
         test[name] = one_puzzle_per_group(boards, answers)
     splits = {
-        "train": (maze_metadata(10, train_boards), train),
-        "test": (maze_metadata(10, len(test) * test_boards, tuple(test)), test),
+        "train": (one_kind(len(CHARSET) + 1, 100, train_boards), train),
+        "test": (one_kind(len(CHARSET) + 1, 100, len(test) * test_boards, tuple(test)), test),
     }
     write_dataset(root, splits, manifest={"request": request})
     manifest = read_manifest(root)

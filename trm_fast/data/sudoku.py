@@ -28,7 +28,7 @@ from trm_fast.data.format import (
     sha256,
     verify_manifest,
 )
-from trm_fast.data.sudoku_generator import generate, generate_apart, sudoku_metadata
+from trm_fast.data.sudoku_generator import generate, generate_apart
 from trm_fast.data.sudoku_source import read_puzzles
 from trm_fast.symmetry import BoxShape, SudokuSymmetry, box_shape, grid_invariant
 
@@ -165,7 +165,7 @@ def _write_split(
         writer.array(split, "all", name, array.shape, array.dtype)[:] = array
     inputs.flush()
     labels.flush()
-    writer.metadata(split, sudoku_metadata(box.side, groups))
+    writer.metadata(split, building.one_kind(box.side + 2, cells, groups))
 
 
 def _draw(draws: _OfficialDraws, groups: int, num_aug: int, box: BoxShape) -> SudokuSymmetry:

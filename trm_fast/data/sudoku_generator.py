@@ -18,9 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from trm_fast.data.building import reusable
+from trm_fast.data.building import one_kind, reusable
 from trm_fast.data.format import (
-    Metadata,
     one_puzzle_per_group,
     read_manifest,
     write_dataset,
@@ -28,7 +27,7 @@ from trm_fast.data.format import (
 from trm_fast.data.sudoku_solver import WIDTH, candidates, propagate, solve
 from trm_fast.symmetry import BoxShape, box_shape, grid_invariant, random_permutations
 
-__all__ = ["default_job_data", "generate", "generate_apart", "random_grids", "sudoku_metadata"]
+__all__ = ["default_job_data", "generate", "generate_apart", "random_grids"]
 
 GENERATOR_VERSION = 1
 """Raised whenever the same seed would give other puzzles; part of the cache's request."""
@@ -168,22 +167,6 @@ def generate_apart(
     )
 
 
-def sudoku_metadata(side: int, groups: int, sets: tuple[str, ...] = ("all",)) -> Metadata:
-    """Metadata of `groups` Sudoku groups, the fields as the official builder writes them."""
-    return Metadata(
-        pad_id=0,
-        ignore_label_id=0,
-        blank_identifier_id=0,
-        vocab_size=side + 2,
-        seq_len=side * side,
-        num_puzzle_identifiers=1,
-        total_groups=groups,
-        mean_puzzle_examples=1.0,
-        total_puzzles=groups,
-        sets=sets,
-    )
-
-
 def default_job_data(
     root: str | os.PathLike[str], *, seed: int, train_boards: int = 20000, test_boards: int = 500
 ) -> dict[str, Any]:
@@ -219,8 +202,8 @@ def default_job_data(
         taken = np.concatenate([taken, kinds])
         test[name] = one_puzzle_per_group(boards + np.uint8(1), grids + np.uint8(1))
     splits = {
-        "train": (sudoku_metadata(9, train_boards), train),
-        "test": (sudoku_metadata(9, 2 * test_boards, tuple(test)), test),
+        "train": (one_kind(11, 81, train_boards), train),
+        "test": (one_kind(11, 81, 2 * test_boards, tuple(test)), test),
     }
     write_dataset(root, splits, manifest={"request": request})
     manifest = read_manifest(root)

@@ -146,6 +146,14 @@ def nano_document(sudoku=False, mlp=False, prefix=0, **changes):
     }
 
 
+def doubled(depth):
+    """A tuple of itself twice, and so on: small in a file, without end as text."""
+    value = ()
+    for _ in range(depth):
+        value = (value, value)
+    return value
+
+
 def averaged(document):
     return document["state_dict"] | document["callbacks"]["EMACallback"]["shadow"]
 
@@ -217,6 +225,9 @@ def test_nano_trm_there_and_back(tmp_path, case):
         ),
         ({"ffn_expansion": "much"}, "expansion must be a number above 0|expansion must be"),
         ({"seq_len": None}, "seq_len must be an integer"),
+        ({"H_cycles": doubled(60)}, r"H_cycles must be an integer >= 1, got \(\("),
+        ({"ffn_expansion": doubled(60)}, r"expansion must be a number above 0, got \(\("),
+        ({"H_cycles": 3000, "L_cycles": 3000}, "H_cycles . L_cycles . halt_max_steps is larger"),
     ],
 )
 def test_nano_trm_settings_that_are_not_ours(tmp_path, changes, said):
@@ -224,6 +235,14 @@ def test_nano_trm_settings_that_are_not_ours(tmp_path, changes, said):
     with pytest.raises(ValueError, match=f"(?s){said}") as caught:
         build(read_saved(tmp_path / "last.ckpt"))
     assert "\n" not in str(caught.value)
+
+
+def test_nano_trm_settings_are_ours_by_other_names(tmp_path):
+    said = {"rope_theta": 500.0, "halt_exploration_prob": 0.3, "N_supervision": 7}
+    torch.save(nano_document(**said), tmp_path / "last.ckpt")
+    config = build(read_saved(tmp_path / "last.ckpt"))[0].config
+    found = (config.rope_theta, config.halt_exploration_prob, config.halt_max_steps)
+    assert found == (500.0, 0.3, 7)
 
 
 def test_nano_trm_convolutions_are_refused(tmp_path):
@@ -353,13 +372,20 @@ def test_official_sizes_follow_from_shapes_and_flags_go_first(tmp_path):
     assert (found.config["seq_len"], found.settings["loss_type"]) == (10, "x")
 
 
+# A list of itself twice, sixty times: as text it has no end.
+ENDLESS = "a0: &a0 [1]\n" + "".join(f"a{n + 1}: &a{n + 1} [*a{n}, *a{n}]\n" for n in range(60))
+ENDLESS += "arch: {H_cycles: *a60}\n"
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [
         ("arch: 1", "has no arch with settings in it"),
         ("[1]", "must hold keys and values"),
-        ("arch: {expansion: [1]}", r"expansion must be a number above 0, got \[1\]"),
+        ("arch: {expansion: [1]}", r"arch.expansion must be one value, got \[1\]"),
         ("arch: {puzzle_emb_len: many}", "puzzle_emb_len must be a whole number, got 'many'"),
+        (ENDLESS, r"arch.H_cycles must be one value, got \[\[\["),
+        ("arch: {expansion: much}", "expansion must be a number above 0, got 'much'"),
         ("arch: !!python/object/apply:os.system ['touch owned']", "is not YAML"),
         pytest.param("#" * 2_000_000, "larger than 1048576 bytes", id="large"),
     ],

@@ -20,7 +20,7 @@ from trm_fast.checkpoint import save_checkpoint
 from trm_fast.config import TrainConfig
 from trm_fast.convert import main
 from trm_fast.evaluate import main as evaluate_main
-from trm_fast.hub import Card
+from trm_fast.hub import Card, list_files
 from trm_fast.interop import load_weights, write_official
 from trm_fast.overrides import read_config_file
 from trm_fast.pretrained import card_of, read_saved
@@ -78,6 +78,13 @@ def changed(folder, key):
     (folder / "config.json").write_text(json.dumps(config))
 
 
+def widened(folder):
+    """A configuration whose attention alone is gigabytes, of which the file has nothing."""
+    config = json.loads((folder / "config.json").read_text())
+    config["model"] |= {"hidden_size": 20_000, "intermediate_size": 8}
+    (folder / "config.json").write_text(json.dumps(config))
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
@@ -101,6 +108,7 @@ def changed(folder, key):
                 *("H_cycles", "L_cycles", "halt_max_steps"),
             )
         ),
+        (widened, r"weights do not fit config.json \(\S+ is \[.*this model has \[.*20000"),
         (lambda f: changed(f, "num_puzzle_identifiers"), "puzzle_emb_ndim is larger than any"),
     ],
 )
@@ -110,6 +118,20 @@ def test_a_damaged_folder_is_one_line(tmp_path, change, said):
     with pytest.raises(ValueError, match=said) as caught:
         Model.from_pretrained(folder)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("positions", ["rope", "learned"])
+def test_what_no_shape_says_is_bounded_too(tmp_path, monkeypatch, positions):
+    folder = tiny_model(pos_encodings=positions).save_pretrained(tmp_path / "mine")
+    config = Model.from_pretrained(folder).config
+    size, said = config.total_len * config.head_dim, "seq_len . hidden_size"
+    if positions == "learned":
+        size, said = config.batch_size * config.puzzle_emb_ndim, "batch_size . puzzle_emb_ndim"
+    monkeypatch.setattr("trm_fast.pretrained._TABLE", size - 1)
+    with pytest.raises(ValueError, match=f"{said} .*is larger than any .*: {size}, up to"):
+        Model.from_pretrained(folder)
+    monkeypatch.setattr("trm_fast.pretrained._TABLE", size)
+    assert Model.from_pretrained(folder).config == config
 
 
 def test_weights_that_are_not_finite_are_refused(tmp_path):
@@ -123,6 +145,14 @@ def test_weights_that_are_not_finite_are_refused(tmp_path):
 # The hub
 
 
+class HTTPError(Exception):
+    """As the HTTP library's own base: of no class that Python has for it."""
+
+
+class ConnectError(HTTPError):
+    pass
+
+
 class FakeHub(types.ModuleType):
     """Repositories as folders below `root`; what huggingface_hub calls by the same names does."""
 
@@ -132,9 +162,12 @@ class FakeHub(types.ModuleType):
         self.errors = types.SimpleNamespace(
             LocalEntryNotFoundError=type("LocalEntryNotFoundError", (FileNotFoundError,), {}),
             EntryNotFoundError=type("EntryNotFoundError", (OSError,), {}),
+            HfHubHTTPError=type("HfHubHTTPError", (HTTPError, OSError), {}),
         )
 
     def hf_hub_download(self, repo, file, revision=None):
+        if isinstance(self.offline, Exception):
+            raise self.offline
         if self.offline:
             raise self.errors.LocalEntryNotFoundError("outgoing traffic is disabled\nsecond line")
         if not (self.root / repo).is_dir():
@@ -142,12 +175,19 @@ class FakeHub(types.ModuleType):
         path = self.root / repo / (revision or "") / file
         if not path.is_file():
             raise self.errors.EntryNotFoundError(file)
-        return str(path)
+        cached = self.root.parent / "cache" / repo / file
+        cached.parent.mkdir(parents=True, exist_ok=True)
+        cached.write_bytes(path.read_bytes())
+        return str(cached)
 
     def list_repo_files(self, repo, revision=None):
+        if self.offline:
+            raise ConnectError("no route")
         return [path.name for path in (self.root / repo).iterdir()]
 
     def create_repo(self, repo, private, exist_ok):
+        if self.offline:
+            raise ConnectError("no route")
         self.made.append((repo, private, exist_ok))
 
     def upload_folder(self, repo_id, folder_path, commit_message):
@@ -177,9 +217,10 @@ def test_to_the_hub_and_back(fake_hub, monkeypatch):
     text = (fake_hub.root / "me/tiny/README.md").read_text()
     head, _, body = text.removeprefix("---\n").partition("\n---\n")
     assert head.splitlines()[0] == "library_name: trm_fast" and "license: mit" in head
-    for line in ("| `H_cycles` | 2 |", "1,000 boards", "trm-fast train x=1", "# tiny"):
+    for line in ("| `H_cycles` | 2 |", "1,000 boards", "trm-fast train x=1", "# me/tiny"):
         assert line in body, line
     assert "| all/exact_accuracy | 0.5 |" in body
+    assert 'Model.from_pretrained("me/tiny")' in body
     with pytest.raises(ValueError, match="me: not of the form owner/name"):
         model.push_to_hub("me")
 
@@ -202,6 +243,12 @@ def test_a_hub_that_cannot_be_reached(tmp_path, fake_hub, monkeypatch):
         Model.from_pretrained("me/none")
     fake_hub.offline = True
     with pytest.raises(ValueError, match=r"not in the local cache, and the hub cannot be .*\)$"):
+        Model.from_pretrained("me/none")
+    with pytest.raises(ValueError, match="me/tiny: cannot be sent: no route"):
+        tiny_model().push_to_hub("me/tiny")
+    assert list_files("me/none") == []
+    fake_hub.offline = ConnectError("no route")
+    with pytest.raises(ValueError, match="config.json cannot be fetched: no route"):
         Model.from_pretrained("me/none")
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(ValueError, match=r"needs huggingface_hub \(pip install 'trm-fast\[hub\]'"):

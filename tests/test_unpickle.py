@@ -79,6 +79,15 @@ def test_tensors_and_plain_values_come_out_as_they_went_in(new):
     assert got["np"][:2] == [0.25, -3] and got["np"][2].tolist() == [[0, 1, 2], [3, 4, 5]]
 
 
+def test_views_that_are_not_plain():
+    row = torch.tensor([1.0, 2.0, 3.0])
+    assert torch.equal(read_torch_file(saved(row.expand(4, 3))), row.expand(4, 3))
+    for view in (torch.ones(2, dtype=torch.complex64).conj(), torch._neg_view(row)):
+        with pytest.raises(PickleError, match=r"conjugate or negative .*resolve_conj"):
+            read_torch_file(saved({"a": view}))
+    assert torch.equal(read_torch_file(saved(torch._neg_view(row).resolve_neg())), -row)
+
+
 def test_types_without_a_storage_of_their_own():
     value = {"f8": torch.ones(3).to(torch.float8_e4m3fn), "u": torch.tensor([7]).to(torch.uint32)}
     got = read_torch_file(saved(value))
@@ -196,6 +205,14 @@ def tensor_of(numel, shape, stride, dtype=FLOATS):
     )
 
 
+# A tuple of itself twice, and so on: as text, or hashed, it has no end.
+DOUBLED = instructions("EMPTY_TUPLE") + b"".join(
+    instructions("MEMOIZE", "BINGET", bytes([n]), "TUPLE2") for n in range(100)
+)
+SETTINGS = instructions("GLOBAL", b"__main__\nSettings\n", "EMPTY_TUPLE", "REDUCE")
+SET = ("NONE", "SETITEM")
+NUMBERS = [instructions("BININT", struct.pack("<i", n), "NONE") for n in range(10_001)]
+
 BAD = {
     "by-name": (SYSTEM, r"wants os\.system"),
     "by-stack": (LONG_WAY, r"wants os\.system"),
@@ -245,8 +262,39 @@ BAD = {
         "NumPy type O8",
     ),
     "tensor-beyond": (tensor_of(1, [2], [1]), "larger than its storage"),
-    "tensor-expanded": (tensor_of(1, [10**15], [0]), "larger than its storage"),
+    "tensor-expanded": (tensor_of(1, [10**15], [0]), "many times the bytes"),
     "tensor-negative": (tensor_of(1, [-1], [1]), "impossible shape"),
+    "tensor-of-many-sizes": (tensor_of(1, [2**62] * 20_000, [1] * 20_000), "impossible shape"),
+    "name-that-doubles": (DOUBLED + instructions(word("x"), "STACK_GLOBAL", "STOP"), "not text"),
+    "module-that-doubles": (
+        instructions(word("x")) + DOUBLED + instructions("STACK_GLOBAL", "STOP"),
+        "not text",
+    ),
+    "attribute-that-doubles": (
+        SETTINGS + instructions("EMPTY_DICT") + DOUBLED + instructions(*SET, "BUILD", "STOP"),
+        "key of type tuple",
+    ),
+    "attributes-as-pairs": (
+        SETTINGS + DOUBLED + instructions("NONE", "TUPLE2", "TUPLE1", "TUPLE1", "BUILD", "STOP"),
+        "attributes from other than a dict",
+    ),
+    "attribute-of-number": (
+        SETTINGS + instructions("EMPTY_DICT", "BININT1", b"\x07", *SET, "BUILD", "STOP"),
+        "whose name is not text",
+    ),
+    "key-of-many-bits": (
+        instructions("EMPTY_DICT", "LONG1", b"\x09", bytes(8) + b"\x01", *SET, "STOP"),
+        "too large numbers as keys",
+    ),
+    "keys-of-one-hash": (
+        instructions("EMPTY_DICT", "MARK", *NUMBERS, "SETITEMS", "STOP"),
+        "too many numbers as keys",
+    ),
+    "set-of-one-hash": (
+        instructions("GLOBAL", b"builtins\nset\n", "MARK", *NUMBERS, "LIST", "TUPLE1", "REDUCE")
+        + instructions("STOP"),
+        "too many numbers as keys",
+    ),
     "storage-of-another-size": (tensor_of(10**15, [1], [1]), "damaged"),
 }
 
@@ -257,7 +305,7 @@ def test_bad_instructions_are_one_line_and_take_no_memory(tmp_path, monkeypatch,
     pickled, said = BAD[case]
     tracemalloc.start()
     with pytest.raises(PickleError, match=said) as caught:
-        read_torch_file(archive(pickled, data_0=b"\0\0\0\0"))
+        read_torch_file(archive(pickled, data_0=b"\0\0\0\0"), stubs={"__main__.Settings"})
     assert tracemalloc.get_traced_memory()[1] < 4e6
     tracemalloc.stop()
     assert "\n" not in str(caught.value) and str(caught.value).isprintable()
@@ -288,6 +336,15 @@ def test_too_many_instructions_end(monkeypatch):
     monkeypatch.setattr("trm_fast.unpickle.LIMIT", 1000)
     with pytest.raises(PickleError, match="more than 1,000 instructions"):
         read_torch_file(archive(instructions(*["NONE", "POP"] * 600, "NONE", "STOP")))
+
+
+def test_copies_of_one_list_end(monkeypatch):
+    monkeypatch.setattr("trm_fast.unpickle.COPIED", 100_000)
+    made = instructions("GLOBAL", b"builtins\nset\n", "BINGET", b"\0", "TUPLE1", "REDUCE", "POP")
+    start = instructions("MARK", *["NONE"] * 1000, "LIST", "MEMOIZE")
+    assert len(read_torch_file(archive(start + made * 3 + instructions("STOP")))) == 1000
+    with pytest.raises(PickleError, match="copies more than 100,000 bytes"):
+        read_torch_file(archive(start + made * 4 + instructions("STOP")))
 
 
 def test_zip_bombs_and_archives_of_other_things():

@@ -7,11 +7,12 @@ Owns the command line and what is printed; reading is `pretrained.read_saved`, w
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from trm_fast.checkpoint import save_checkpoint
+from trm_fast.checkpoint import CONFIG, list_steps, save_checkpoint
 from trm_fast.console import say
 from trm_fast.foreign import FORMATS
 from trm_fast.foreign_write import WRITERS, Parcel
@@ -133,6 +134,11 @@ def _without(source: str, error: Exception) -> str:
 
 def _write_run(saved: Saved, target: Path, step: int, weights: str | None) -> list[str]:
     """A run folder with one step: what evaluate, solve and load_checkpoint read."""
+    standing = [folder.name for _, folder in list_steps(target) if not _is_converted(folder)]
+    if standing:
+        raise CommandError(
+            USAGE, f"{target}: holds a run ({standing[-1]}) already; name another folder"
+        )
     # "source" says that there is no run here to go on with.
     config: dict[str, Any] = {
         "source": f"trm_fast: {saved.place}",
@@ -146,6 +152,14 @@ def _write_run(saved: Saved, target: Path, step: int, weights: str | None) -> li
     )
     kept = "raw and ema weights" if ema is not None else f"{weights or 'raw'} weights only"
     return [f"{folder}: {kept}; to train on from them: load_checkpoint={target}"]
+
+
+def _is_converted(folder: Path) -> bool:
+    """Whether a step folder was written here, and not by a training run."""
+    try:
+        return "source" in json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError, TypeError):
+        return False
 
 
 if __name__ == "__main__":

@@ -7,21 +7,26 @@ trainer.
 from __future__ import annotations
 
 import os
-from collections.abc import Container, Mapping
+from collections.abc import Callable, Container, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
+from trm_fast.options import printable
 from trm_fast.torch_file import read_torch_file
 from trm_fast.unpickle import PickleError
 
 
 class CheckpointError(ValueError):
     """A checkpoint that cannot be written or read; one line that names the file and the reason."""
+
+    def __init__(self, message: object) -> None:
+        super().__init__(printable(str(message)))
 
 
 def read_bytes(path: Path) -> bytes:
@@ -69,21 +74,43 @@ def separate(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return result
 
 
-def write_pickle(target: Path, value: Mapping[str, Any]) -> None:
-    """torch.save to a file that is complete, or as it was before; CheckpointError where that
+def _replace(target: Path, write: Callable[[Path], object]) -> None:
+    """Have `write` make a file that is complete, or as it was before; CheckpointError where that
     fails."""
     temp = target.with_name(f".{target.name}.tmp")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with open(temp, "wb") as file:
-            torch.save(value, file)
+        write(temp)
         sync(temp)
         os.replace(temp, target)
         sync(target.parent)
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, SafetensorError) as error:
         raise unwritable(target, error) from error
     finally:
         unlink(temp)
+
+
+def write_pickle(target: Path, value: Mapping[str, Any]) -> None:
+    """torch.save to a file that is replaced as a whole; CheckpointError where that fails."""
+
+    def save(temp: Path) -> None:
+        with open(temp, "wb") as file:
+            torch.save(value, file)
+
+    _replace(target, save)
+
+
+def write_tensors(
+    target: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None
+) -> None:
+    """A safetensors file, replaced as a whole; CheckpointError where that fails."""
+    content = separate(tensors)
+    _replace(target, lambda temp: safetensors.torch.save_file(content, temp, metadata))
+
+
+def write_text(target: Path, text: str) -> None:
+    """A file of text in UTF-8, replaced as a whole; CheckpointError where that fails."""
+    _replace(target, lambda temp: temp.write_text(text, encoding="utf-8"))
 
 
 def write_line(path: Path, line: str) -> None:

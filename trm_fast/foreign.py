@@ -20,24 +20,29 @@ import torch
 from torch import Tensor
 
 from trm_fast.config import ConfigError
+from trm_fast.durable import one_line
 from trm_fast.foreign_file import (
     ARCH_KEYS,
     ASKED,
     LAYER,
+    YAML,
     Foreign,
     Source,
     inner_width,
     lengths,
     open_source,
+    read_architecture,
     sizes,
 )
 from trm_fast.interop import NOT_SAVED, inner_name
+from trm_fast.options import reject_unknown, show
 from trm_fast.unpickle import Holder
 
 __all__ = ["FORMATS", "read_foreign"]
 
 FORMATS = ("official", "hrm", "rs", "nano-trm", "lucidrains", "s4nj1th")
 _TO_ASK = ("H_cycles", "L_cycles", "num_heads", "seq_len")
+_ONLY = {"carry": ("rs",), "semantics": ("s4nj1th",), "keep_tokens": ("nano-trm",)}
 _HYDRA = {
     f"omegaconf.{name}"
     for name in (
@@ -70,12 +75,20 @@ def read_foreign(
     file = Path(path)
     if format not in ("auto", *FORMATS):
         raise ValueError(f"the format is {format!r}; auto, {', '.join(FORMATS)} are allowed")
-    source = open_source(file, given or {}, config, _HYDRA | _S4NJ1TH)
+    reject_unknown(given or {}, ASKED, "config")
+    source = open_source(file, given or {}, _HYDRA | _S4NJ1TH)
     found = _detect(source)
     wanted = "official" if format == "hrm" else format
     if wanted not in ("auto", found):
         raise source.fail(f"its names are those of {found}, not of {format}")
-    foreign = _READERS[found](source)
+    if odd := [key for key in source.given if found not in _ONLY.get(key, (found,))]:
+        raise source.fail(f"is of {found}, which has no {odd[0]} to choose")
+    beside = _settings_beside(source, found, config)
+    try:
+        foreign = _READERS[found](source)
+    except (LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError) as error:
+        raise source.fail(f"is damaged, or not of {found} ({one_line(error)})") from error
+    foreign.notes += [f"settings are those of {beside}"] if beside else []
     if format == "hrm" and foreign.arch != "hrm":
         raise source.fail(f"is of the official network {foreign.arch}, not of hrm")
     foreign.config |= {k: v for k, v in source.given.items() if k in ARCH_KEYS or k == "seq_len"}
@@ -84,6 +97,21 @@ def read_foreign(
     if match := re.search(r"(?:step|epoch)_(\d{1,15})", file.name):
         foreign.step = foreign.step or int(match[1])
     return foreign
+
+
+def _settings_beside(source: Source, format: str, config: str | Path | None) -> Path | None:
+    """Read the official settings into `source`: the file that is given, or of the official
+    formats the one beside the weights. Returns which it was."""
+    if config is None:
+        path = source.path.parent / YAML
+        if format != "official" or not path.is_file():
+            return None
+    else:
+        path = Path(config)
+        if format == "s4nj1th":
+            raise source.fail(f"is of {format}, for which no {YAML} says anything")
+    source.arch = read_architecture(path)
+    return path
 
 
 def _detect(source: Source) -> str:
@@ -170,7 +198,7 @@ def _rs(source: Source) -> Foreign:
     state["q_head.bias"] = torch.full((1,), -5.0)
     carry = source.given.get("carry", "zeros")
     if carry not in ("zeros", "init"):
-        raise ConfigError(f"carry must be zeros or init, got {carry!r}")
+        raise ConfigError(f"carry must be zeros or init, got {show(carry)}")
     notes = ["it has no halting head: the one written never halts early"]
     if carry == "zeros":
         state["H_init"], state["L_init"] = torch.zeros(width), torch.zeros(width)
@@ -278,7 +306,14 @@ def _lucidrains(source: Source) -> Foreign:
         )
     scale = math.sqrt(width)
     state = {f"L_level.{n.removeprefix('network.')}": value for n, value in blocks.items()}
-    registers = weights.get("register_tokens", torch.zeros(0, width))
+    source.shape("to_pred.weight")
+    source.shape("to_halt_pred.1.weight")
+    for name in ("output_init_embed", "latent_init_embed"):
+        source.shape(name, 1)
+    registers = torch.zeros(0, width)
+    if "register_tokens" in weights and weights["register_tokens"].numel():
+        source.shape("register_tokens")
+        registers = weights["register_tokens"]
     state |= {
         # Ours are multiplied by sqrt(D) on the way in.
         "embed_tokens.embedding_weight": weights["input_embed.weight"] / scale,
@@ -300,12 +335,16 @@ def _lucidrains(source: Source) -> Foreign:
 
 def _s4nj1th(source: Source) -> Foreign:
     """The gated residual MLP: its two versions differ in the shape of the gates."""
-    gates = [tuple(source.weights[n].shape) for n in ("latent_gate", "output_gate")]
+    gates = []
+    for name in ("latent_gate", "output_gate"):
+        if name not in source.weights:
+            raise source.fail(f"lacks {name}")
+        gates.append(tuple(source.weights[name].shape))
     found = {(1,): "v1", (): "head"}.get(gates[0])
     chosen = source.given.get("semantics", found)
-    if chosen not in ("v1", "head") or gates[0] != gates[1]:
+    if chosen not in ("v1", "head") or gates[0] != gates[1] or found is None:
         raise source.fail(
-            f"has gates of shapes {gates}, of neither version: --semantics v1|head chooses one"
+            f"has gates of shapes {gates}, of neither version: one number each was expected"
         )
     raw = source.rest.get("config")
     plain = raw.state if isinstance(raw, Holder) else raw if isinstance(raw, dict) else {}

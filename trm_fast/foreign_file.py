@@ -19,6 +19,7 @@ from torch import Tensor
 
 from trm_fast.config import ConfigError
 from trm_fast.durable import CheckpointError, parse_pickle, parse_tensors, read_bytes
+from trm_fast.options import show
 from trm_fast.overrides import read_mapping
 
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
     "inner_width",
     "lengths",
     "open_source",
+    "read_architecture",
     "sizes",
 ]
 
@@ -87,7 +89,7 @@ class Source:
     weights: dict[str, Tensor]
     rest: dict[str, Any]
     given: Mapping[str, Any]
-    arch: Mapping[str, Any]
+    arch: Mapping[str, Any] = field(default_factory=dict)
 
     def fail(self, why: str) -> CheckpointError:
         return CheckpointError(f"{self.path}: {why}")
@@ -105,13 +107,12 @@ class Source:
 def open_source(
     file: Path,
     given: Mapping[str, Any],
-    config: str | Path | None,
     stubs: Container[str] = (),
 ) -> Source:
-    """A file of safetensors or of torch.save, and the official settings beside it.
+    """A file of safetensors or of torch.save.
 
     Args:
-        file, given, config: see `foreign.read_foreign`.
+        file, given: see `foreign.read_foreign`.
         stubs: see `durable.parse_pickle`.
     """
     data = read_bytes(file)
@@ -126,23 +127,24 @@ def open_source(
                 weights = rest[name]
     odd = [k for k, v in weights.items() if not (type(k) is str and isinstance(v, Tensor))]
     if odd or not weights:
-        what = f"entry {str(odd[0])[:60]!r} is not a tensor" if odd else "it is empty"
+        what = f"entry {show(odd[0])} is not a tensor" if odd else "it is empty"
         raise CheckpointError(f"{file}: holds no weights: {what}")
-    return Source(file, weights, rest, given, _architecture(file, config))
+    return Source(file, weights, rest, given)
 
 
-def _architecture(file: Path, config: str | Path | None) -> dict[str, Any]:
-    """The `arch` of an official configuration, with its loss; empty where there is none."""
-    path = Path(config) if config is not None else file.parent / YAML
-    if config is None and not path.is_file():
-        return {}
+def read_architecture(path: Path) -> dict[str, Any]:
+    """The `arch` of an official configuration: plain values, and its loss."""
     with suppress(OSError):
         if path.stat().st_size > _LARGEST_YAML:
             raise ConfigError(f"{path}: larger than {_LARGEST_YAML} bytes, not a configuration")
     arch = read_mapping(path).get("arch")
     if not isinstance(arch, Mapping):
         raise ConfigError(f"{path}: has no arch with settings in it")
-    return {str(key): value for key, value in arch.items()}
+    plain = (str, int, float, bool, type(None))
+    for key in ARCH_KEYS:
+        if not isinstance(arch.get(key), plain):
+            raise ConfigError(f"{path}: arch.{key} must be one value, got {show(arch[key])}")
+    return {key: arch[key] for key in (*ARCH_KEYS, "loss") if key in arch}
 
 
 def sizes(source: Source) -> dict[str, Any]:
@@ -195,7 +197,7 @@ def sizes(source: Source) -> dict[str, Any]:
 def inner_width(expansion: object, width: int) -> int:
     """The official inner width of a SwiGLU over `width` features."""
     if not isinstance(expansion, (int, float)) or not 0 < expansion < 1e6:
-        raise ConfigError(f"arch.expansion must be a number above 0, got {expansion!r}")
+        raise ConfigError(f"arch.expansion must be a number above 0, got {show(expansion)}")
     return -(-round(expansion * width * 2 / 3) // 256) * 256
 
 
@@ -218,7 +220,7 @@ def lengths(source: Source, values: dict[str, Any], default: int) -> list[str]:
     seq_len = source.given.get("seq_len")
     for name, value in (("puzzle_emb_len", given), ("seq_len", seq_len)):
         if value is not None and type(value) is not int:
-            raise ConfigError(f"{name} must be a whole number, got {value!r}")
+            raise ConfigError(f"{name} must be a whole number, got {show(value)}")
     if given is not None:
         prefix = given or -(-values["puzzle_emb_ndim"] // values["hidden_size"])
     elif total is not None and seq_len is not None:

@@ -14,13 +14,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from trm_fast.config import ConfigError, ModelConfig
-from trm_fast.durable import separate, unwritable, write_pickle
+from trm_fast.durable import separate, write_pickle, write_tensors, write_text
 from trm_fast.foreign_file import YAML, inner_width
 from trm_fast.interop import OFFICIAL_PREFIX, write_official
 from trm_fast.overrides import emit_yaml
@@ -118,7 +116,7 @@ def write_official_file(parcel: Parcel, target: Path) -> list[str]:
     beside = target.parent / YAML
     if beside.exists():
         return [f"{beside} is left as it is"]
-    _write_text(beside, emit_yaml({"arch": arch}))
+    write_text(beside, emit_yaml({"arch": arch}))
     return [f"its settings are in {beside}; data and optimizer there are yours to say"]
 
 
@@ -155,13 +153,9 @@ def write_rs(parcel: Parcel, target: Path) -> list[str]:
         "num_outputs": config.vocab_size,
         "seq_len": config.seq_len,
     }
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        safetensors.torch.save_file(separate(result), target)
-    except (OSError, SafetensorError) as error:
-        raise unwritable(target, error) from None
+    write_tensors(target, result)
     meta = {"step": parcel.step, "lr": 0.0, "loss": None, "config": json.dumps(settings)}
-    _write_text(Path(f"{target}.meta.json"), json.dumps(meta, indent=2) + "\n")
+    write_text(Path(f"{target}.meta.json"), json.dumps(meta, indent=2) + "\n")
     return [
         "the halting head is left out: there is none there",
         "start its carry from h_init and l_init (reset_carry): the model was trained from them",
@@ -265,13 +259,6 @@ def write_s4nj1th(parcel: Parcel, target: Path) -> list[str]:
     write_pickle(target, {"model_state_dict": separate(parcel.weights), "config": settings})
     runs = {"v1": "main.py", "head": "the notebook; its main.py would run it as v1"}
     return [f"its recursion is {values['semantics']}: for {runs[values['semantics']]}"]
-
-
-def _write_text(path: Path, text: str) -> None:
-    try:
-        path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise unwritable(path, error) from None
 
 
 WRITERS: dict[str, Callable[[Parcel, Path], list[str]]] = {

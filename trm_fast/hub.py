@@ -58,8 +58,20 @@ def _library(purpose: str) -> Any:
     return huggingface_hub
 
 
-def fetch(repo: str, file: str, revision: str | None = None) -> Path | None:
+def _failures(library: Any) -> tuple[type[Exception], ...]:
+    """What its calls raise: its own errors, and those of the HTTP library below it, which is
+    another one in each of its versions; theirs have a common base, which its own derives from."""
+    own = library.errors.HfHubHTTPError.__mro__
+    below = [kind for kind in own if kind.__name__ in ("HTTPError", "RequestException")]
+    return (OSError, ValueError, *below)
+
+
+def fetch(
+    repo: str, file: str, revision: str | None = None, *, optional: bool = False
+) -> Path | None:
     """The local copy of one file of a repository; None where the repository has no such file.
+
+    With `optional` None also where nobody can tell: it is not in the cache, and no network.
 
     Raises CheckpointError: the library is not installed, or no such repository, or no network.
     """
@@ -67,13 +79,15 @@ def fetch(repo: str, file: str, revision: str | None = None) -> Path | None:
     try:
         return Path(library.hf_hub_download(repo, file, revision=revision))
     except library.errors.LocalEntryNotFoundError as error:
+        if optional:
+            return None
         raise CheckpointError(
             f"{repo}: {file} is not in the local cache, and the hub cannot be reached "
             f"({one_line(error)})"
         ) from None
     except library.errors.EntryNotFoundError:
         return None
-    except (OSError, ValueError) as error:
+    except _failures(library) as error:
         raise CheckpointError(f"{repo}: {file} cannot be fetched: {one_line(error)}") from None
 
 
@@ -88,9 +102,10 @@ def download(repo: str, file: str, revision: str | None = None) -> Path:
 
 def list_files(repo: str, revision: str | None = None) -> list[str]:
     """The names of a repository's files; empty where that cannot be had."""
+    library = _library(repo)
     try:
-        return sorted(_library(repo).list_repo_files(repo, revision=revision))
-    except (OSError, ValueError):
+        return sorted(library.list_repo_files(repo, revision=revision))
+    except _failures(library):
         return []
 
 
@@ -103,7 +118,7 @@ def upload(folder: Path, repo: str, *, private: bool, message: str) -> str:
     try:
         library.create_repo(repo, private=private, exist_ok=True)
         library.upload_folder(repo_id=repo, folder_path=str(folder), commit_message=message)
-    except (OSError, ValueError) as error:
+    except _failures(library) as error:
         raise CheckpointError(f"{repo}: cannot be sent: {one_line(error)}") from None
     return f"https://huggingface.co/{repo}"
 
@@ -114,7 +129,7 @@ def model_card(config: Mapping[str, Any], parameters: int, card: Card, title: st
     Args:
         config: the values of ModelConfig.
         parameters: how many numbers are trained, puzzle rows not counted.
-        card: the rest.  title: the heading.
+        card: the rest.  title: the heading, and where the model is loaded from.
     """
     head = ["---", "library_name: trm_fast", "tags:", "- tiny-recursive-model"]
     if card.license:

@@ -24,6 +24,7 @@ from trm_fast.durable import (
     write_pickle,
 )
 from trm_fast.model import Model
+from trm_fast.options import printable, show
 from trm_fast.puzzle_rows import carried_rows, mean_rows, puzzles_of, read_identifiers
 
 OFFICIAL_PREFIX = "_orig_mod.model.inner."
@@ -113,10 +114,12 @@ def mismatch(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> str | No
     for verb, names in (("lacks", own.keys() - state.keys()), ("has", state.keys() - own.keys())):
         if names:
             shown = ", ".join(sorted(names)[:3])
-            return f"{verb} {shown} ({len(names)} names), unlike this model"
+            return f"{verb} {printable(shown)} ({len(names)} names), unlike this model"
     for name, value in state.items():
         if value.shape != own[name].shape:
-            return f"{name} is {list(value.shape)}, this model has {list(own[name].shape)}"
+            return (
+                f"{printable(name)} is {list(value.shape)}, this model has {list(own[name].shape)}"
+            )
     return None
 
 
@@ -146,7 +149,7 @@ def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     weights: dict[str, Any] = parse(file, read_bytes(file))
     if odd := [k for k, v in weights.items() if not (type(k) is str and isinstance(v, Tensor))]:
         raise CheckpointError(
-            f"{file}: entry {odd[0]!r} is not a tensor; a state_dict was expected"
+            f"{file}: entry {show(odd[0])} is not a tensor; a state_dict was expected"
         )
     return {"inner." + inner_name(key): value for key, value in weights.items()}
 

@@ -11,12 +11,16 @@ import difflib
 import math
 import operator
 import re
+import reprlib
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import MISSING
 from typing import Any
 
 _NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]{1,4})?")
 _WHOLE = re.compile(r"[+-]?[0-9]{1,19}(\.0*)?")
+_SHORT = reprlib.Repr()  # a value whose parts hold each other many times has an endless repr
+_SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother, _SHORT.maxlong = 3, 90, 90, 90
+_SHORT.maxtuple = _SHORT.maxlist = _SHORT.maxdict = _SHORT.maxset = _SHORT.maxfrozenset = 8
 _BOOLS = {"true": True, "yes": True, "on": True, "1": True}
 _BOOLS |= {"false": False, "no": False, "off": False, "0": False}
 
@@ -37,10 +41,15 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 
+def printable(text: str) -> str:
+    """The text with ? for what is not printable: a name out of a file may clear a terminal."""
+    return text if text.isprintable() else "".join(c if c.isprintable() else "?" for c in text)
+
+
 def show(value: object) -> str:
     """The value as it goes into a message: one line, at most 60 characters."""
     try:
-        text = repr(value)
+        text = printable(_SHORT.repr(value))
     except ValueError:  # Python refuses to print integers of thousands of digits
         text = "a huge number"
     return text if len(text) <= 60 else text[:57] + "..."

@@ -13,12 +13,10 @@ import shlex
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
-import safetensors.torch
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from trm_fast import hub
@@ -29,15 +27,17 @@ from trm_fast.durable import (
     one_line,
     parse_tensors,
     read_bytes,
-    separate,
     unwritable,
+    write_tensors,
+    write_text,
 )
 from trm_fast.foreign import read_foreign
-from trm_fast.foreign_file import YAML, Foreign
+from trm_fast.foreign_file import ASKED, YAML, Foreign
 from trm_fast.hub import Card
 from trm_fast.interop import mismatch
 from trm_fast.model import Model
 from trm_fast.model_config import ARCHS, ArchConfig, ModelConfig
+from trm_fast.options import reject_unknown
 from trm_fast.overrides import OF_ONE_RUN, format_value
 from trm_fast.progress import read_metrics
 
@@ -56,6 +56,7 @@ __all__ = [
 CONFIG, MODEL, README = "config.json", "model.safetensors", "README.md"
 WEIGHTS = ("ema", "raw")
 LONGEST, DEEPEST = 1_000_000, 10_000  # tokens, cycles: what a file may ask for
+_PASSES, _TABLE = 100_000, 1 << 26  # cycles in all; numbers in what is not in the file
 
 
 @dataclass(frozen=True)
@@ -122,13 +123,21 @@ def read_saved(
     """
     text = os.fspath(source)
     path = Path(text)
+    reject_unknown(given or {}, ASKED, "config")
     repo = None if path.exists() else hub.hub_id(text, bare=bare_id)
     if repo is not None:
         path = _fetched(repo, file, revision)
+    elif path.exists() and (file is not None or revision is not None):
+        raise CheckpointError(f"{text}: is here; file and revision are for repositories of the hub")
     if path.is_file() and path.name not in ("last", "best"):
         return _from_foreign(path, read_foreign(path, format, given=given, config=config))
     if format != "auto":
         raise CheckpointError(f"{path}: is not a file of {format}")
+    if path.exists() and (given or config is not None):
+        odd = next(iter(given), "config") if given else f"the configuration {config}"
+        raise CheckpointError(
+            f"{path}: says all its settings itself; {odd} is for files of other projects"
+        )
     if (path / MODEL).is_file() and not (path / "manifest.json").exists():
         return _from_folder(path)
     folder = find_checkpoint(path)
@@ -143,7 +152,8 @@ def _fetched(repo: str, file: str | None, revision: str | None) -> Path:
     """The local folder of a repository of save_pretrained, or the local copy of `file`."""
     if file is not None:
         path = hub.download(repo, file, revision)
-        hub.fetch(repo, str(Path(file).with_name(YAML)), revision)  # beside it, where there is one
+        beside = str(PurePosixPath(file).with_name(YAML))
+        hub.fetch(repo, beside, revision, optional=True)
         return path
     hub.download(repo, CONFIG, revision)
     return hub.download(repo, MODEL, revision).parent
@@ -175,13 +185,13 @@ def _from_foreign(path: Path, foreign: Foreign) -> Saved:
     try:
         config = ModelConfig.from_dict(values)
         _bounded(config, foreign.model)
+        own = _shapes(config)
     except ValueError as error:
         raise CheckpointError(f"{path}: {error}") from None
-    own = Model(config).state_dict()
 
     def fitted(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         named = {f"inner.{name}": value for name, value in state.items()}
-        if fault := mismatch(named, own):
+        if fault := _unfit(named, own):
             raise CheckpointError(f"{path}: {fault}")
         return {name: named[name].to(value.dtype) for name, value in own.items()}
 
@@ -198,12 +208,31 @@ def _from_foreign(path: Path, foreign: Foreign) -> Saved:
     return Saved(settings, fitted(foreign.model), ema, foreign.step, path, foreign.notes)
 
 
+def _unfit(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> str | None:
+    """The first way in which weights are not those of such a model, in words."""
+    for name, value in state.items():
+        if not value.is_floating_point():
+            kind = str(value.dtype).removeprefix("torch.")
+            return f"{name} is of {kind}; a floating type was expected"
+    return mismatch(state, own)
+
+
+def _shapes(config: ModelConfig) -> dict[str, Tensor]:
+    """Names, shapes and types of a Model's weights, without memory for them."""
+    try:
+        with torch.device("meta"):
+            return Model(config).state_dict()
+    except (RuntimeError, OverflowError) as error:  # sizes beyond what PyTorch can count
+        raise ConfigError(f"no such network can be built ({one_line(error)})") from None
+
+
 def _bounded(config: ModelConfig, state: Mapping[str, Tensor]) -> None:
     """ConfigError where a configuration wants more memory than its weights fill, or endless work:
     a file from elsewhere may say anything."""
     largest = max((value.numel() for value in state.values()), default=0)
     largest = max(4 * largest, 1 << 20)  # what is near is told better by the names and shapes
     token = config.total_len * config.token_width if config.mlp_t else 0
+    head = config.head_dim if config.pos_encodings == "rope" and not config.mlp_t else 0
     gated, channel = 0, config.channel_width
     if config.kind == "gated_mlp":
         gated, channel = round(config.expansion * config.hidden_size), 0
@@ -219,6 +248,13 @@ def _bounded(config: ModelConfig, state: Mapping[str, Tensor]) -> None:
         "H_cycles": (config.H_cycles, DEEPEST),
         "L_cycles": (config.L_cycles, DEEPEST),
         "halt_max_steps": (config.halt_max_steps, DEEPEST),
+        "H_cycles * L_cycles * halt_max_steps": (
+            config.H_cycles * config.L_cycles * config.halt_max_steps,
+            _PASSES,
+        ),
+        # What no shape in the file says: rotary tables, the rows of a batch.
+        "seq_len * hidden_size / num_heads": (config.total_len * head, _TABLE),
+        "batch_size * puzzle_emb_ndim": (config.batch_size * config.puzzle_emb_ndim, _TABLE),
     }
     for name, (size, limit) in wanted.items():
         if size > limit:
@@ -252,30 +288,22 @@ def build(
     try:
         config = ModelConfig.from_dict(values)
         _bounded(config, state)
+        own = _shapes(config)
     except ValueError as error:
         raise CheckpointError(f"{place / CONFIG}: {error}") from None
+    if fault := _unfit(state, own):
+        raise CheckpointError(f"{place}: weights do not fit config.json ({fault})")
     if quantize is not None:  # a wrong one is the caller's fault, not the file's
         config = replace(config, quantize=quantize)
     try:
         model = Model(config)
     except ValueError as error:
         raise CheckpointError(f"{place / CONFIG}: {error}") from None
-    try:
-        model.load_state_dict(state, strict=True)
-    except RuntimeError as error:
-        raise CheckpointError(
-            f"{place}: weights do not fit config.json ({_first(error)})"
-        ) from None
+    model.load_state_dict(state, strict=True)
     broken = next((name for name, t in state.items() if not torch.isfinite(t).all()), None)
     if broken is not None:
         raise CheckpointError(f"{place}: {chosen} weights are not finite in {broken}")
     return model.eval(), chosen
-
-
-def _first(error: RuntimeError) -> str:
-    """The first fault that load_state_dict lists, on one line."""
-    lines = [line.strip() for line in str(error).splitlines()]
-    return (lines[1] if len(lines) > 1 else lines[0])[:200]
 
 
 def from_pretrained(
@@ -317,18 +345,22 @@ def save_pretrained(
     Raises CheckpointError for a folder that cannot be written.
     """
     target = Path(folder)
+    return _write_folder(model, target, card, step, target.resolve().name or "model")
+
+
+def _write_folder(model: Model, target: Path, card: Card | None, step: int, title: str) -> Path:
     values = model.config.to_dict()
     config = {"library_name": "trm_fast", "model": values, "step": step}
     parameters = sum(p.numel() for p in model.parameters())
-    text = hub.model_card(values, parameters, card or Card(), target.name)
+    text = hub.model_card(values, parameters, card or Card(), title)
     try:
         target.mkdir(parents=True, exist_ok=True)
-        metadata = {"format": "pt", "trm_fast": json.dumps(config)}
-        safetensors.torch.save_file(separate(model.state_dict()), target / MODEL, metadata)
-        (target / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        (target / README).write_text(text, encoding="utf-8")
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         raise unwritable(target, error) from None
+    metadata = {"format": "pt", "trm_fast": json.dumps(config)}
+    write_tensors(target / MODEL, model.state_dict(), metadata)
+    write_text(target / CONFIG, json.dumps(config, indent=2) + "\n")
+    write_text(target / README, text)
     return target
 
 
@@ -352,7 +384,7 @@ def push_to_hub(
     if name is None:
         raise CheckpointError(f"{repo}: not of the form owner/name")
     with tempfile.TemporaryDirectory() as folder:
-        target = save_pretrained(model, Path(folder) / name, card, step)
+        target = _write_folder(model, Path(folder) / name, card, step, name)
         return hub.upload(target, name, private=private, message="Model trained with trm_fast")
 
 

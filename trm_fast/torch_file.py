@@ -12,12 +12,13 @@ import io
 import struct
 import zipfile
 from collections.abc import Callable, Container
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
 
-from trm_fast.unpickle import PickleError, plain_calls, plain_names, unpickle
+from trm_fast.options import printable
+from trm_fast.unpickle import PickleError, plain_calls, plain_names, unpickle, volume
 
 __all__ = ["read_torch_file"]
 
@@ -89,13 +90,14 @@ class _Tensors:
             data = read()
             if len(data) != size * dtype.itemsize:
                 raise PickleError(
-                    f"is damaged (storage {key} has {len(data)} bytes, not {size} numbers)"
+                    f"is damaged (storage {printable(key)} has {len(data)} bytes, "
+                    f"not {size} numbers)"
                 )
             self.storages[key] = _Storage(data, dtype)
             self.held += len(data)
         found = self.storages[key]
         if found.dtype != dtype or found.data.numel() != size * dtype.itemsize:
-            raise PickleError(f"is damaged (storage {key} has two types or sizes)")
+            raise PickleError(f"is damaged (storage {printable(key)} has two types or sizes)")
         return found
 
     def tensor(
@@ -104,20 +106,29 @@ class _Tensors:
         offset: int,
         size: tuple[int, ...],
         stride: tuple[int, ...],
-        *_: object,
+        requires_grad: object = False,
+        hooks: object = None,
+        metadata: object = None,
+        *,
         dtype: torch.dtype | None = None,
     ) -> Tensor:
-        """A view of a storage; the arguments are those of torch._utils._rebuild_tensor_v2."""
-        numbers = [offset, *size, *stride]
-        if len(size) != len(stride) or any(type(n) is not int or n < 0 for n in numbers):
+        """A view of a storage; the arguments are those of torch._utils._rebuild_tensor_v2.
+
+        `metadata` says that the numbers stand for their conjugates or negatives.
+        """
+        if metadata:
+            raise PickleError(
+                "has a tensor kept as the conjugate or negative of another "
+                "(save it after .resolve_conj().resolve_neg())"
+            )
+        count = volume(size, "tensor")
+        if len(size) != len(stride) or type(offset) is not int or offset < 0:
             raise PickleError("has a tensor of an impossible shape")
+        volume(stride, "tensor")
         kind = dtype or storage.dtype
         there = storage.data.numel() // kind.itemsize
-        count = 1
-        for length in size:
-            count *= length
         last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
-        if count and (last >= there or count > there):
+        if count and last >= there:
             raise PickleError("has a tensor larger than its storage")
         self.made += count * kind.itemsize
         if self.made > _AMPLIFIED * self.held + 2**20:
@@ -128,10 +139,11 @@ class _Tensors:
 
     def typed(self, *arguments: object) -> Tensor:
         """As torch._utils._rebuild_tensor_v3, whose seventh argument is the type."""
-        storage, offset, size, stride, _, _, dtype = arguments[:7]
+        storage, offset, size, stride, _, _, dtype, *metadata = arguments
         if not isinstance(dtype, torch.dtype) or dtype == torch.bool:
             raise PickleError("has a tensor without a type of numbers")
-        return self.tensor(storage, offset, size, stride, dtype=dtype)  # type: ignore[arg-type]
+        view: tuple[Any, ...] = (storage, offset, size, stride, False, None, *metadata)
+        return self.tensor(*view, dtype=dtype)
 
     def unpickle(self, stream: BinaryIO, persistent: Callable[[object], object]) -> object:
         calls = plain_calls() | {
@@ -158,6 +170,7 @@ def _first(value: object, *_: object) -> object:
 
 
 def _size(sizes: object) -> tuple[object, ...]:
+    volume(sizes, "torch.Size")
     return tuple(sizes)  # type: ignore[arg-type]
 
 

@@ -13,15 +13,20 @@ from __future__ import annotations
 import pickletools
 import re
 from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from typing import Any, BinaryIO
 
 import numpy as np
 
+from trm_fast.options import printable
+
 __all__ = ["Holder", "PickleError", "plain_calls", "plain_names", "unpickle"]
 
 LIMIT = 4_000_000  # instructions; a checkpoint of a thousand tensors has a hundred thousand
+COPIED = 1 << 28  # bytes that calls may copy; one list can be copied by any number of them
 _KEYS = (str, bytes, int, float, type(None))  # bool is an int; a nested tuple may never end hashing
+# Hashes of numbers can be chosen to be equal: of those below 2**63 few are, and few are allowed.
+_NUMBERS, _ATTRIBUTES, _DIMS = 10_000, 1_000, 64
 
 
 class PickleError(ValueError):
@@ -112,17 +117,14 @@ def plain_calls() -> dict[str, Callable[..., object]]:
 def _ordered(items: object = ()) -> dict[object, object]:
     if not isinstance(items, (list, tuple)):
         raise PickleError("has an OrderedDict that is not made of pairs")
-    result: dict[object, object] = {}
-    for key, value in items:
-        _put(result, key, value)
-    return result
+    return _put({}, items)
 
 
 def _members(kind: type) -> Callable[..., object]:
     def make(items: object = ()) -> object:
         if not isinstance(items, (list, tuple)) or not all(isinstance(i, _KEYS) for i in items):
             raise PickleError("has a set of other things than text and numbers")
-        return kind(items)
+        return kind(_put({}, [(item, None) for item in items]))
 
     return make
 
@@ -157,26 +159,45 @@ def _build_array(array: np.ndarray, state: Any) -> None:
     _, shape, dtype, _, data = state
     if not isinstance(dtype, np.dtype) or not isinstance(data, bytes):
         raise PickleError("has a NumPy array without type or bytes")
-    size = dtype.itemsize
-    for length in shape:
-        if type(length) is not int or length < 0:
-            raise PickleError("has a NumPy array of a negative size")
-        size *= length
+    size = dtype.itemsize * volume(shape, "NumPy array")
     if size != len(data):
         raise PickleError("has a NumPy array whose size is not that of its bytes")
     array.__setstate__(state)
 
 
-def _put(target: dict[object, object], key: object, value: object) -> None:
-    if not isinstance(key, _KEYS):
-        raise PickleError(f"has a key of type {type(key).__name__}; text and numbers are allowed")
-    target[key] = value
+def volume(shape: object, what: str) -> int:
+    """How many numbers a shape has; PickleError for one that is none, before it takes time."""
+    if not isinstance(shape, (tuple, list)) or len(shape) > _DIMS:
+        raise PickleError(f"has a {what} of an impossible shape")
+    count = 1
+    for length in shape:
+        if type(length) is not int or length < 0 or length.bit_length() > 63:
+            raise PickleError(f"has a {what} of an impossible shape")
+        count *= length
+    return count
+
+
+def _put(target: dict[object, object], items: Iterable[Any]) -> dict[object, object]:
+    """Set each (key, value) of `items` in `target`, which is returned."""
+    for key, value in items:
+        if not isinstance(key, _KEYS):
+            raise PickleError(
+                f"has a key of type {type(key).__name__}; text and numbers are allowed"
+            )
+        if isinstance(key, (int, float)) and key not in (True, False):
+            long = isinstance(key, int) and key.bit_length() > 63
+            if long or len(target) >= _NUMBERS:
+                raise PickleError(
+                    f"has too {'large' if long else 'many'} numbers as keys; "
+                    f"{_NUMBERS:,} of up to 63 bits are allowed"
+                )
+        target[key] = value
+    return target
 
 
 def _shown(value: object) -> str:
     """A word out of a file, fit for one line."""
-    text = str(value)[:80] if isinstance(value, (str, int)) else type(value).__name__
-    return "".join(c if c.isprintable() else "?" for c in text)
+    return printable(value[:80]) if isinstance(value, str) else type(value).__name__
 
 
 class _Machine:
@@ -190,7 +211,7 @@ class _Machine:
         persistent: Callable[[object], object] | None,
     ) -> None:
         self.calls, self.names, self.stubs, self.persistent = calls, names, stubs, persistent
-        self.protocol = 0
+        self.protocol = self.copied = 0
         self.stack: list[object] = []
         self.marks: list[list[object]] = []
         self.memo: dict[int, object] = {}  # by number, so that a number reserves nothing
@@ -216,7 +237,9 @@ class _Machine:
             raise PickleError(f"has the instruction {name}, which files of weights do not need")
 
     def find(self, module: object, name: object) -> object:
-        if self.protocol < 3 and isinstance(module, str) and isinstance(name, str):
+        if not isinstance(module, str) or not isinstance(name, str):
+            raise PickleError("is damaged (a name in it is not text)")
+        if self.protocol < 3:
             # These protocols have the names of Python 2, such as __builtin__.
             old = (module, name)
             module, name = NAME_MAPPING.get(old, (IMPORT_MAPPING.get(module, module), name))
@@ -274,8 +297,7 @@ class _Machine:
         target = self.stack[-1]
         if not isinstance(target, dict) or len(items) % 2:
             raise PickleError("is damaged (it sets items of no dictionary)")
-        for key, value in zip(items[::2], items[1::2], strict=True):
-            _put(target, key, value)
+        _put(target, zip(items[::2], items[1::2], strict=True))
 
     def on_append(self, _: object) -> None:
         self.extend([self.pop()])
@@ -295,6 +317,8 @@ class _Machine:
         target = self.stack[-1]
         if not isinstance(target, set):
             raise PickleError("is damaged (it adds to no set)")
+        if len(target) > _NUMBERS:
+            raise PickleError(f"has a set of more than {_NUMBERS:,} members")
         target.update(_members(frozenset)(items))  # type: ignore[arg-type]
 
     def on_global(self, argument: object) -> None:
@@ -323,6 +347,7 @@ class _Machine:
     def make(self, function: object, arguments: object) -> object:
         if not isinstance(arguments, tuple):
             raise PickleError("is damaged (it calls without arguments)")
+        self.count(*arguments[:8])
         if isinstance(function, _Stub):
             return Holder(function.name)
         if not isinstance(function, _Call):
@@ -334,13 +359,23 @@ class _Machine:
         except Exception as error:  # of any kind, by arguments of any kind
             raise PickleError(f"has a {function.name} that cannot be made") from error
 
+    def count(self, *values: object) -> None:
+        """Note what a call may copy; PickleError where it becomes too much."""
+        for value in values:
+            if isinstance(value, (str, bytes, list, tuple)):
+                self.copied += len(value) * (1 if isinstance(value, (str, bytes)) else 32)
+        if self.copied > COPIED:
+            raise PickleError(f"copies more than {COPIED:,} bytes of its own values")
+
     def on_build(self, _: object) -> None:
         state = self.pop()
         target = self.stack[-1]
         if isinstance(target, Holder):
             for part in state if isinstance(state, tuple) else (state,):
-                target.state.update({str(k): v for k, v in dict(part or {}).items()})
+                if part is not None:
+                    _set_attributes(target, part)
         elif isinstance(target, np.ndarray):
+            self.count(*state if isinstance(state, tuple) else ())
             _build_array(target, state)
         elif isinstance(target, np.dtype):
             # The state of a type of numbers says its byte order and nothing else that matters.
@@ -353,6 +388,14 @@ class _Machine:
         if self.persistent is None:
             raise PickleError("refers to something outside of it, which is not allowed here")
         self.stack.append(self.persistent(self.pop()))
+
+
+def _set_attributes(target: Holder, part: object) -> None:
+    if not isinstance(part, dict) or len(part) + len(target.state) > _ATTRIBUTES:
+        raise PickleError(f"sets attributes from other than a dict of up to {_ATTRIBUTES:,}")
+    if not all(isinstance(key, str) for key in part):
+        raise PickleError("sets an attribute whose name is not text")
+    target.state.update(part)
 
 
 def _marked_dict(items: list[object]) -> dict[object, object]:

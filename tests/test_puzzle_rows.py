@@ -1,6 +1,7 @@
 """Rows for puzzles that a model was not trained on: carried over by name, and trained alone."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -138,6 +139,19 @@ def test_evaluate_says_where_the_rows_are_of_other_puzzles(old, tmp_path, capsys
         assert ("puzzles     not those trained on" in capsys.readouterr().out) is bool(said)
         assert evaluate.main([str(run), "--data", folder, "--json"]) == 0
         assert json.loads(capsys.readouterr().out)["other_puzzles"] is said
+
+
+@pytest.mark.parametrize(
+    ("identifiers", "width", "said"), [(1, 8, False), (5, 8, None), (5, 0, False)]
+)
+def test_boards_of_a_file_have_the_blank_identifier(identifiers, width, said):
+    """Whose row was learned for them only where there is no other."""
+    config = SimpleNamespace(num_puzzle_identifiers=identifiers, puzzle_emb_ndim=width)
+    loaded = SimpleNamespace(
+        model=SimpleNamespace(config=config), config={"data": {"puzzles": "0" * 64}}
+    )
+    source = evaluate.Source(None, ("boards.csv",), None)
+    assert evaluate._other_puzzles(loaded, source) is said
 
 
 def test_names_that_are_others_by_now_are_not_used(tmp_path, new_data):

@@ -10,7 +10,7 @@ Dims: N puzzles, L cells.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
@@ -39,7 +39,6 @@ __all__ = [
     "describe",
     "load_splits",
     "one_kind",
-    "parse_range",
     "reusable",
     "subsample",
 ]
@@ -271,7 +270,7 @@ def add_shared(parser: Parser, default_repo: str) -> None:
     add("--skip-bad", action="store_true", help="leave bad rows out, counted and listed")
 
 
-def parse_range(name: str, text: str) -> tuple[int, int]:
+def _parse_range(name: str, text: str) -> tuple[int, int]:
     """`A-B`, or `A` for both; ValueError for anything else."""
     low, _, high = text.partition("-")
     if not low.isdecimal() or not (high or low).isdecimal():
@@ -291,9 +290,21 @@ def attempt(prog: str, build: Callable[[], dict[str, Any]]) -> dict[str, Any] | 
     return None
 
 
-def command(prog: str, build: Callable[[], dict[str, Any]], output_dir: str) -> int:
-    """Run the builder of the command `prog` and say what it wrote: 0, or 2 for bad input."""
-    manifest = attempt(prog, build)
+def command(
+    parser: Parser,
+    argv: Sequence[str] | None,
+    ranged: str,
+    build: Callable[[dict[str, Any]], dict[str, Any]],
+) -> int:
+    """Run a builder on its command line, in which the flag `ranged` is a range such as 32-50, and
+    say what it wrote: 0, or 2 for bad input."""
+    arguments = vars(parser.parse_args(argv))
+
+    def run() -> dict[str, Any]:
+        text = arguments[ranged]
+        return build({**arguments, ranged: None if text is None else _parse_range(ranged, text)})
+
+    manifest = attempt(parser.prog, run)
     if manifest is None:
         return 2
     for line in manifest["skipped"][:_SHOWN]:
@@ -301,5 +312,5 @@ def command(prog: str, build: Callable[[], dict[str, Any]], output_dir: str) -> 
     for name, count in manifest["counts"].items():
         bad = f", {count['skipped']} bad rows skipped" if count["skipped"] else ""
         say(f"{name}: {count['groups']} puzzles, {count['examples']} examples{bad}")
-    say(f"written to {output_dir}")
+    say(f"written to {arguments['output_dir']}")
     return 0

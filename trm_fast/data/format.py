@@ -1,7 +1,6 @@
 """What a puzzle data set is on disk: the layouts that are read, the one that is written.
 
-Owns Metadata, PuzzleArrays, DataError, the checks of everything read, and the atomic writer. May be
-imported by any module above it; imports numpy only.
+Owns Metadata, PuzzleArrays, DataError, the checks of data, the atomic writer. Imports numpy only.
 
 The layout is that of the official code: `<root>/identifiers.json`, and per split
 `<root>/<split>/dataset.json` (Metadata) with `<set>__{inputs,labels,puzzle_identifiers,

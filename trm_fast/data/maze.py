@@ -138,15 +138,7 @@ def _write_split(writer: DatasetWriter, split: str, puzzles: Puzzles, images: in
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code: 0, or 2 for bad input or options."""
-    parser = _parser()
-    arguments = vars(parser.parse_args(argv))
-
-    def run() -> dict[str, Any]:
-        loops = arguments.pop("loops")
-        given = None if loops is None else building.parse_range("loops", loops)
-        return build(BuildOptions(loops=given, **arguments))
-
-    return building.command(parser.prog, run, arguments["output_dir"])
+    return building.command(_parser(), argv, "loops", lambda given: build(BuildOptions(**given)))
 
 
 def _parser() -> Parser:

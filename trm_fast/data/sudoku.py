@@ -289,15 +289,7 @@ def _lines(blocks: np.ndarray, inside: list[np.ndarray], within: int) -> np.ndar
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code: 0, or 2 for bad input or options."""
-    parser = _parser()
-    arguments = vars(parser.parse_args(argv))
-
-    def run() -> dict[str, Any]:
-        clues = arguments.pop("clues")
-        given = None if clues is None else building.parse_range("clues", clues)
-        return build(BuildOptions(clues=given, **arguments))
-
-    return building.command(parser.prog, run, arguments["output_dir"])
+    return building.command(_parser(), argv, "clues", lambda given: build(BuildOptions(**given)))
 
 
 def _parser() -> Parser:

@@ -15,6 +15,7 @@ from foreign_models import (
     nano_weights,
     rs_logits,
     rs_weights,
+    s4nj1th_weights,
 )
 from tiny import tiny_model
 
@@ -435,6 +436,19 @@ def test_what_a_format_cannot_hold_is_refused(tmp_path, capsys, changes, to, sai
 
 
 # What is of no format, or of another one
+
+
+def test_official_settings_are_for_official_files(tmp_path):
+    torch.save(nano_document(), tmp_path / "last.ckpt")
+    (tmp_path / "all_config.yaml").write_text("arch: {rms_norm_eps: 0.5}")
+    alone = read_foreign(tmp_path / "last.ckpt")
+    assert "rms_norm_eps" not in alone.config and alone.notes == []
+    asked = read_foreign(tmp_path / "last.ckpt", config=tmp_path / "all_config.yaml")
+    assert asked.config["rms_norm_eps"] == 0.5
+    assert asked.notes == [f"settings are those of {tmp_path / 'all_config.yaml'}"]
+    torch.save({"model_state_dict": s4nj1th_weights((1,))}, tmp_path / "m.pt")
+    with pytest.raises(ValueError, match=r"s4nj1th, for which no all_config.yaml says anything"):
+        read_foreign(tmp_path / "m.pt", config=tmp_path / "all_config.yaml")
 
 
 def test_files_of_no_format(tmp_path):

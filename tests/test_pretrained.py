@@ -12,7 +12,7 @@ import pytest
 import safetensors.torch
 import torch
 from foreign_models import nano_weights
-from test_foreign import ASK, nano_document, same_model
+from test_foreign import ASK, OFFICIAL, nano_document, same_model
 from tiny import tiny_model
 
 from trm_fast import Model
@@ -36,7 +36,7 @@ def run_folder(tmp_path, model, ema=None, **config):
     return tmp_path / "run"
 
 
-def test_a_folder_of_save_pretrained_gives_the_same_model(tmp_path):
+def test_a_folder_of_save_pretrained_gives_the_same_model(tmp_path, monkeypatch):
     model = tiny_model(forward_dtype="bfloat16")
     folder = model.save_pretrained(tmp_path / "mine", step=12)
     assert folder == tmp_path / "mine"
@@ -45,11 +45,29 @@ def test_a_folder_of_save_pretrained_gives_the_same_model(tmp_path):
     assert not got.training and got.config == model.config
     same_model(got, model)
     assert read_saved(folder).step == 12
+    # A folder that is named by nothing but its place.
+    monkeypatch.chdir(folder)
+    model.save_pretrained(".")
+    assert '\nmodel = Model.from_pretrained("mine")\n' in (folder / "README.md").read_text()
     # Weights for a training run: the same folder by load_checkpoint.
     for source in (folder, folder / "model.safetensors"):
         other = tiny_model(seed=3, forward_dtype="bfloat16")
         assert load_weights(other, source) is None
         same_model(other, model)
+
+
+def test_a_folder_that_cannot_be_completed_is_as_it_was(tmp_path, monkeypatch):
+    folder = tiny_model().save_pretrained(tmp_path / "mine")
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+
+    def full(tensors, path, metadata):
+        Path(path).write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("safetensors.torch.save_file", full)
+    with pytest.raises(ValueError, match="cannot be written: No space left"):
+        tiny_model(seed=1).save_pretrained(folder)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
 def test_a_run_gives_its_average_or_its_raw_weights(tmp_path):
@@ -66,6 +84,8 @@ def test_files_of_other_projects(tmp_path):
     model = tiny_model(expansion=4.0, intermediate_multiple=256)
     write_official(tmp_path / "step_7", model.state_dict())
     same_model(Model.from_pretrained(tmp_path / "step_7", config=ASK), model)
+    with pytest.raises(ValueError, match=r"unknown config key 'H_cycle' \(did you mean 'H_cycles'"):
+        Model.from_pretrained(tmp_path / "step_7", config={"H_cycle": 2})
     torch.save(nano_document(), tmp_path / "last.ckpt")
     got = Model.from_pretrained(tmp_path / "last.ckpt", weights="raw")
     assert torch.equal(got.inner.lm_head.weight, nano_weights(7)["lm_head.weight"])
@@ -231,6 +251,11 @@ def test_files_of_other_projects_from_the_hub(fake_hub):
     write_official(repo / "step_7", model.state_dict())
     (repo / "all_config.yaml").write_text("arch: {H_cycles: 2, L_cycles: 2, puzzle_emb_len: 2}")
     rest = {"num_heads": 2, "seq_len": 10}
+    assert (
+        read_saved("hf://lab/weights", file="step_7", given=rest)
+        .notes[-1]
+        .endswith("all_config.yaml")
+    )
     same_model(Model.from_pretrained("lab/weights", file="step_7", config=rest), model)
     with pytest.raises(ValueError, match=r"has no config.json; name one of its files: all_conf"):
         Model.from_pretrained("lab/weights")
@@ -244,6 +269,16 @@ def test_a_hub_that_cannot_be_reached(tmp_path, fake_hub, monkeypatch):
     fake_hub.offline = True
     with pytest.raises(ValueError, match=r"not in the local cache, and the hub cannot be .*\)$"):
         Model.from_pretrained("me/none")
+    # Of the weights alone there is a copy here: what may stand beside them is not asked for.
+    copy = tmp_path / "step_7"
+    write_official(copy, tiny_model(**OFFICIAL).state_dict())
+    real = fake_hub.hf_hub_download
+    monkeypatch.setattr(
+        fake_hub,
+        "hf_hub_download",
+        lambda repo, file, revision: str(copy) if file == "step_7" else real(repo, file),
+    )
+    assert Model.from_pretrained("me/none", file="step_7", config=ASK).config.H_cycles == 2
     with pytest.raises(ValueError, match="me/tiny: cannot be sent: no route"):
         tiny_model().push_to_hub("me/tiny")
     assert list_files("me/none") == []
@@ -309,7 +344,8 @@ def test_convert_says_what_it_did_and_keeps_both_weights(tmp_path, capsys):
     out = capsys.readouterr()
     assert out.out == f"{command[0]} -> {command[1]} (trm_fast)\n"
     assert "step_120: raw and ema weights" in out.err
-    saved = read_saved(tmp_path / "run")
+    assert main([*command, "--step=121"]) == 0  # beside what was converted before
+    saved = read_saved(tmp_path / "run" / "step_120")
     assert saved.ema is not None and saved.config["source"] == "nano-trm: last.ckpt"
     assert torch.equal(saved.model["inner.q_head.weight"], nano_weights(7)["q_head.weight"])
     assert torch.equal(saved.ema["inner.q_head.weight"], nano_weights(7)["q_head.weight"] / 2)
@@ -344,6 +380,12 @@ def test_convert_to_a_folder_and_to_the_hub(tmp_path, fake_hub, capsys):
         (["none", "run"], 3, "none: no such checkpoint"),
         (["a.ckpt"], 2, "required: TARGET"),
         (["a.ckpt", "run", "--to=onnx"], 2, "invalid choice: 'onnx'"),
+        (["mine", "run", "--H-cycles=99"], 3, "settings itself; H_cycles is for files of other"),
+        (["mine", "run", "--config=x.yaml"], 3, "the configuration x.yaml is for files of other"),
+        (["mine", "run", "--file=x"], 3, "mine: is here; file and revision are for repositories"),
+        (["a.ckpt", "run", "--carry=init"], 3, "is of nano-trm, which has no carry to choose"),
+        (["a.ckpt", "run", "--semantics=v1"], 3, "nano-trm, which has no semantics to choose"),
+        (["mine", "trained"], 2, "trained: holds a run (step_9) already; name another folder"),
         (["a.ckpt", "run", "--from=rs"], 3, "names are those of nano-trm, not of rs"),
         (["a.ckpt", "run", "--from=trm_fast"], 3, "a.ckpt: is not a run of trm_fast"),
         (["a.ckpt", "run", "--H-cycles=0"], 2, "'0' is not a whole number"),
@@ -357,6 +399,8 @@ def test_convert_errors_are_one_line(tmp_path, monkeypatch, capsys, arguments, s
     monkeypatch.chdir(tmp_path)
     torch.save(nano_document(), "a.ckpt")
     tiny_model().save_pretrained("mine")
+    (Path("trained") / "step_9").mkdir(parents=True)
+    (Path("trained") / "step_9" / "config.json").write_text("{}")
     capsys.readouterr()
     assert main(arguments) == status
     error = capsys.readouterr().err

@@ -28,6 +28,8 @@ def truncated_normal_(tensor: Tensor, std: float) -> Tensor:
 
     Source: the truncated normal of JAX's initializers (inverse error function of a uniform).
     """
+    if tensor.is_meta:  # of which only the shape is wanted; PyTorch would import seconds for it
+        return tensor
     bound, root2 = 2.0, math.sqrt(2)
     edge = math.erf(bound / root2)
     density = (2 * math.pi) ** -0.5 * math.exp(-0.5 * bound**2)

@@ -219,6 +219,8 @@ def _unfit(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> str | None
 
 def _shapes(config: ModelConfig) -> dict[str, Tensor]:
     """Names, shapes and types of a Model's weights, without memory for them."""
+    if config.pos_encodings == "rope":  # whose tables are no weights
+        config = replace(config, pos_encodings="none")
     try:
         with torch.device("meta"):
             return Model(config).state_dict()

@@ -16,11 +16,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.utils._device import _device_constructors
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 torch.set_num_threads(min(2, int(os.environ.get("OMP_NUM_THREADS", "2"))))
+
+# `with torch.device(...)` knows the functions that allocate from its first use on: it must
+# not meet the replacements below, which it would let allocate elsewhere.
+_device_constructors()
 
 
 def poisoned(make: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:

@@ -44,6 +44,7 @@ def test_sudoku_is_no_maze():
     assert not looks_like_mazes("# Some Good boards\n12..34..21..43..\n")
     assert not looks_like_mazes("Source,Question,Given\nx,12..34..21..43..,1\n")
     assert not looks_like_mazes("................")
+    assert looks_like_mazes("S.#\n#..\n..X\n") and looks_like_mazes("#####\n")
 
 
 def test_several_mazes_have_their_places():
@@ -65,6 +66,7 @@ def test_several_mazes_have_their_places():
             SizeError,
             "m:1: 4 lines, but the longest line has 5 characters",
         ),
+        ("#####\n#S G#\n#   #\n#####\n", SizeError, "m:1: 4 lines, but the longest line has 5"),
         (TEXT + "  #", SizeError, "m:1: 5 lines, but the longest line has 8 characters"),
         ("SG\n##", SizeError, "m:1: 2x2 cells, mazes have 5 to 100 a side"),
         (TEXT.replace("#  ", "x  ", 1), PuzzleError, "m:1: 'x' is none of the characters"),
@@ -132,7 +134,7 @@ def test_solve_answers_mazes_of_a_file(run, tmp_path, capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "status", "message"),
     [
-        (["." * 16], 5, "not a Sudoku model (25 tokens of 6 values)"),
+        (["." * 16], 5, "not a Sudoku model, it answers mazes (25 tokens of 6 values)"),
         (["S" + " " * 34 + "G"], 5, "argument 1: 36 characters, the model"),
         (["S G"], 5, "argument 1: 1 lines, but the longest line has 3"),
         (["S" + "x" * 23 + "G"], 2, "argument 1: 'x' is none of the characters"),

@@ -266,6 +266,8 @@ class TrainConfig:
             raise ConfigError(
                 f"weight_decay_on=matrices needs optimizer=adamw, got {self.optimizer}"
             )
+        if self.official and self.arch.kind == "gated_mlp":
+            raise ConfigError("official=true is for the official code's networks, not gated_mlp")
         if self.freeze_weights and self.arch.puzzle_emb_ndim == 0:
             raise ConfigError("freeze_weights=true needs arch.puzzle_emb_ndim > 0, got 0")
 

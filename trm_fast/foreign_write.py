@@ -98,6 +98,8 @@ def _one_logit(weights: dict[str, Tensor]) -> None:
 def write_official_file(parcel: Parcel, target: Path) -> list[str]:
     """The official step_N file, and all_config.yaml beside it unless there is one."""
     config, weights = parcel.config, dict(parcel.weights)
+    if parcel.arch == "gated_mlp":
+        raise _refuse("official", f"it has no such network, this model is {parcel.arch}")
     _check("official", config, q_readout=("first",))
     if config.prefix_len and not config.puzzle_emb_ndim:
         raise _refuse("official", "its prefix needs puzzle rows, this model has none")

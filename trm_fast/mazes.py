@@ -42,9 +42,12 @@ class Maze:
 
 def looks_like_mazes(text: str) -> bool:
     """Whether a text has a start and a goal, and no digits as Sudoku has them (lines with `#` may
-    be comments there)."""
+    be comments there); or walls, and next to nothing that a maze does not have."""
     boards = "".join(line for line in text.splitlines() if not line.startswith("#"))
-    return "S" in text and "G" in text and not any(c.isdigit() for c in boards)
+    if any(c.isdigit() for c in boards):
+        return False
+    foreign = set(text) - set(CHARSET) - set(".\r\n")
+    return ("S" in text and "G" in text) or ("#" in text and len(foreign) <= 1)
 
 
 def parse_mazes(text: str, name: str, numbered: bool = True) -> list[Maze]:
@@ -52,7 +55,8 @@ def parse_mazes(text: str, name: str, numbered: bool = True) -> list[Maze]:
 
     Raises SizeError for lines that make no square, PuzzleError for other faults; one line each.
     """
-    lines = [line.rstrip("\r") for line in text.replace("\ufeff", "").split("\n")]
+    text = text.replace("\ufeff", "")
+    lines = [line.rstrip("\r") for line in text.removesuffix("\n").split("\n")]
     filled = [line for line in lines if line.strip()]
     if all(_is_one_line(line) for line in filled):
         return [

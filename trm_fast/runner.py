@@ -215,7 +215,7 @@ def _with_csv(config: TrainConfig) -> TrainConfig:
     """The settings with each puzzle file among the data replaced by the folder made of it."""
     paths = []
     for path in config.data_paths:
-        if path.lower().endswith((".csv", ".txt")) and Path(path).is_file():
+        if path.lower().endswith((".csv", ".txt")) and not Path(path).is_dir():
             began = time.monotonic()
             say(f"data        reading {path}")
             folder = split_of_csv(path, "data")

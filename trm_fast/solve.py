@@ -214,6 +214,11 @@ def _puzzles(options: argparse.Namespace) -> list[Puzzle] | list[Maze]:
             text, name = _read(options.input)
             if not puzzles and looks_like_mazes(text):
                 return parse_mazes(text, name)
+            if "," in text.partition("\n")[0] and "#" in text:
+                raise PuzzleError(
+                    f"{name}: mazes are read as lines of text, not as CSV; trm-fast data maze "
+                    "--source FILE and trm-fast evaluate --data DIR take one"
+                )
             puzzles += parse_text(text, name)
     except SizeError as error:
         raise CommandError(MISMATCH, error) from None
@@ -245,9 +250,11 @@ def _check_sizes(puzzles: Sequence[Puzzle] | Sequence[Maze], loaded: Loaded) -> 
     mazes = isinstance(puzzles[0], Maze)
     what, side = ("maze", maze_side(config)) if mazes else ("Sudoku", sudoku_side(config))
     if side is None:
+        other = "Sudoku" if mazes else "mazes"
+        answers = f", it answers {other}" if (sudoku_side if mazes else maze_side)(config) else ""
         raise CommandError(
             MISMATCH,
-            f"{loaded.folder}: not a {what} model ({config.seq_len} tokens of "
+            f"{loaded.folder}: not a {what} model{answers} ({config.seq_len} tokens of "
             f"{config.vocab_size} values)",
         )
     for puzzle in puzzles:

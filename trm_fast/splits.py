@@ -80,8 +80,8 @@ def _check_kind(config: TrainConfig, train: Metadata, path: str) -> None:
     if config.curriculum > 0 and rules_of(train) is None:
         raise ValueError(f"curriculum is for Sudoku and mazes: {has}")
     others = {
-        "constraint_weight": config.constraint_weight > 0,
         "arch=gated_mlp": config.arch.kind == "gated_mlp",
+        "constraint_weight": config.constraint_weight > 0,
     }
     for key, used in others.items():
         if used and sudoku_side(train) is None:

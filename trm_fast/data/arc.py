@@ -260,6 +260,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = _parser()
     arguments = vars(parser.parse_args(argv))
     lists = {name: tuple(arguments[name]) for name in ("subsets", "compare")}
+    tests = dict.fromkeys((arguments["test_set_name"], arguments["test_set_name2"]))
+    if not tests.keys() & set(arguments["subsets"]):
+        say(f"no test split: none of the subsets is called {' or '.join(tests)}")
     manifest = attempt(parser.prog, lambda: build(BuildOptions(**{**arguments, **lists})))
     if manifest is None:
         return 2
@@ -277,9 +280,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"{split}: {count['groups']} tasks, {count['puzzles']} puzzles, "
             f"{count['examples']} examples"
         )
-    if not manifest["counts"]["test"]["groups"]:
-        tests = " or ".join(dict.fromkeys((options["test_set_name"], options["test_set_name2"])))
-        say(f"no test split: none of the subsets is called {tests}")
     for line in report_lines(manifest["leaks"]):
         say(line)
     say(

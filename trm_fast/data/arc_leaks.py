@@ -192,9 +192,9 @@ def report_lines(report: dict[str, Any]) -> Iterable[str]:
         yield f"  {aspect:<8}{shown}"
     for row in report["overlap"]:
         first, second = row["subsets"]
-        where = f"{first} and {second}" if first != second else f"within {first}"
+        where = f"of {first} and {second}" if first != second else f"within {first}"
         yield (
-            f"  tasks of {where}: {row['same_name']} of the same name, {row['equal_exact']} equal "
+            f"  tasks {where}: {row['same_name']} of the same name, {row['equal_exact']} equal "
             f"({row['equal_symmetric']} up to symmetry), {row['sharing_a_pair_exact']} sharing a "
             f"pair ({row['sharing_a_pair_symmetric']} up to symmetry)"
         )

@@ -158,7 +158,7 @@ def test_kept_for_backward_at_the_official_sizes(variant, policy, most):
 def test_the_memory_estimate_of_the_kernels(variant, policy):
     """Against what a step of the host code asks for, on tensors without memory."""
     config = ModelConfig.from_dict({**OFFICIAL, **VARIANTS[variant], "policy": policy})
-    blocks = Network(config).weights()
+    blocks = Network(config, config.L_layers).weights()
     weights = [t.detach().to("meta") for b in blocks for t in (*b.mixer, b.gate_up, b.down)]
     x = torch.empty(768, config.total_len, config.hidden_size, dtype=torch.bfloat16, device="meta")
     table = torch.empty(config.total_len, config.head_dim, device="meta")

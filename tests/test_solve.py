@@ -333,7 +333,7 @@ def unknown_key(tmp_path):
 
 def other_width(tmp_path):
     run = rewritten(tmp_path, lambda saved: saved.config["model"].update(hidden_size=32))
-    return run, f"{run / 'step_7'}: weights do not fit config.json (inner.embed_tokens."
+    return run, f"{run / 'step_7'}: weights do not fit config.json (inner."
 
 
 def not_finite(tmp_path):

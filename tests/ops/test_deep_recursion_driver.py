@@ -237,7 +237,11 @@ def test_the_memory_estimate(mixer, policy, extension, driver):
     sizes = {"seq_len": 30, "intermediate_size": 96, "token_intermediate_size": 64, "L_layers": 2}
     changes = {"hidden_size": 16, "num_heads": 2, "L_cycles": 3, "mlp_t": mixer == "mlp_t"}
     config = ModelConfig.from_dict(tiny_config(**sizes, **changes))
-    weights = [t.detach() for b in Network(config).weights() for t in (*b.mixer, b.gate_up, b.down)]
+    weights = [
+        t.detach()
+        for b in Network(config, config.L_layers).weights()
+        for t in (*b.mixer, b.gate_up, b.down)
+    ]
     x = torch.randn(64, config.total_len, 16)
     tables = (None, None) if config.mlp_t else rotary(config.total_len, 8)
     settings = (config.mlp_t, 1, config.L_cycles, 2, 1e-5, policy)

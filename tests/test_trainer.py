@@ -402,6 +402,8 @@ def test_resuming_on_other_puzzles_is_refused(data, tmp_path):
         other.resume(tmp_path / "run" / "step_3")
     identifiers.write_text(names)
     again = make_trainer(config, tmp_path / "run")
+    for record in ({}, {"metadata": 3}):
+        assert again.splits.changed(record) == ["nothing says what it was"]
     again.resume(tmp_path / "run" / "step_3")
     assert again.step == 3
 

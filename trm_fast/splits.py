@@ -40,8 +40,10 @@ class Splits:
 
     def changed(self, then: Mapping[str, Any]) -> list[str]:
         """What of the training data is not as `then`, an earlier `record`, has it, in words."""
-        old, now = then["metadata"], self.record()["metadata"]
-        words = [f"{k} {now[k]} (was {old[k]})" for k in now if now[k] != old[k]]
+        old, now = then.get("metadata"), self.record()["metadata"]
+        if not isinstance(old, Mapping):
+            return ["nothing says what it was"]
+        words = [f"{k} {now[k]} (was {old.get(k)})" for k in now if now[k] != old.get(k)]
         # Records of data without identifiers.json, and of several directories, do not say.
         known = then.get("puzzles") is not None and self.puzzles is not None
         if known and self.puzzles != then["puzzles"]:

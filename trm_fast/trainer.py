@@ -470,7 +470,7 @@ class Trainer:
         """
         saved = checkpoint.load_checkpoint(path)
         state = saved.train_state
-        if changed := self.splits.changed(saved.config["data"]):
+        if changed := self.splits.changed(saved.config.get("data") or {}):
             raise checkpoint.CheckpointError(
                 f"{path}: the training data is not what it was: {', '.join(changed[:3])}"
             )

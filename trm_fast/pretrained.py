@@ -36,7 +36,7 @@ from trm_fast.foreign_file import ASKED, YAML, Foreign
 from trm_fast.hub import Card
 from trm_fast.interop import mismatch
 from trm_fast.model import Model
-from trm_fast.model_config import ARCHS, ArchConfig, ModelConfig
+from trm_fast.model_config import ArchConfig, ModelConfig
 from trm_fast.options import reject_unknown
 from trm_fast.overrides import OF_ONE_RUN, format_value
 from trm_fast.progress import read_metrics
@@ -178,10 +178,7 @@ def _from_folder(folder: Path) -> Saved:
 
 
 def _from_foreign(path: Path, foreign: Foreign) -> Saved:
-    values = dict(foreign.config)
-    if foreign.arch not in ARCHS:
-        raise CheckpointError(f"{path}: its network, {foreign.arch}, is not built in this version")
-    values["name"] = foreign.arch
+    values = {**foreign.config, "name": foreign.arch}
     try:
         config = ModelConfig.from_dict(values)
         _bounded(config, foreign.model)

@@ -230,3 +230,39 @@ def test_commands_that_are_shown_start_this_python(monkeypatch, tmp_path):
     ):
         monkeypatch.setattr("sys.executable", executable)
         assert console.program() == shown
+
+
+needs_full = pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+
+
+@needs_full
+def test_a_log_on_a_full_disk_is_dropped_and_everything_else_is_an_error():
+    """Dropped text must not come back as a failing flush when the process ends."""
+    code = (
+        "import sys; from trm_fast.console import as_log, say\n"
+        "if sys.argv[1] == 'log':\n"
+        "    with as_log(): [say('x' * 100) for _ in range(500)]\n"
+        "else: say('an answer')\n"
+    )
+    for what, status in (("log", 0), ("answer", 1)):
+        with open("/dev/full", "w") as full:
+            done = subprocess.run(
+                [sys.executable, "-c", code, what], cwd=ROOT, stdout=full, stderr=subprocess.PIPE
+            )
+        assert (done.returncode == 0) == (status == 0), done.stderr
+        assert (b"No space left" in done.stderr) == (status == 1)
+
+
+@needs_full
+def test_there_is_a_log_again_when_there_is_room_again(tmp_path, monkeypatch):
+    with open("/dev/full", "w") as stream:
+        monkeypatch.setattr(sys, "stdout", stream)
+        with console.as_log():
+            console.say("lost")
+            with open(tmp_path / "log", "w") as room:
+                os.dup2(room.fileno(), stream.fileno())
+            console.say("kept")
+    assert (tmp_path / "log").read_text() == "kept\n"
+    with pytest.raises(OSError, match="No space left"), open("/dev/full", "w") as stream:
+        monkeypatch.setattr(sys, "stdout", stream)
+        console.say("no log")

@@ -4,6 +4,8 @@ import csv
 import io
 import json
 import math
+import os
+import shutil
 import sys
 from types import ModuleType, SimpleNamespace
 
@@ -102,6 +104,29 @@ def test_metrics_that_cannot_be_written_are_one_line(tmp_path):
         writer.write(1, {"a": 1})
     with pytest.raises(ValueError, match="a metric is a list"):
         writer.write(1, {"a": [1]})
+
+
+def test_a_deleted_folder_is_made_again(tmp_path):
+    writer = MetricsWriter(tmp_path / "run")
+    writer.write(1, {"a": 1, "b": 2})
+    shutil.rmtree(tmp_path / "run")
+    writer.write(2, {"a": 3})
+    writer.write(3, {"a": 4})
+    assert read_metrics(tmp_path / "run") == [{"step": 2, "a": 3}, {"step": 3, "a": 4}]
+    assert (tmp_path / "run" / "metrics.csv").read_text() == "step,a\n2,3\n3,4\n"
+
+
+def test_files_that_cannot_be_replaced_stay_and_leave_nothing(tmp_path, monkeypatch):
+    MetricsWriter(tmp_path).write(1, {"a": 1})
+
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(MetricsError, match="metrics cannot be written: No space left on device$"):
+        MetricsWriter(tmp_path, 0)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
 # The status line

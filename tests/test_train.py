@@ -29,6 +29,7 @@ from trm_fast.optim import GuardState
 from trm_fast.progress import StatusLine, read_metrics
 from trm_fast.runner import Console, Signals
 from trm_fast.runs import Place
+from trm_fast.trainer import Trainer
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = [
@@ -207,6 +208,33 @@ def test_weights_to_start_from_are_not_needed_to_go_on(here):
 def test_absurd_numbers_are_one_line_and_exit_2(here, capfd):
     assert train.main(["generate=999999999999"]) == 2
     assert capfd.readouterr().err == "trm-fast train: not enough memory for so many boards\n"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nGPU 0 has"),
+        RuntimeError("alloc_cpu.cpp: DefaultCPUAllocator: can't allocate memory: you tried"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate`"),
+    ],
+    ids=["cuda", "cpu", "cublas"],
+)
+def test_memory_that_runs_out_in_a_step_is_one_line(here, capfd, monkeypatch, error):
+    def step(trainer, name, examples, real=Trainer.advance):
+        if trainer.step == 7:
+            raise error
+        real(trainer, name, examples)
+
+    monkeypatch.setattr(Trainer, "advance", step)
+    assert run("+run_name=r") == 1
+    first = str(error).splitlines()[0]
+    said = capfd.readouterr().err
+    assert said.startswith(f"trm-fast train: out of memory: {first}; arch.policy=")
+    assert said.endswith("; what came after the last checkpoint is not saved\n")
+    assert checkpoint.load_checkpoint(checkpoint.resolve(run_folder(here))).step == 6
+    monkeypatch.setattr(Trainer, "advance", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run("+run_name=other")
 
 
 @pytest.mark.parametrize(

@@ -31,6 +31,7 @@ from torch import distributed as dist
 from trm_fast.data.arc_augment import CELLS, VOCABULARY, parse_name, undo
 from trm_fast.data.arc_source import MAX_SIDE, Task, read_test_puzzles
 from trm_fast.data.format import DataError, read_metadata
+from trm_fast.durable import replace_text
 from trm_fast.puzzle_rows import read_identifiers
 
 __all__ = ["ArcVoting", "cut"]
@@ -198,9 +199,7 @@ class ArcVoting:
 
 def write_submission(path: Path, submission: dict[str, Any]) -> None:
     """Write a submission as JSON, whole or not at all."""
-    temp = path.with_name(f".{path.name}.tmp")
-    temp.write_text(json.dumps(submission), encoding="utf-8")
-    os.replace(temp, path)
+    replace_text(path, json.dumps(submission))
 
 
 def _image_names(path: Path) -> list[str]:

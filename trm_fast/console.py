@@ -6,16 +6,20 @@ be imported by any module; imports nothing of the package.
 """
 
 import argparse
+import contextlib
 import logging
 import os
 import re
 import shlex
 import shutil
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NoReturn, TextIO
 
-__all__ = ["Parser", "integer", "positive", "program", "say", "show_builds"]
+__all__ = ["Parser", "as_log", "integer", "positive", "program", "say", "show_builds"]
+
+_lossy = False  # of `as_log`
 
 
 def say(text: str = "", *, err: bool = False, end: str = "\n") -> None:
@@ -23,6 +27,8 @@ def say(text: str = "", *, err: bool = False, end: str = "\n") -> None:
 
     A reader that has gone away (`trm-fast info | head -1`) silences the stream instead of raising:
     a training run does not die with its pager. Characters the stream's encoding lacks become `?`.
+
+    Raises OSError where the text cannot be written, and not inside `as_log`.
     """
     stream: TextIO | None = sys.stderr if err else sys.stdout
     if stream is None:  # a process without a console
@@ -32,6 +38,22 @@ def say(text: str = "", *, err: bool = False, end: str = "\n") -> None:
         stream.flush()
     except BrokenPipeError:
         _silence(stream)
+    except OSError:
+        if not _lossy:
+            raise
+        _let_go(stream)
+
+
+@contextlib.contextmanager
+def as_log() -> Iterator[None]:
+    """Inside, what `say` cannot write, for a full disk, is dropped: the text tells how work goes,
+    and the work is worth more."""
+    global _lossy
+    before, _lossy = _lossy, True
+    try:
+        yield
+    finally:
+        _lossy = before
 
 
 class _OnStandardError(logging.Handler):
@@ -89,6 +111,19 @@ def _write(stream: TextIO, text: str) -> None:
     except UnicodeEncodeError:
         encoding = stream.encoding or "ascii"
         stream.write(text.encode(encoding, "replace").decode(encoding))
+
+
+def _let_go(stream: TextIO) -> None:
+    """Drop what the stream holds and could not write, which the flush at exit would try again; it
+    stays open for when there is room."""
+    with contextlib.suppress(OSError, ValueError):  # a stream without a descriptor
+        kept = os.dup(stream.fileno())
+        try:
+            _silence(stream)
+            stream.flush()
+        finally:
+            os.dup2(kept, stream.fileno())
+            os.close(kept)
 
 
 def _silence(stream: TextIO) -> None:

@@ -1,7 +1,7 @@
 """Files of weights: written so that they survive a crash, read so that nothing in them can run.
 
-Owns the primitives that `checkpoint.py` and `interop.py` share. Imported by those two and by the
-trainer.
+Owns the primitives of `checkpoint.py`, `interop.py` and `progress.py`. Imported by whatever writes
+files that must be whole.
 """
 
 from __future__ import annotations
@@ -115,9 +115,14 @@ def write_text(target: Path, text: str) -> None:
 
 def write_line(path: Path, line: str) -> None:
     """Replace a one-line file atomically and durably; OSError where that fails."""
+    replace_text(path, line + "\n")
+
+
+def replace_text(path: Path, text: str) -> None:
+    """As `write_text`, in a folder that is there; OSError where that fails."""
     temp = path.with_name(f".{path.name}.tmp")
     try:
-        temp.write_text(line + "\n", encoding="utf-8")
+        temp.write_text(text, encoding="utf-8", newline="")
         sync(temp)
         os.replace(temp, path)
     finally:

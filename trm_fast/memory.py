@@ -299,3 +299,9 @@ def check_fits(
         f"{said}; {smaller} at a time with arch.policy={leanest} fit: "
         f"global_batch_size={smaller}, or more grad_accum"
     )
+
+
+def is_exhausted(error: BaseException) -> bool:
+    """Whether PyTorch failed because memory ran out: each device has its own words for it."""
+    words = ("out of memory", "can't allocate memory", "ALLOC_FAILED")
+    return isinstance(error, torch.OutOfMemoryError) or any(word in str(error) for word in words)

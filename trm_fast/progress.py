@@ -2,7 +2,7 @@
 
 Owns `metrics.jsonl` and `metrics.csv` of a run folder, the status line, and the bridge to wandb,
 trackio and tensorboard (imported only when asked for). May be imported by trainer and the command
-modules; imports console.
+modules; imports console and durable.
 
 metrics.jsonl is the record: one object per line with "step" (int) and names such as
 `train/lm_loss`; metrics.csv is the same as a table. A value that is not finite is null / empty.
@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any, Protocol, TextIO
 
 from trm_fast.console import say
+from trm_fast.durable import replace_text, write_line
 
 __all__ = [
     "Logger",
@@ -85,7 +86,7 @@ class MetricsWriter:
             self.run_dir.mkdir(parents=True, exist_ok=True)
             rows = [] if resume_step is None else read_metrics(self.run_dir)
             rows = [row for row in rows if row["step"] <= (resume_step or 0)]
-            _replace(self.run_dir / JSONL, "".join(map(_json_line, rows)))
+            replace_text(self.run_dir / JSONL, "".join(map(_json_line, rows)))
             self._rewrite_csv(rows)
         except OSError as error:
             raise self._failed(error) from error
@@ -102,12 +103,14 @@ class MetricsWriter:
         """
         row = {"step": int(step), **{name: _plain(value) for name, value in values.items()}}
         try:
+            # Somebody may have deleted the folder of a run that goes on.
+            self.run_dir.mkdir(parents=True, exist_ok=True)
             with open(self.run_dir / JSONL, "a", encoding="utf-8", newline="") as file:
                 file.write(_json_line(row))
-            if row.keys() <= set(self._columns):
+            if row.keys() <= set(self._columns) and (self.run_dir / CSV).exists():
                 with open(self.run_dir / CSV, "a", encoding="utf-8", newline="") as file:
                     file.write(_table([row], self._columns))
-            else:  # a new column: rare, at the first row of each kind
+            else:  # a new column: rare, at the first row of each kind; or no file any more
                 self._rewrite_csv(read_metrics(self.run_dir))
         except OSError as error:
             raise self._failed(error) from error
@@ -115,7 +118,7 @@ class MetricsWriter:
     def _rewrite_csv(self, rows: Sequence[Mapping[str, Value]]) -> None:
         self._columns = list(dict.fromkeys(["step", *(name for row in rows for name in row)]))
         header = {name: name for name in self._columns}
-        _replace(self.run_dir / CSV, _table([header, *rows], self._columns))
+        replace_text(self.run_dir / CSV, _table([header, *rows], self._columns))
 
     def _failed(self, error: OSError) -> MetricsError:
         return MetricsError(f"{self.run_dir}: metrics cannot be written: {error.strerror or error}")
@@ -141,12 +144,6 @@ def _table(rows: Iterable[Mapping[str, Value]], columns: Sequence[str]) -> str:
     for row in rows:
         writer.writerow(["" if row.get(name) is None else row[name] for name in columns])
     return text.getvalue()
-
-
-def _replace(path: Path, text: str) -> None:
-    temp = path.with_name(f".{path.name}.tmp")
-    temp.write_text(text, encoding="utf-8", newline="")
-    os.replace(temp, path)
 
 
 class StatusLine:
@@ -366,7 +363,7 @@ def _start_wandb(
     run = module.init(
         project=project, name=run_name, config=dict(config), dir=str(run_dir), **resume
     )
-    kept.write_text(f"{run.id}\n", encoding="utf-8")
+    write_line(kept, run.id)
 
 
 class _WandbLike:

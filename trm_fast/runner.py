@@ -24,6 +24,7 @@ from trm_fast.console import program, say
 from trm_fast.data.maze_generator import maze_job_data
 from trm_fast.data.sudoku import split_of_csv
 from trm_fast.data.sudoku_generator import default_job_data
+from trm_fast.durable import one_line
 from trm_fast.evaluators import score_line
 from trm_fast.extension import library
 from trm_fast.extension.build import BuildError
@@ -172,6 +173,12 @@ def train(config: TrainConfig) -> int:
     except MemoryError:
         say("trm-fast train: not enough memory for so many boards", err=True)
         return 2
+    except RuntimeError as error:
+        if not memory.is_exhausted(error):
+            raise
+        less = "arch.policy=recompute or a smaller batch needs less"
+        say(f"trm-fast train: out of memory: {one_line(error)}; {less}; {lost}", err=True)
+        return 1
     except KeyboardInterrupt:
         say(f"interrupted; {lost}", err=True)
         return 130

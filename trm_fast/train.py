@@ -10,12 +10,13 @@ import os
 import sys
 from collections.abc import Sequence
 
-from trm_fast.console import say, show_builds
+from trm_fast.console import as_log, say, show_builds
 from trm_fast.overrides import HelpRequested, help_text, parse_train
 
 __all__ = ["main"]
 
 
+@as_log()
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a training job; `argv` without the program name (default: the process's own).
 

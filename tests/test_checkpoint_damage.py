@@ -282,7 +282,7 @@ def forge(folder, name, data):
         (folder / name).write_bytes(data)
         manifest["files"][name] = checkpoint._fingerprint(data)
     del manifest["sha256"]
-    manifest["sha256"] = checkpoint._body_digest(manifest)
+    manifest["sha256"] = checkpoint.body_digest(manifest)
     (folder / "manifest.json").write_text(json.dumps(manifest))
 
 

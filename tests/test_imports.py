@@ -23,6 +23,7 @@ ORDER = [
     ["model_config", "presets"],
     ["config", "symmetry", "philox"],
     ["overrides"],
+    ["data.manifest", "data.atomic"],
     ["data.format"],
     ["data.augment", "data.building", "data.arc_source"],
     ["data.arc_augment", "data.arc_leaks"],

@@ -28,6 +28,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from trm_fast.data.manifest import body_digest
 from trm_fast.durable import (
     CheckpointError,
     one_line,
@@ -142,7 +143,7 @@ def _write_files(
         sync(path)
         files[path.name] = _fingerprint(path.read_bytes())
     body = {"format": FORMAT, "step": step, "files": files}
-    manifest = {**body, "sha256": _body_digest(body)}
+    manifest = {**body, "sha256": body_digest(body)}
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
     sync(folder / MANIFEST)
     sync(folder)
@@ -347,7 +348,7 @@ def _read_manifest(folder: Path) -> tuple[int, dict[str, dict[str, Any]]]:
     path = folder / MANIFEST
     manifest = _parse_json(path, read_bytes(path))
     digest = manifest.pop("sha256", None)
-    if digest != _body_digest(manifest):
+    if digest != body_digest(manifest):
         raise CheckpointError(f"{path}: damaged (its checksum does not match)")
     if manifest.get("format") != FORMAT:
         raise CheckpointError(f"{path}: format {manifest.get('format')!r}; {FORMAT} is known")
@@ -401,7 +402,3 @@ def _portable(value: Any, where: str) -> Any:
 
 def _fingerprint(data: bytes) -> dict[str, Any]:
     return {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
-
-
-def _body_digest(body: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()

@@ -1,6 +1,7 @@
 """What a puzzle data set is on disk: the layouts that are read, the one that is written.
 
-Owns Metadata, PuzzleArrays, DataError, the checks of data, the atomic writer. Imports numpy only.
+Owns Metadata, PuzzleArrays, the checks of data, the atomic writer. Imports data.manifest
+and data.atomic.
 
 The layout is that of the official code: `<root>/identifiers.json`, and per split
 `<root>/<split>/dataset.json` (Metadata) with `<set>__{inputs,labels,puzzle_identifiers,
@@ -14,11 +15,8 @@ puzzle_indices[p] .. puzzle_indices[p + 1], group g the puzzles group_indices[g]
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
-import shutil
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
@@ -27,6 +25,19 @@ from tokenize import TokenError
 from typing import Any
 
 import numpy as np
+
+from trm_fast.data.atomic import whole_folder
+from trm_fast.data.manifest import (
+    MANIFEST,
+    DataError,
+    check_files,
+    make_manifest,
+    one_line,
+    read_json,
+    read_manifest,
+    sha256,
+    verify_manifest,
+)
 
 __all__ = [
     "IGNORE_LABEL_ID",
@@ -51,22 +62,10 @@ IGNORE_LABEL_ID = -100
 """Label of a token that no loss and no metric counts."""
 
 FIELDS = ("inputs", "labels", "puzzle_identifiers", "puzzle_indices", "group_indices")
-_MANIFEST = "manifest.json"
-_MANIFEST_FORMAT = "trm_fast data set 1"
-_MAX_JSON_BYTES, _MAX_MANIFEST_BYTES = 1 << 20, 1 << 30
+_MAX_JSON_BYTES = 1 << 20
 _CHECK_ROWS = 1 << 16
 # What numpy's reader raises on damaged bytes, apart from OSError and ValueError.
 _DAMAGE = (EOFError, TypeError, SyntaxError, TokenError, ArithmeticError, MemoryError, RuntimeError)
-
-
-class DataError(ValueError):
-    """Data that cannot be used: one line that names the file and, where there is one, the row."""
-
-
-def one_line(error: BaseException) -> str:
-    """The message of an error of somebody else's, on one line of decent length."""
-    text = " ".join(str(error).split())
-    return text if len(text) <= 160 else (text[:157].rpartition(" ")[0] or text[:157]) + "..."
 
 
 @dataclass(frozen=True)
@@ -137,7 +136,8 @@ def read_split(
 ) -> tuple[Metadata, dict[str, PuzzleArrays]]:
     """Metadata and checked arrays per set of one split; inputs and labels as memory maps.
 
-    Everything is checked: dtypes, shapes, index arrays, every token, label and identifier.
+    Everything is checked: dtypes, shapes, index arrays, every token, label and identifier; then
+    the files against manifest.json, where our writer left one.
     Raises DataError naming the file and the row. Pickled and object arrays are refused.
     """
     folder, raw = _read_description(Path(root), split)
@@ -153,6 +153,7 @@ def read_split(
             f"{folder / 'dataset.json'}: total_groups is {metadata.total_groups}, "
             f"the arrays hold {groups} groups"
         )
+    check_files(root, split)
     return metadata, sets
 
 
@@ -179,21 +180,6 @@ def _read_description(root: Path, split: str) -> tuple[Path, dict[str, Any]]:
 def _is_official(folder: Path, raw: Mapping[str, Any]) -> bool:
     """Whether dataset.json is official, or meant to be (then its faults are reported)."""
     return "sets" in raw or (folder / "all__group_indices.npy").exists()
-
-
-def read_json(path: Path, limit: int) -> Any:
-    """What a JSON file of at most `limit` bytes holds; DataError if it cannot be read."""
-    try:
-        with path.open("rb") as file:
-            data = file.read(limit + 1)
-    except OSError as error:
-        raise DataError(f"{path}: {error.strerror or error}") from None
-    if len(data) > limit:
-        raise DataError(f"{path}: larger than {limit} bytes")
-    try:
-        return json.loads(data.decode("utf-8"))
-    except (ValueError, RecursionError) as error:  # also bad UTF-8, and numbers of 5000 digits
-        raise DataError(f"{path}: not valid JSON ({one_line(error)})") from None
 
 
 def _parse_metadata(path: Path, raw: Mapping[str, Any]) -> Metadata:
@@ -363,37 +349,6 @@ def _check_range(array: np.ndarray, limit: int, allowed: Sequence[int | None], p
             )
 
 
-def read_manifest(root: str | os.PathLike[str]) -> dict[str, Any] | None:
-    """The manifest our writer left in `root`, or None; DataError if it cannot be read."""
-    path = Path(root) / _MANIFEST
-    if not path.is_file():
-        return None
-    manifest = read_json(path, _MAX_MANIFEST_BYTES)
-    if not isinstance(manifest, dict) or manifest.get("format") != _MANIFEST_FORMAT:
-        return None
-    if not isinstance(manifest.get("files"), dict):
-        raise DataError(f"{path}: files missing")
-    return manifest
-
-
-def verify_manifest(root: str | os.PathLike[str], manifest: Mapping[str, Any]) -> str | None:
-    """The first file that is missing or differs from its sha256 in the manifest; None if none."""
-    for name, digest in manifest["files"].items():
-        path = Path(root) / name
-        if not path.is_file() or sha256(path) != digest:
-            return str(name)
-    return None
-
-
-def sha256(path: Path) -> str:
-    """The sha256 of a file, in hexadecimal."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 class DatasetWriter:
     """Fills a temporary folder that open_writer turns into the data set; never used alone."""
 
@@ -406,7 +361,12 @@ class DatasetWriter:
         """A new writable memory map for `<split>/<set_name>__<field>.npy`, to be filled."""
         path = self._folder / split / f"{set_name}__{field}.npy"
         path.parent.mkdir(exist_ok=True)
-        return np.lib.format.open_memmap(path, mode="w+", dtype=np.dtype(dtype), shape=shape)
+        array = np.lib.format.open_memmap(path, mode="w+", dtype=np.dtype(dtype), shape=shape)
+        if hasattr(os, "posix_fallocate") and array.nbytes:
+            # A full disk is an error here; in a memory map it would be a signal that kills.
+            with path.open("r+b") as file:
+                os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+        return array
 
     def arrays(self, split: str, set_name: str, arrays: PuzzleArrays) -> None:
         """Write the arrays of one set, in their dtypes."""
@@ -432,27 +392,19 @@ def open_writer(
 
     Files go to a hidden folder beside `root`; on leaving the block they get a manifest.json
     (`manifest` plus format and the sha256 of each file) and the folder is renamed. If the block
-    raises, nothing is left. Raises DataError if `root` exists and is neither empty nor exactly what
-    an earlier manifest of ours lists.
+    raises, nothing is left. Raises DataError if `root` cannot be written, or exists and is neither
+    empty nor exactly what an earlier manifest of ours lists.
     """
     target = Path(os.path.realpath(root))
     _check_replaceable(target)
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+        with whole_folder(target) as folder:
+            yield DatasetWriter(folder)
+            make_manifest(folder, manifest)
+            folder.chmod(0o755)
+            _check_replaceable(target)
     except OSError as error:
         raise DataError(f"{target}: cannot be written ({error.strerror or error})") from None
-    try:
-        yield DatasetWriter(folder)
-        files = sorted(p for p in folder.rglob("*") if p.is_file())
-        digests = {p.relative_to(folder).as_posix(): sha256(p) for p in files}
-        content = {**manifest, "format": _MANIFEST_FORMAT, "files": digests}
-        (folder / _MANIFEST).write_text(json.dumps(content, indent=1), encoding="utf-8")
-        folder.chmod(0o755)
-        _check_replaceable(target)
-        _swap_in(folder, target)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _check_replaceable(target: Path) -> None:
@@ -464,19 +416,9 @@ def _check_replaceable(target: Path) -> None:
     manifest = read_manifest(target)
     if manifest is None:
         raise DataError(f"{target}: not empty and not written by this builder; choose another")
-    foreign = sorted(present - set(manifest["files"]) - {_MANIFEST})
+    foreign = sorted(present - set(manifest["files"]) - {MANIFEST})
     if foreign:
         raise DataError(f"{target}: holds {foreign[0]}, which its manifest does not list")
-
-
-def _swap_in(folder: Path, target: Path) -> None:
-    if not target.exists():
-        folder.rename(target)
-        return
-    old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
-    target.rename(old / "data")
-    folder.rename(target)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def write_dataset(

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ from training import (
 
 from trm_fast import checkpoint, flops, memory, optim
 from trm_fast.data.dataset import from_arrays
-from trm_fast.data.format import Metadata, PuzzleArrays, write_dataset
+from trm_fast.data.format import Metadata, PuzzleArrays, read_split, write_dataset
 from trm_fast.interop import write_official
 from trm_fast.losses import ACTLossHead
 from trm_fast.model import Model
@@ -407,6 +408,23 @@ def test_resuming_on_other_puzzles_is_refused(data, tmp_path):
         assert again.splits.changed(record) == ["nothing says what it was"]
     again.resume(tmp_path / "run" / "step_3")
     assert again.step == 3
+
+
+def test_resuming_on_arrays_of_another_build_is_refused(data, tmp_path):
+    """Of the same sizes: the batches would be others than the run has had."""
+    config = make_config(data)
+    trainer = make_trainer(config, tmp_path / "run", Recorder(stop_at=3))
+    trainer.reporter.trainer = trainer
+    trainer.run()
+    metadata, arrays = read_split(data, "train")
+    other = replace(arrays["all"], inputs=arrays["all"].inputs[::-1].copy())
+    splits = {"train": (metadata, {"all": other}), "test": read_split(data, "test")}
+    write_dataset(data, splits, ["<blank>", "a", "b", "c"])
+    again = make_trainer(config, tmp_path / "run")
+    with pytest.raises(checkpoint.CheckpointError, match="it was: the arrays are of another build"):
+        again.resume(tmp_path / "run" / "step_3")
+    write_dataset(data, splits | {"train": (metadata, arrays)}, ["<blank>", "a", "b", "c"])
+    make_trainer(config, tmp_path / "run").resume(tmp_path / "run" / "step_3")
 
 
 def test_outputs_that_cannot_be_saved_are_one_error(data, tmp_path):

@@ -6,7 +6,7 @@ evaluation, hours later, is an error here.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,20 +14,22 @@ from typing import Any
 from trm_fast.config import TrainConfig
 from trm_fast.data.dataset import PuzzleDataset, PuzzleDatasetConfig
 from trm_fast.data.format import DataError, Metadata
+from trm_fast.data.manifest import body_digest, read_manifest
 from trm_fast.puzzle_rows import puzzles_of
 from trm_fast.rules import rules_of, sudoku_side
 
 
 @dataclass(frozen=True)
 class Splits:
-    """The data of a run: where it lies, its training and test metadata, and which puzzles its
-    identifiers are: `puzzles_of` the training data."""
+    """The data of a run: where it lies, its training and test metadata, which puzzles its
+    identifiers are (`puzzles_of` the training data), and which bytes its arrays (`arrays_of`)."""
 
     paths: tuple[str, ...]
     paths_test: tuple[str, ...]
     train: Metadata
     test: Metadata | None
     puzzles: str | None
+    arrays: str | None
 
     def record(self) -> dict[str, Any]:
         """What a checkpoint keeps of it, ready for JSON."""
@@ -36,6 +38,7 @@ class Splits:
             "data_paths_test": list(self.paths_test),
             "metadata": self.train.to_dict(),
             "puzzles": self.puzzles,
+            "arrays": self.arrays,
         }
 
     def changed(self, then: Mapping[str, Any]) -> list[str]:
@@ -44,10 +47,15 @@ class Splits:
         if not isinstance(old, Mapping):
             return ["nothing says what it was"]
         words = [f"{k} {now[k]} (was {old.get(k)})" for k in now if now[k] != old.get(k)]
-        # Records of data without identifiers.json, and of several directories, do not say.
-        known = then.get("puzzles") is not None and self.puzzles is not None
-        if known and self.puzzles != then["puzzles"]:
-            words.append("identifiers.json names other puzzles")
+        others = {
+            "puzzles": "identifiers.json names other puzzles",
+            "arrays": "the arrays are of another build",
+        }
+        for name, other in others.items():
+            was, mine = then.get(name), getattr(self, name)
+            # Records of data without these files, and of several directories, do not say.
+            if was is not None and mine is not None and was != mine:
+                words.append(other)
         return words
 
 
@@ -66,7 +74,16 @@ def open_splits(config: TrainConfig) -> Splits:
     if config.data_paths_test or all(Path(path, "test").is_dir() for path in paths_test):
         test = PuzzleDataset(dataset_config(config, paths_test, 1, test=True), "test").metadata
         _check_alike(config, train, test, paths_test[0])
-    return Splits(tuple(paths), tuple(paths_test), train, test, puzzles_of(paths))
+    return Splits(tuple(paths), tuple(paths_test), train, test, puzzles_of(paths), arrays_of(paths))
+
+
+def arrays_of(paths: Sequence[str]) -> str | None:
+    """A digest of the training arrays, by their manifest; None without one, or of several
+    directories."""
+    manifest = read_manifest(paths[0]) if len(paths) == 1 else None
+    files = manifest["files"] if manifest else {}
+    own = {k: v for k, v in files.items() if k.startswith("train/") and k.endswith(".npy")}
+    return body_digest(own) if own else None
 
 
 def _check_kind(config: TrainConfig, train: Metadata, path: str) -> None:

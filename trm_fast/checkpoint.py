@@ -40,6 +40,7 @@ from trm_fast.durable import (
     unwritable,
     write_line,
 )
+from trm_fast.options import show
 
 __all__ = [
     "Checkpoint",
@@ -351,12 +352,13 @@ def _read_manifest(folder: Path) -> tuple[int, dict[str, dict[str, Any]]]:
     if digest != body_digest(manifest):
         raise CheckpointError(f"{path}: damaged (its checksum does not match)")
     if manifest.get("format") != FORMAT:
-        raise CheckpointError(f"{path}: format {manifest.get('format')!r}; {FORMAT} is known")
+        raise CheckpointError(f"{path}: format {show(manifest.get('format'))}; {FORMAT} is known")
     step, files = manifest.get("step"), manifest.get("files")
     if type(step) is not int or not isinstance(files, dict):
         raise CheckpointError(f"{path}: has no step or no files")
     if not (REQUIRED <= files.keys() <= REQUIRED | {EMA}):
-        raise CheckpointError(f"{path}: lists {', '.join(sorted(files)) or 'no files'}")
+        listed = ", ".join(sorted(files))[:200]
+        raise CheckpointError(f"{path}: lists {listed or 'no files'}")
     if not all(isinstance(entry, dict) for entry in files.values()):
         raise CheckpointError(f"{path}: has an entry without checksum")
     return step, files
@@ -366,7 +368,7 @@ def _verified(path: Path, entry: dict[str, Any]) -> bytes:
     data = read_bytes(path)
     found = _fingerprint(data)
     if found["bytes"] != entry.get("bytes"):
-        raise CheckpointError(f"{path}: damaged ({len(data)} bytes, not {entry.get('bytes')})")
+        raise CheckpointError(f"{path}: damaged ({len(data)} bytes, not {show(entry.get('bytes'))})")
     if found["sha256"] != entry.get("sha256"):
         raise CheckpointError(f"{path}: damaged (its checksum does not match)")
     return data

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Container, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -56,7 +55,6 @@ ARCH_KEYS = (
     *("act_enabled", "act_inference"),
 )
 LAYER = re.compile(r"([HL])_level\.layers\.(\d{1,3})\.")
-_LARGEST_YAML = 1 << 20
 
 
 @dataclass
@@ -134,9 +132,6 @@ def open_source(
 
 def read_architecture(path: Path) -> dict[str, Any]:
     """The `arch` of an official configuration: plain values, and its loss."""
-    with suppress(OSError):
-        if path.stat().st_size > _LARGEST_YAML:
-            raise ConfigError(f"{path}: larger than {_LARGEST_YAML} bytes, not a configuration")
     arch = read_mapping(path).get("arch")
     if not isinstance(arch, Mapping):
         raise ConfigError(f"{path}: has no arch with settings in it")

@@ -36,7 +36,9 @@ _FLOAT = re.compile(r"[+-]?([0-9]+\.[0-9]*|\.[0-9]+|[0-9]+(?=[eE]))([eE][+-]?[0-
 _BARE = re.compile(r"[A-Za-z0-9_./@+=-]+")
 _YAML_BARE = re.compile(r"[A-Za-z_/][A-Za-z0-9_./@+-]*")
 _YAML_WORDS = ("true", "false", "yes", "no", "on", "off", "null", "y", "n")
+_STEP = re.compile(r"step_[0-9]{1,15}")
 _DEEPEST = 8
+_LARGEST = 1 << 18  # bytes of a file of settings; YAML is read at 100 kB a second
 # Top-level keys of files that hold no settings: Hydra's own, and what a checkpoint's config.json
 # says of the run, of the data and of the model built for it.
 NOT_SETTINGS = ("hydra", "finished", "model", "data", "source")
@@ -252,20 +254,33 @@ def _read_yaml(path: Path, text: str) -> Any:
         raise ConfigError(
             f"reading {path} needs PyYAML: pip install 'trm-fast[compat]' (or use a .json file)"
         ) from None
+
+    class Loader(yaml.SafeLoader):
+        """Without merge keys (<<): a few lines of them stand for any number of settings."""
+
+        def flatten_mapping(self, node: Any) -> None:
+            if merges := [key for key, _ in node.value if key.tag == "tag:yaml.org,2002:merge"]:
+                where = merges[0].start_mark.line + 1
+                raise yaml.YAMLError(f"line {where}: merge keys (<<) are not allowed")
+            super().flatten_mapping(node)
+
     try:
-        return yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        return yaml.load(text, Loader)  # plain values only
+    except (yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise ConfigError(f"{path} is not YAML: {str(error)[:150]}") from None
+    except (ArithmeticError, RecursionError):  # a number or a nesting beyond all bounds
+        raise ConfigError(f"{path} is not YAML that can be read") from None
 
 
 def _saved_config(path: str) -> dict[str, Any]:
     """The settings of the run (or step) folder that `resume=PATH` names."""
     folder = Path(path)
     try:
-        step = (folder / "last").read_text(encoding="ascii").strip()
+        step = (folder / "last").read_bytes()[:100].decode("ascii", "replace").strip()
     except (OSError, ValueError):
-        step = "."
-    file = folder / step / "config.json"
+        step = ""
+    # Nothing but a step's name: a damaged pointer leads nowhere else.
+    file = folder / (step if _STEP.fullmatch(step) else ".") / "config.json"
     if not file.is_file():  # killed before `last` was written: any step, all have these settings
         file = next(folder.glob("step_*/config.json"), file)
     if not file.is_file():
@@ -285,10 +300,14 @@ def read_mapping(path: str | Path) -> dict[str, Any]:
     if kind not in (".json", ".yaml", ".yml"):
         raise ConfigError(f"config must be a .json or .yaml file, got {show(str(path))}")
     try:
-        text = path.read_text(encoding="utf-8")
+        with path.open("rb") as file:
+            data = file.read(_LARGEST + 1)
+        text = data.decode("utf-8")
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
         raise ConfigError(f"cannot read config {show(str(path))}: {reason}") from None
+    if len(data) > _LARGEST:
+        raise ConfigError(f"{path}: larger than {_LARGEST} bytes, not a configuration")
     if kind == ".json":
         try:
             values = json.loads(text)

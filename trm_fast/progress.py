@@ -59,10 +59,10 @@ def read_metrics(run_dir: str | os.PathLike[str]) -> list[dict[str, Any]]:
     rows = []
     for line in data.split(b"\n"):
         try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
+            row = {name: _plain(value) for name, value in json.loads(line).items()}
+        except (ValueError, RecursionError, AttributeError):  # not JSON, or not such an object
             continue
-        if isinstance(row, dict) and type(row.get("step")) is int:
+        if type(row.get("step")) is int:
             rows.append(row)
     return rows
 
@@ -143,7 +143,8 @@ def _table(rows: Iterable[Mapping[str, Value]], columns: Sequence[str]) -> str:
     writer = csv.writer(text, lineterminator="\n")
     for row in rows:
         writer.writerow(["" if row.get(name) is None else row[name] for name in columns])
-    return text.getvalue()
+    # JSON can hold half a character, which no file of text can.
+    return text.getvalue().encode("utf-8", "replace").decode("utf-8")
 
 
 class StatusLine:

@@ -1,7 +1,7 @@
 """What a puzzle data set is on disk: the layouts that are read, the one that is written.
 
-Owns Metadata, PuzzleArrays, the checks of data, the atomic writer. Imports data.manifest
-and data.atomic.
+Owns Metadata, PuzzleArrays, the checks of data, the atomic writer. Imports data.manifest,
+data.atomic and options.
 
 The layout is that of the official code: `<root>/identifiers.json`, and per split
 `<root>/<split>/dataset.json` (Metadata) with `<set>__{inputs,labels,puzzle_identifiers,
@@ -38,6 +38,7 @@ from trm_fast.data.manifest import (
     sha256,
     verify_manifest,
 )
+from trm_fast.options import show
 
 __all__ = [
     "IGNORE_LABEL_ID",
@@ -63,6 +64,7 @@ IGNORE_LABEL_ID = -100
 
 FIELDS = ("inputs", "labels", "puzzle_identifiers", "puzzle_indices", "group_indices")
 _MAX_JSON_BYTES = 1 << 20
+_MAX_HEADER_BYTES = 10_000  # of .npy; numpy's own limit, which it applies too late
 _CHECK_ROWS = 1 << 16
 # What numpy's reader raises on damaged bytes, apart from OSError and ValueError.
 _DAMAGE = (EOFError, TypeError, SyntaxError, TokenError, ArithmeticError, MemoryError, RuntimeError)
@@ -195,14 +197,14 @@ def _parse_metadata(path: Path, raw: Mapping[str, Any]) -> Metadata:
             values[name] = _parse_sets(path, value)
         elif name == "mean_puzzle_examples":
             if type(value) not in (int, float) or not 0 <= value < 2**31:
-                raise DataError(f"{path}: {name} is {value!r}, expected a number >= 0")
+                raise DataError(f"{path}: {name} is {show(value)}, expected a number >= 0")
             values[name] = float(value)
         elif name == "ignore_label_id" and value is None:
             values[name] = None
         else:
             low = -(2**31) if name == "ignore_label_id" else smallest.get(name, 0)
             if type(value) is not int or not low <= value < 2**31:
-                raise DataError(f"{path}: {name} is {value!r}, expected an integer >= {low}")
+                raise DataError(f"{path}: {name} is {show(value)}, expected an integer >= {low}")
             values[name] = value
     metadata = Metadata(**values)
     if metadata.pad_id >= metadata.vocab_size:
@@ -219,7 +221,7 @@ def _parse_sets(path: Path, value: Any) -> tuple[str, ...]:
         for name in value
     )
     if not plain or not value or len(set(value)) != len(value):
-        raise DataError(f"{path}: sets is {str(value)[:80]!r}, expected a list of different names")
+        raise DataError(f"{path}: sets is {show(value)}, expected a list of different names")
     return tuple(value)
 
 
@@ -235,13 +237,23 @@ def _read_set(folder: Path, name: str) -> PuzzleArrays:
 def _load(path: Path) -> np.ndarray:
     """One .npy file of integers as a read-only memory map; never unpickles."""
     try:
-        array = np.lib.format.open_memmap(path, mode="r")
+        with path.open("rb") as file:
+            start = file.read(12)
+        size = int.from_bytes(start[8 : 10 if start[6:7] == b"\x01" else 12], "little")
+        if size > _MAX_HEADER_BYTES:  # numpy reserves memory for all of it
+            raise DataError(f"{path}: not a readable .npy file (a header of {size} bytes)")
+        with np.errstate(over="ignore"):  # a shape beyond all bounds is refused, not warned of
+            array = np.lib.format.open_memmap(path, mode="r")
     except FileNotFoundError:
         raise DataError(f"{path}: missing") from None
+    except DataError:
+        raise
     except (OSError, ValueError, *_DAMAGE) as error:
         raise DataError(f"{path}: not a readable .npy file ({one_line(error)})") from None
     if array.dtype.kind not in "iu":
-        raise DataError(f"{path}: holds {array.dtype}, expected integers")
+        raise DataError(f"{path}: holds {str(array.dtype)[:60]}, expected integers")
+    if max(array.shape, default=0) >= 2**31:  # of an empty array, which has no bytes to tell
+        raise DataError(f"{path}: shape {show(array.shape)} of {array.size} integers")
     return array
 
 
@@ -252,8 +264,10 @@ def _read_foreign(folder: Path, raw: Mapping[str, Any]) -> tuple[Metadata, dict[
     identifiers = None
     if (folder / "all__puzzle_identifiers.npy").exists():
         identifiers = np.array(_load(folder / "all__puzzle_identifiers.npy"))
-    if inputs.ndim != 2:
-        raise DataError(f"{folder / 'all__inputs.npy'}: shape {inputs.shape}, expected [E, L]")
+    for name, tokens in (("inputs", inputs), ("labels", labels)):
+        if tokens.ndim != 2 or not tokens.shape[1]:  # rows of nothing take no bytes, in any number
+            path = folder / f"all__{name}.npy"
+            raise DataError(f"{path}: shape {show(tokens.shape)}, expected [E, L]")
     vocab_size, seq_len = raw.get("vocab_size", 256), raw.get("seq_len", inputs.shape[1])
     if "num_groups" in raw or "grid_size" in raw:
         if raw.get("max_grid_size", raw.get("grid_size")) != raw.get("grid_size"):
@@ -297,11 +311,11 @@ def check_arrays(metadata: Metadata, arrays: PuzzleArrays, prefix: str | os.Path
         if array.dtype.kind not in "iu":
             raise DataError(f"{prefix}{name}.npy: holds {array.dtype}, expected integers")
         if array.ndim != want:
-            raise DataError(f"{prefix}{name}.npy: shape {array.shape}, expected {want} dimensions")
+            raise DataError(f"{prefix}{name}.npy: shape {show(array.shape)}, expected {want} dimensions")
     if arrays.inputs.shape != arrays.labels.shape:
         raise DataError(
-            f"{prefix}labels.npy: shape {arrays.labels.shape} does not match the inputs' "
-            f"{arrays.inputs.shape}"
+            f"{prefix}labels.npy: shape {show(arrays.labels.shape)} does not match the inputs' "
+            f"{show(arrays.inputs.shape)}"
         )
     if arrays.inputs.shape[1] != metadata.seq_len:
         raise DataError(

@@ -388,7 +388,7 @@ ENDLESS += "arch: {H_cycles: *a60}\n"
         (ENDLESS, r"arch.H_cycles must be one value, got \[\[\["),
         ("arch: {expansion: much}", "expansion must be a number above 0, got 'much'"),
         ("arch: !!python/object/apply:os.system ['touch owned']", "is not YAML"),
-        pytest.param("#" * 2_000_000, "larger than 1048576 bytes", id="large"),
+        pytest.param("#" * 2_000_000, "larger than 262144 bytes", id="large"),
     ],
 )
 def test_official_settings_that_cannot_be_used(tmp_path, monkeypatch, text, said):

@@ -49,7 +49,7 @@ def test_the_build_does_not_ask_for_torch():
 def test_constraints_satisfy_the_requirements():
     lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
     pins = [line for line in lines if line and not line.startswith("#")]
-    assert pins == ["torch==2.13.0", "triton==3.6.0", "numpy<2.4"]
+    assert pins == ["torch==2.13.0", "triton==3.6.0", "numpy<2.4", "atheris==3.0.0"]
 
 
 def test_optional_features_have_their_extras():
@@ -57,6 +57,7 @@ def test_optional_features_have_their_extras():
     assert set(extras) == {
         "compat",
         "dev",
+        "fuzz",
         "hub",
         "tensorboard",
         "test",

@@ -230,7 +230,9 @@ class _Worker:
             return
         smaller = shrink(files, lambda tried: self._loses(tried, reason))
         self._loses(smaller, reason)  # leaves it in the folder
-        self.count.reasons[reason] = _kept(self.folder / "in", self.keep, f"{self.parser.name} {reason}")
+        self.count.reasons[reason] = _kept(
+            self.folder / "in", self.keep, f"{self.parser.name} {reason}"
+        )
 
     def _loses(self, files: dict[str, bytes], reason: str) -> bool:
         verdict = self.judge(self.parser, files, self.folder / "in")
@@ -342,7 +344,13 @@ def _work_guided(options: argparse.Namespace) -> int:
         return changed[:most]
 
     arguments = [sys.argv[0], f"-seed={options.seed + options.start}", f"-runs={10 * todo + 1000}"]
-    arguments += ["-max_len=16384", "-len_control=0", "-rss_limit_mb=0", "-timeout=120", str(corpus)]
+    arguments += [
+        "-max_len=16384",
+        "-len_control=0",
+        "-rss_limit_mb=0",
+        "-timeout=120",
+        str(corpus),
+    ]
     atheris.Setup(arguments, one, custom_mutator=mutate)
     atheris.Fuzz()
     return 0

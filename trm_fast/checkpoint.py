@@ -368,7 +368,9 @@ def _verified(path: Path, entry: dict[str, Any]) -> bytes:
     data = read_bytes(path)
     found = _fingerprint(data)
     if found["bytes"] != entry.get("bytes"):
-        raise CheckpointError(f"{path}: damaged ({len(data)} bytes, not {show(entry.get('bytes'))})")
+        raise CheckpointError(
+            f"{path}: damaged ({len(data)} bytes, not {show(entry.get('bytes'))})"
+        )
     if found["sha256"] != entry.get("sha256"):
         raise CheckpointError(f"{path}: damaged (its checksum does not match)")
     return data

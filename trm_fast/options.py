@@ -29,7 +29,7 @@ class ConfigError(ValueError):
     """A setting that cannot be used: one line saying what was given and what is allowed."""
 
     def __init__(self, message: str) -> None:
-        super().__init__(" ".join(message.split()))
+        super().__init__(printable(" ".join(message.split())))
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

@@ -13,6 +13,7 @@ import math
 import re
 import textwrap
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -281,13 +282,14 @@ def _saved_config(path: str) -> dict[str, Any]:
         step = ""
     # Nothing but a step's name: a damaged pointer leads nowhere else.
     file = folder / (step if _STEP.fullmatch(step) else ".") / "config.json"
-    if not file.is_file():  # killed before `last` was written: any step, all have these settings
-        file = next(folder.glob("step_*/config.json"), file)
-    if not file.is_file():
-        raise ConfigError(
-            f"resume must be auto, never or a run folder with a checkpoint, got {show(path)}"
-        )
-    return read_config_file(file, same_run=True)
+    with suppress(OSError):  # a name too long for any folder
+        if not file.is_file():  # killed before `last` was written: any step, all have the same
+            file = next(folder.glob("step_*/config.json"), file)
+        if file.is_file():
+            return read_config_file(file, same_run=True)
+    raise ConfigError(
+        f"resume must be auto, never or a run folder with a checkpoint, got {show(path)}"
+    )
 
 
 def read_mapping(path: str | Path) -> dict[str, Any]:

@@ -95,7 +95,20 @@ def damage_safetensors(data: bytes, rng: Random) -> bytes:
     elif act < 5 and entries:
         entry = rng.choice(entries)
         key = rng.choice(("dtype", "shape", "data_offsets"))
-        types = ("F64", "F32", "F16", "BF16", "I64", "I8", "BOOL", "U8", "F8_E4M3", "F4", "C64", "x")
+        types = (
+            "F64",
+            "F32",
+            "F16",
+            "BF16",
+            "I64",
+            "I8",
+            "BOOL",
+            "U8",
+            "F8_E4M3",
+            "F4",
+            "C64",
+            "x",
+        )
         choices = {
             "dtype": rng.choice(types),
             "shape": [number(rng) for _ in range(rng.randrange(4))],
@@ -116,21 +129,98 @@ def damage_safetensors(data: bytes, rng: Random) -> bytes:
 
 
 GLOBALS = (
-    *("os system", "builtins eval", "builtins exec", "builtins getattr", "posix system", "sys exit"),
-    *("subprocess Popen", "torch load", "torch._utils _rebuild_tensor_v2", "torch Size", "torch float8"),
+    *(
+        "os system",
+        "builtins eval",
+        "builtins exec",
+        "builtins getattr",
+        "posix system",
+        "sys exit",
+    ),
+    *(
+        "subprocess Popen",
+        "torch load",
+        "torch._utils _rebuild_tensor_v2",
+        "torch Size",
+        "torch float8",
+    ),
     *("torch._utils _rebuild_parameter", "torch FloatStorage", "torch.storage UntypedStorage"),
-    *("collections OrderedDict", "builtins set", "builtins frozenset", "_codecs encode", "numpy dtype"),
+    *(
+        "collections OrderedDict",
+        "builtins set",
+        "builtins frozenset",
+        "_codecs encode",
+        "numpy dtype",
+    ),
     *("numpy ndarray", "numpy._core.multiarray scalar", "numpy._core.multiarray _reconstruct"),
     *("torch bfloat16", "torch device", "__main__ TRMConfig", "builtins bytearray", "typing Any"),
 )
 FRAGMENTS = (
-    *(b"(", b"]", b"}", b"\x8f", b")", b"N", b"\x88", b"0", b"1", b"2", b"R", b"b", b"o", b"i", b"Q"),
-    *(b"\x94", b"h\x00", b"q\x00", b"j\x00\x00\x00\x7f", b"r\xff\xff\xff\xff", b"K\x05", b"a", b"e"),
-    *(b"s", b"u", b"t", b"\x85", b"\x86", b"\x87", b"l", b"d", b"\x90", b"\x91", b"\x81", b"\x92", b"."),
-    *(b"\x80\x02", b"\x80\xff", b"\x82\x01", b"\x97", b"\x98", b"\x93", b"c\n\n", b"P1\n", b"S'\\x'\n"),
+    *(
+        b"(",
+        b"]",
+        b"}",
+        b"\x8f",
+        b")",
+        b"N",
+        b"\x88",
+        b"0",
+        b"1",
+        b"2",
+        b"R",
+        b"b",
+        b"o",
+        b"i",
+        b"Q",
+    ),
+    *(
+        b"\x94",
+        b"h\x00",
+        b"q\x00",
+        b"j\x00\x00\x00\x7f",
+        b"r\xff\xff\xff\xff",
+        b"K\x05",
+        b"a",
+        b"e",
+    ),
+    *(
+        b"s",
+        b"u",
+        b"t",
+        b"\x85",
+        b"\x86",
+        b"\x87",
+        b"l",
+        b"d",
+        b"\x90",
+        b"\x91",
+        b"\x81",
+        b"\x92",
+        b".",
+    ),
+    *(
+        b"\x80\x02",
+        b"\x80\xff",
+        b"\x82\x01",
+        b"\x97",
+        b"\x98",
+        b"\x93",
+        b"c\n\n",
+        b"P1\n",
+        b"S'\\x'\n",
+    ),
     *(b"\x8d" + struct.pack("<Q", 2**62), b"\x8e" + struct.pack("<Q", 2**40), b"X\xff\xff\xff\x7f"),
-    *(b"\x8b\xff\xff\xff\x7f", b"\x8a\xff" + b"\xff" * 255, b"I" + b"9" * 5000 + b"\n", b"F1e999\n"),
-    *(b"\x95" + struct.pack("<Q", 2**60), b"\x96" + struct.pack("<Q", 2**50), b"L" + b"1" * 999 + b"L\n"),
+    *(
+        b"\x8b\xff\xff\xff\x7f",
+        b"\x8a\xff" + b"\xff" * 255,
+        b"I" + b"9" * 5000 + b"\n",
+        b"F1e999\n",
+    ),
+    *(
+        b"\x95" + struct.pack("<Q", 2**60),
+        b"\x96" + struct.pack("<Q", 2**50),
+        b"L" + b"1" * 999 + b"L\n",
+    ),
 )
 
 
@@ -242,7 +332,16 @@ def damage_archive(data: bytes, rng: Random) -> bytes:
     elif act == 5:
         entries[at] = (name, damage_bytes(content, rng), kind)
     elif act == 6:
-        names = ("../../evil", "/etc/evil", "archive/data.pkl", "a/data.pkl", "x", "", name + "/", "\x00")
+        names = (
+            "../../evil",
+            "/etc/evil",
+            "archive/data.pkl",
+            "a/data.pkl",
+            "x",
+            "",
+            name + "/",
+            "\x00",
+        )
         entries[at] = (rng.choice(names), content, kind)
     elif act == 7:  # a bomb: zeros, compressed
         kind = rng.choice((zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA))
@@ -268,5 +367,7 @@ def _damage_directory(data: bytes, rng: Random) -> bytes:
     if not spots:
         return damage_bytes(data, rng)
     at = rng.choice(spots) + rng.randrange(4, 46)
-    lie = rng.choice((b"\x00", b"\x01", b"\xff\xff", b"\x00\x00\x00\x00", b"\xff\xff\xff\xff", b"\x08\x00"))
+    lie = rng.choice(
+        (b"\x00", b"\x01", b"\xff\xff", b"\x00\x00\x00\x00", b"\xff\xff\xff\xff", b"\x08\x00")
+    )
     return data[:at] + lie + data[at + len(lie) :]

@@ -184,10 +184,16 @@ def boards() -> tuple[Files, ...]:
 @cache
 def arc() -> tuple[Files, ...]:
     pair = {"input": [[1, 2], [3, 4]], "output": [[0]]}
-    tasks = {"a": {"train": [pair, pair], "test": [{"input": [[5]]}]}, "b": {"train": [pair], "test": [pair]}}
+    tasks = {
+        "a": {"train": [pair, pair], "test": [{"input": [[5]]}]},
+        "b": {"train": [pair], "test": [pair]},
+    }
     solutions = {"a": [[[1, 1]]], "b": [[[0]]]}
     return (
-        {"arc_x_challenges.json": json.dumps(tasks).encode(), "arc_x_solutions.json": json.dumps(solutions).encode()},
+        {
+            "arc_x_challenges.json": json.dumps(tasks).encode(),
+            "arc_x_solutions.json": json.dumps(solutions).encode(),
+        },
         {"arc_x_challenges.json": json.dumps(tasks).encode()},
     )
 
@@ -210,7 +216,9 @@ def arc_scoring() -> tuple[Files, ...]:
 
 @cache
 def metrics() -> tuple[Files, ...]:
-    rows = [{"step": i, "train/lm_loss": 1.5 / i, "all/accuracy": None, "note": "a"} for i in (1, 2, 3)]
+    rows = [
+        {"step": i, "train/lm_loss": 1.5 / i, "all/accuracy": None, "note": "a"} for i in (1, 2, 3)
+    ]
     return ({"metrics.jsonl": "".join(json.dumps(r) + "\n" for r in rows).encode()},)
 
 
@@ -243,7 +251,8 @@ def arguments() -> tuple[Files, ...]:
         "preset=maze-hard --seed 3 --ema --lr=2e-4 data_paths=['a','b']",
         "evaluators=[{name: arc@ARC, pass_Ks: [1,2], aggregated_voting: false}] arch=hrm steps=5 "
         "load_checkpoint=null logger=[tensorboard] resume=never device=cuda:0",
-        "generate=100 curriculum=0.5 augment=sudoku optimizer=muon arch.loss.loss_type=softmax_cross_entropy",
+        "generate=100 curriculum=0.5 augment=sudoku optimizer=muon "
+        "arch.loss.loss_type=softmax_cross_entropy",
     )
     return tuple({"line.argv": SEPARATOR.join(w.encode() for w in _words(line))} for line in lines)
 
@@ -262,7 +271,7 @@ def _words(line: str) -> list[str]:
 
 @cache
 def values() -> tuple[Files, ...]:
-    texts = ("[1, 2.5, {a: 'b\\'c', 'd e': null}]", "1e-4", "[a,b]", "{x: [true, \"q\"]}", "word")
+    texts = ("[1, 2.5, {a: 'b\\'c', 'd e': null}]", "1e-4", "[a,b]", '{x: [true, "q"]}', "word")
     return tuple({"line.argv": text.encode()} for text in texts)
 
 
@@ -296,7 +305,7 @@ def checkpoints() -> tuple[Files, ...]:
 
 
 def signed(files: Files) -> Files:
-    """Checkpoint or data set with a manifest that is true of its files, so that these are parsed."""
+    """Checkpoint or data set with a manifest that is true of its files: these are parsed then."""
     files = dict(files)
     for path in [p for p in files if p.endswith("manifest.json")]:
         try:

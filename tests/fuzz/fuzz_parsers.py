@@ -267,9 +267,7 @@ PARSERS = (
         **_BUILD,
     ),
     Parser("save_pretrained", inputs.pretrained, _pretrained, (ValueError,), **_BUILD),
-    Parser(
-        "safetensors", inputs.tensors, _tensors, (CheckpointError,), binary="m.safetensors"
-    ),
+    Parser("safetensors", inputs.tensors, _tensors, (CheckpointError,), binary="m.safetensors"),
     Parser(
         "torch.save, zip",
         inputs.torch_zip,

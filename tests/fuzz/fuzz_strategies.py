@@ -56,8 +56,24 @@ def _json(seed: bytes) -> st.SearchStrategy[bytes]:
 
 
 def _yaml(seed: bytes) -> st.SearchStrategy[bytes]:
-    pieces = [line + b"\n" for line in seed.splitlines()] + [t + b"\n" for t in fuzz_text.YAML_TEXTS]
-    marks = [b"- ", b"a: ", b"? ", b"&b ", b"*b ", b"  ", b"[", b"]", b"{", b"}", b",", b"\n", b"<<: "]
+    pieces = [line + b"\n" for line in seed.splitlines()] + [
+        t + b"\n" for t in fuzz_text.YAML_TEXTS
+    ]
+    marks = [
+        b"- ",
+        b"a: ",
+        b"? ",
+        b"&b ",
+        b"*b ",
+        b"  ",
+        b"[",
+        b"]",
+        b"{",
+        b"}",
+        b",",
+        b"\n",
+        b"<<: ",
+    ]
     lines = st.lists(st.sampled_from(pieces + marks), max_size=12).map(b"".join)
     return st.one_of(lines, _tree.map(_dumped))
 

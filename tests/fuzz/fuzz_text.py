@@ -35,7 +35,14 @@ YAML_TEXTS = (
     *(b"!!int ''", b"!!float ''", b"!!bool maybe", b"!!timestamp then", b"!!binary '?'", b"*no"),
     *(b"!!python/object/apply:os.system ['true']", b"!!set {a, b}", b"!!omap [a: 1]", b"<<: 1"),
     *(b"!!null x", b"!x y", b"190:20:30", b"0x" + b"f" * 300, b"1_000", b"0o9", b".inf", b".NaN"),
-    *(b"2001-12-14t21:59:43.10-05:00", b"2001-99-99", b"? [a]\n: b", b"{[a]: b}", b"{? a}", b"- - -"),
+    *(
+        b"2001-12-14t21:59:43.10-05:00",
+        b"2001-99-99",
+        b"? [a]\n: b",
+        b"{[a]: b}",
+        b"{? a}",
+        b"- - -",
+    ),
     *(b"&a [*a]", b"&a {b: *a}", b"&a {<<: *a}", b"%YAML 9.9\n---\na: 1", b"---\n---", b"\t- a"),
     *(b"|\n  text", b">\n  text", b"'open", b'"open', b'"\\xZZ"', b'"\\U99999999"', b"@", b"`"),
     *(b"[" * 400, b"{a: " * 400, b"- " * 400, b"!!pairs [a]", b"!!str {a: 1}", b"!!map [1]"),
@@ -212,7 +219,23 @@ def damage_csv(data: bytes, rng: Random) -> bytes:
 
 
 SEPARATOR = b"\x1e"  # between the words of a command line
-_MARKS = (b"[", b"]", b"{", b"}", b",", b":", b"'", b'"', b"\\", b"=", b"+", b"--", b"-", b"~", b" ")
+_MARKS = (
+    b"[",
+    b"]",
+    b"{",
+    b"}",
+    b",",
+    b":",
+    b"'",
+    b'"',
+    b"\\",
+    b"=",
+    b"+",
+    b"--",
+    b"-",
+    b"~",
+    b" ",
+)
 
 
 def damage_arguments(data: bytes, rng: Random) -> bytes:
@@ -222,7 +245,11 @@ def damage_arguments(data: bytes, rng: Random) -> bytes:
     key, equals, text = words[at].partition(b"=")
     act = rng.randrange(8)
     if act < 2:
-        given = dump(value(rng), rng) if rng.random() < 0.5 else rng.choice(WORDS).encode("utf-8", "replace")
+        given = (
+            dump(value(rng), rng)
+            if rng.random() < 0.5
+            else rng.choice(WORDS).encode("utf-8", "replace")
+        )
         words[at] = key + b"=" + given
     elif act == 2:
         words[at] = rng.choice((b"+", b"++", b"--", b"~", b"-")) + key + equals + text
@@ -248,7 +275,9 @@ def damage_board(data: bytes, rng: Random) -> bytes:
     for _ in range(rng.choice((1, 1, 2, 5))):
         at = rng.randrange(len(data) + 1)
         new = rng.choice((*b"0123456789.#SGo _*,\n\r\t\x00\xff\x0b\x1c", 0xC2, 0x85))
-        data = data[:at] + bytes([new]) * rng.choice((1, 1, 1, 4, 90)) + data[at + rng.randrange(3) :]
+        data = (
+            data[:at] + bytes([new]) * rng.choice((1, 1, 1, 4, 90)) + data[at + rng.randrange(3) :]
+        )
     return data
 
 
@@ -268,9 +297,13 @@ def damage_bytes(data: bytes, rng: Random) -> bytes:
     if act == 3:
         return data[:at] + data[at : at + size] + data[at:]
     if act == 4:
-        return data[:at] + bytes(rng.randrange(256) for _ in range(min(size, 64))) + data[at + size :]
+        return (
+            data[:at] + bytes(rng.randrange(256) for _ in range(min(size, 64))) + data[at + size :]
+        )
     if act == 5:
-        return data[:at] + rng.choice((b"\x00", b"\xff", b"\x7f", b"\x80")) * size + data[at + size :]
+        return (
+            data[:at] + rng.choice((b"\x00", b"\xff", b"\x7f", b"\x80")) * size + data[at + size :]
+        )
     if act == 6:
         there = rng.randrange(len(data))
         return data[:at] + data[there : there + size] + data[at + size :]

@@ -311,7 +311,9 @@ def check_arrays(metadata: Metadata, arrays: PuzzleArrays, prefix: str | os.Path
         if array.dtype.kind not in "iu":
             raise DataError(f"{prefix}{name}.npy: holds {array.dtype}, expected integers")
         if array.ndim != want:
-            raise DataError(f"{prefix}{name}.npy: shape {show(array.shape)}, expected {want} dimensions")
+            raise DataError(
+                f"{prefix}{name}.npy: shape {show(array.shape)}, expected {want} dimensions"
+            )
     if arrays.inputs.shape != arrays.labels.shape:
         raise DataError(
             f"{prefix}labels.npy: shape {show(arrays.labels.shape)} does not match the inputs' "

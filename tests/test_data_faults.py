@@ -185,6 +185,22 @@ def test_what_another_builder_works_on_is_left_alone(tmp_path):
     assert len(list(tmp_path.iterdir())) == 5
 
 
+def test_what_another_builder_wrote_meanwhile_stays_where_it_is_the_same(root):
+    """Others read it already, and between two renames it would not be there."""
+
+    def place():
+        return (root.stat().st_ino, read(root))
+
+    before = place()
+    write(root)
+    assert place() == before
+    (root / "test" / "all__labels.npy").write_bytes(b"damaged")
+    write(root)
+    assert place()[0] != before[0] and place()[1] == before[1]
+    write(root, seed=1)
+    assert read(root)[1]["seed"] == 1
+
+
 @pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="needs posix_fallocate")
 def test_a_full_disk_is_one_line_before_anything_is_written(tmp_path, monkeypatch):
     def full(descriptor, start, size):

@@ -14,7 +14,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -29,11 +29,18 @@ _BUILDING, _REPLACED = "building", "replaced"
 
 
 @contextmanager
-def whole_folder(target: Path) -> Iterator[Path]:
+def whole_folder(
+    target: Path, keep: Callable[[Path], bool] = lambda folder: False
+) -> Iterator[Path]:
     """A folder to fill, which on leaving the block becomes `target`, instead of one that is there.
 
     If the block raises, nothing is left. What killed writers of `target` left is removed first, or
     put back where it had been moved aside. Raises OSError for what cannot be written.
+
+    Args:
+        target: the folder to appear.
+        keep: called with the filled folder, whether the one that is there may stay: somebody else
+            may have written the same meanwhile, and others read it already.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     with _alone_in(target.parent):
@@ -43,7 +50,8 @@ def whole_folder(target: Path) -> Iterator[Path]:
     try:
         yield folder
         with _alone_in(target.parent):
-            _swap_in(folder, target)
+            if not (target.exists() and keep(folder)):
+                _swap_in(folder, target)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
         if lock is not None:

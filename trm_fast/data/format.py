@@ -35,6 +35,7 @@ from trm_fast.data.manifest import (
     one_line,
     read_json,
     read_manifest,
+    same_data,
     sha256,
     verify_manifest,
 )
@@ -414,7 +415,7 @@ def open_writer(
     target = Path(os.path.realpath(root))
     _check_replaceable(target)
     try:
-        with whole_folder(target) as folder:
+        with whole_folder(target, lambda folder: same_data(folder, target)) as folder:
             yield DatasetWriter(folder)
             make_manifest(folder, manifest)
             folder.chmod(0o755)

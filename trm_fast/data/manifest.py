@@ -25,6 +25,7 @@ __all__ = [
     "one_line",
     "read_json",
     "read_manifest",
+    "same_data",
     "sha256",
     "verify_manifest",
 ]
@@ -104,6 +105,17 @@ def read_manifest(root: str | os.PathLike[str]) -> dict[str, Any] | None:
 def verify_manifest(root: str | os.PathLike[str], manifest: Mapping[str, Any]) -> str | None:
     """The first file that is missing or differs from its sha256 in the manifest; None if none."""
     return _first_difference(Path(root), manifest["files"])
+
+
+def same_data(folder: Path, other: Path) -> bool:
+    """Whether both have the same manifest, and the other one's files are as it says."""
+    try:
+        manifest = read_manifest(other)
+        if manifest is None or manifest != read_manifest(folder):
+            return False
+        return verify_manifest(other, manifest) is None
+    except DataError:
+        return False
 
 
 def check_files(root: str | os.PathLike[str], split: str) -> None:

@@ -10,7 +10,6 @@ from pathlib import Path
 
 from trials.hooks import bad_clock, no_memory, spoiled_gradients
 from trials.job import Bench, Job, Row, negative_rates
-
 from trm_fast import checkpoint
 
 
@@ -19,7 +18,7 @@ def stopped(bench: Bench, at: int) -> Job:
     job = bench.job()
     child = job.start()
     while child.status() is None and job.pointer() < at:
-        time.sleep(0.001)
+        time.sleep(0.003)
     child.signal(signal.SIGKILL)
     child.wait()
     return job

@@ -18,7 +18,7 @@ def full_disks(bench: Bench, row: Row, count: int) -> None:
             job = bench.job(under=disk)
             child = job.start(output=bench.new_folder())
             child.let(bench.moment())
-            kept, leave = job.pointer(), bench.chance.randrange(0, 120_000)
+            kept, leave = job.pointer(), bench.chance.randrange(0, 60_000)
             ballast = fill(disk, leave)
             wrong = job.complaint(child, [0, 1, 2])
             status = child.wait()

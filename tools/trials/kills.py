@@ -67,6 +67,7 @@ def kills_in_saves(bench: Bench, row: Row, count: int) -> None:
         seen: set[str] = set()
         while child.status() is None and len(seen) < skip:
             seen |= {path.name for path in job.run.glob(".step_*.tmp")}
+            time.sleep(0.0005)
         time.sleep(bench.chance.uniform(0, 0.01))
         killed = _kill(job, child)
         if killed[0] != "inside a save":
@@ -126,7 +127,7 @@ def torn_logs(bench: Bench, row: Row, count: int) -> None:
         job = bench.job()
         child = job.start()
         while child.status() is None and job.pointer() < bench.steps // 2:
-            time.sleep(0.001)
+            time.sleep(0.003)
         where, odd, lost = _kill(job, child)
         log = job.run / "metrics.jsonl"
         data = log.read_bytes()

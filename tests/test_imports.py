@@ -34,6 +34,7 @@ ORDER = [
     ["rules"],
     ["data"],
     ["ops", "flat", "capture", "puzzle_rows"],
+    ["distributed"],
     ["extension.build"],
     ["extension.cache"],
     ["extension.library", "extension._common"],

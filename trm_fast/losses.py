@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from trm_fast import backends
 from trm_fast.config import did_you_mean
 from trm_fast.data.format import IGNORE_LABEL_ID
+from trm_fast.distributed import SINGLE, Ranks
 from trm_fast.ops import Ops, wide_dtype
 from trm_fast.recursion import Exploration
 from trm_fast.symmetry import box_shape
@@ -231,10 +232,12 @@ class MetricSums:
         if self.totals is not None:
             self.totals.zero_()
 
-    def means(self, batch: int) -> dict[str, float]:
-        """Losses per item of the batch, everything else per halted item with labels; waits for the
-        device."""
-        totals = [] if self.totals is None else self.totals.tolist()
+    def means(self, batch: int, ranks: Ranks = SINGLE) -> dict[str, float]:
+        """Losses per item of the batch, everything else per halted item with labels, over all
+        processes; waits for the device."""
+        whole = [] if self.totals is None else [self.totals.clone()]
+        ranks.add_up_(whole)
+        totals = whole[0].tolist() if whole else []
         sums = dict(zip(self.names, totals, strict=True))
         count = max(sums.get("count", 0.0), 1.0)
         per_item = batch * max(self.steps, 1)

@@ -67,7 +67,7 @@ def learning_rate(
 
 
 def build_optimizers(
-    model: nn.Module, config: TrainConfig, ops: Ops | None = None
+    model: nn.Module, config: TrainConfig, ops: Ops | None = None, world_size: int = 1
 ) -> list[tuple[Optimizer, float]]:
     """The optimizers of a model with their base learning rates, in the order they step.
 
@@ -81,6 +81,7 @@ def build_optimizers(
         config: reads optimizer, lr, muon_lr, weight_decay, weight_decay_on, beta1, beta2,
             freeze_weights, puzzle_emb_lr, puzzle_emb_weight_decay.
         ops: the model's operations; None takes the model's own `ops`, else the reference.
+        world_size: processes whose puzzle rows are gathered.
 
     Raises:
         ValueError: muon for a model without block matrices.
@@ -92,7 +93,8 @@ def build_optimizers(
     built: list[tuple[Optimizer, float]] = []
     if rows is not None:
         decay = config.puzzle_emb_weight_decay
-        built.append((SparseEmbeddingSignSGD(rows.buffers(), 0.0, decay), config.puzzle_emb_lr))
+        signs = SparseEmbeddingSignSGD(rows.buffers(), 0.0, decay, world_size=world_size)
+        built.append((signs, config.puzzle_emb_lr))
     if config.freeze_weights:
         assert rows is not None, "TrainConfig refuses freeze_weights without puzzle rows"
         return built

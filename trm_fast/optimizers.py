@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
@@ -257,7 +258,7 @@ class SparseEmbeddingSignSGD(Optimizer):
             local_weights [B, E] float with requires_grad (its `.grad` is read), local_ids [B] int.
         lr: learning rate >= 0; the trainer sets it before each step.
         weight_decay: decoupled, >= 0.
-        world_size: 1, as official loops pass it; more processes come with a later version.
+        world_size: processes of torch.distributed whose slots are gathered before the step.
 
     Raises:
         ValueError: other than those three tensors, or a setting out of range.
@@ -273,8 +274,10 @@ class SparseEmbeddingSignSGD(Optimizer):
         *,
         world_size: int = 1,
     ) -> None:
-        if world_size != 1:
-            raise ValueError(f"world_size is {world_size!r}; this version trains in 1 process")
+        there = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+        if world_size not in (1, there):
+            raise ValueError(f"world_size must be 1 or the {there} processes, got {world_size!r}")
+        self.world_size = world_size
         _check_rate("lr", lr)
         _check_rate("weight_decay", weight_decay)
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
@@ -289,8 +292,17 @@ class SparseEmbeddingSignSGD(Optimizer):
             weights, local_weights, local_ids = _puzzle_buffers(group["params"])
             if local_weights.grad is not None:
                 rates = group["lr"], group["weight_decay"]
-                sign_descend_rows_(weights, local_weights.grad, local_ids, *rates, self.found_inf)
+                grad, ids = self._gathered(local_weights.grad), self._gathered(local_ids)
+                sign_descend_rows_(weights, grad, ids, *rates, self.found_inf)
         return loss
+
+    def _gathered(self, local: Tensor) -> Tensor:
+        """[world_size * B, ...] of all processes' [B, ...]."""
+        if self.world_size == 1:
+            return local
+        whole = local.new_empty((self.world_size * len(local), *local.shape[1:]))
+        dist.all_gather_into_tensor(whole, local.contiguous())
+        return whole
 
 
 def _puzzle_buffers(tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:

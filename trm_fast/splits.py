@@ -15,6 +15,7 @@ from trm_fast.config import TrainConfig
 from trm_fast.data.dataset import PuzzleDataset, PuzzleDatasetConfig
 from trm_fast.data.format import DataError, Metadata
 from trm_fast.data.manifest import body_digest, read_manifest
+from trm_fast.distributed import SINGLE, Ranks
 from trm_fast.puzzle_rows import puzzles_of
 from trm_fast.rules import rules_of, sudoku_side
 
@@ -121,9 +122,14 @@ def _check_alike(config: TrainConfig, train: Metadata, test: Metadata, path: str
 
 
 def dataset_config(
-    config: TrainConfig, paths: tuple[str, ...], epochs_per_iter: int, *, test: bool
+    config: TrainConfig,
+    paths: tuple[str, ...],
+    epochs_per_iter: int,
+    *,
+    test: bool,
+    ranks: Ranks = SINGLE,
 ) -> PuzzleDatasetConfig:
-    """How a run visits its training or its test data."""
+    """How this process of a run visits its training or its test data."""
     batch = config.global_batch_size
     return PuzzleDatasetConfig(
         seed=config.seed,
@@ -131,6 +137,6 @@ def dataset_config(
         global_batch_size=(config.eval_batch_size or batch) if test else batch,
         test_set_mode=test,
         epochs_per_iter=epochs_per_iter,
-        rank=0,
-        num_replicas=1,
+        rank=ranks.rank,
+        num_replicas=ranks.world,
     )

@@ -11,6 +11,8 @@ Dims legend: B batch, L puzzle tokens.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -22,6 +24,7 @@ from trm_fast.capture import Capture
 from trm_fast.config import TrainConfig
 from trm_fast.data.augment import AUGMENTATIONS, augmentation_words, hand_back
 from trm_fast.data.feed import Feed
+from trm_fast.distributed import SINGLE, GradientSum, Ranks
 from trm_fast.ema import EMA
 from trm_fast.flat import joined, lay_out
 from trm_fast.losses import ACTLossHead, MetricSums
@@ -42,8 +45,9 @@ class TrainStep:
     Args:
         config: with `global_batch_size` items a step, in `grad_accum` parts.
         head: the loss around a Model in training mode, on its device.
-        feed: of batches of `global_batch_size` items.
+        feed: of this process's part of batches of `global_batch_size` items.
         total_steps: of the schedule.
+        ranks: the processes of the run; each has a part of every batch, and all make the same step.
 
     Attributes:
         optimizers: with their base learning rates.  ema: the moving average, or None.
@@ -53,31 +57,45 @@ class TrainStep:
     """
 
     def __init__(
-        self, config: TrainConfig, head: ACTLossHead, feed: Feed, total_steps: int
+        self,
+        config: TrainConfig,
+        head: ACTLossHead,
+        feed: Feed,
+        total_steps: int,
+        ranks: Ranks = SINGLE,
     ) -> None:
-        self.config, self.feed, self.total_steps = config, feed, total_steps
+        self.config, self.feed, self.total_steps, self.ranks = config, feed, total_steps, ranks
         model: Any = head.model
         self.model, self.head, self.model_config = model, head, model.config
-        self.part = config.global_batch_size // config.grad_accum
+        local = ranks.share(config.global_batch_size)
+        self.part = local // config.grad_accum
         device = feed.device
-        if feed.dataset.local_batch_size != config.global_batch_size:
+        if feed.dataset.local_batch_size != local:
             raise ValueError(
-                f"the feed has batches of {feed.dataset.local_batch_size}, "
-                f"global_batch_size is {config.global_batch_size}"
+                f"the feed has batches of {feed.dataset.local_batch_size}, each of {ranks.world} "
+                f"processes has {local} of global_batch_size={config.global_batch_size}"
+            )
+        if local % config.grad_accum:
+            raise ValueError(
+                f"{local} items of each process are not a multiple of grad_accum="
+                f"{config.grad_accum}"
             )
         _gather(list(model.parameters()))
         self.ema = EMA(model, config.ema_rate, config.ema_warmup) if config.ema else None
-        self.optimizers = optim.build_optimizers(model, config)
+        self.optimizers = optim.build_optimizers(model, config, world_size=ranks.world)
         self.forward = torch.compile(head) if config.compile else head
         self.carries: list[Carry] = []
         self.sums = MetricSums()
         self._count = torch.zeros((), dtype=torch.int64, device=device)
-        self._rows = torch.arange(config.global_batch_size, device=device)
-        ids = torch.zeros(config.global_batch_size, dtype=torch.int32, device=device)
+        # Draws are by the place in the global batch, whoever works on it.
+        self._rows = torch.arange(local, device=device) + ranks.rank * local
+        ids = torch.zeros(local, dtype=torch.int32, device=device)
         self.guard = optim.NonFiniteGuard(config.max_skipped, ids)
         self._places = self._lay_out_gradients()
         self._gradients = joined([grad for p, grad in self._places if isinstance(p, nn.Parameter)])
         self._gradients += [g for p, g in self._places if not isinstance(p, nn.Parameter)]
+        weights = [(p, grad) for p, grad in self._places if isinstance(p, nn.Parameter)]
+        self._sum = GradientSum(weights, ranks)
         self._weights = [p.data_ptr() for p, _ in self._places]
         self._hands_back = False
         self._blank = blank_token(self.model_config)
@@ -127,6 +145,10 @@ class TrainStep:
             grad.zero_()
         loss, ids = self._backward(batch, drawn)
         norm = optim.clip_gradients(self.optimizers, config.grad_clip)
+        if self.ranks.world > 1:  # a fault of one is a fault of all
+            both = torch.stack([loss.float(), norm.float()])
+            self.ranks.add_up_([both])
+            loss, norm = both[0], both[1] / self.ranks.world
         found_inf = self.guard.check(self._count, loss, norm, ids)
         optim.set_learning_rates(
             self.optimizers,
@@ -173,7 +195,8 @@ class TrainStep:
                 drawn=Exploration(drawn.uniform[rows], drawn.least[rows]),
             )
             loss = loss / self.config.global_batch_size
-            loss.backward()
+            with self._sum if index + 1 == self.config.grad_accum else nullcontext():
+                loss.backward()
             self._keep(index, carry)  # not before: the backward reads what is written over
             total = total + loss.detach()
             worked_on.append(carry.current_data["puzzle_identifiers"])
@@ -215,12 +238,12 @@ class TrainStep:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything but weights, their average and the count of steps: the live tensors. Waits for
-        the device."""
+        the device; with several processes all must call it, and all get the whole."""
         return {
             "optimizers": [optimizer.state_dict() for optimizer, _ in self.optimizers],
             "ema_updates": self.ema.updates if self.ema else 0,
             "guard": self.guard.state_dict(),
-            "carries": [carry.to_dict() for carry in self.carries],
+            "carries": self._whole_carries(),
             "sums": self.sums.state_dict(),
         }
 
@@ -230,9 +253,37 @@ class TrainStep:
         for (optimizer, _), values in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(values)
         self.guard.load_state_dict(state["guard"])
-        self.carries = [Carry.from_dict(values, device) for values in state["carries"]]
+        self.carries = self._own_carries(state["carries"])
         self.sums.load_state_dict(state["sums"], device)
         self._capture.reset()
+
+    def _whole_carries(self) -> list[dict[str, Any]]:
+        """Those of all processes, as one for the whole batch; of one process as they are."""
+        own = [carry.to_dict() for carry in self.carries]
+        if self.ranks.world == 1 or not own:
+            return own
+        return [_mapped(lambda ts: self.ranks.gathered(ts[0]), _mapped(torch.cat, *own))]
+
+    def _own_carries(self, saved: list[dict[str, Any]]) -> list[Carry]:
+        """This process's part of them, in as many as a batch has parts now."""
+        device, local = self.feed.device, len(self._rows)
+        if len(saved) == self.config.grad_accum and self.ranks.world == 1:
+            return [Carry.from_dict(values, device) for values in saved]
+        if not saved:
+            return []
+        whole, first = _mapped(torch.cat, *saved), self.ranks.rank * local
+        parts = []
+        for begin in range(first, first + local, self.part):
+            rows = slice(begin, begin + self.part)
+            parts.append(Carry.from_dict(_mapped(lambda ts: ts[0][rows], whole), device))  # noqa: B023
+        return parts
+
+
+def _mapped(function: Callable[[Any], Tensor], *nested: Any) -> Any:
+    """function([tensors in the same place of each]) in every place of nested dictionaries."""
+    if isinstance(nested[0], dict):
+        return {key: _mapped(function, *(d[key] for d in nested)) for key in nested[0]}
+    return function(list(nested))
 
 
 def _gather(params: list[torch.nn.Parameter]) -> None:

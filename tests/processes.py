@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.multiprocessing as mp
 
-from trm_fast.distributed import Ranks, join, leave
+from trm_fast.distributed import Ranks, asked_for, join, leave
 
 
 def free_port() -> int:
@@ -26,11 +26,11 @@ def _child(rank: int, world: int, port: int, work: Callable[..., Any], folder: s
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    ranks = join(torch.device("cpu"))
+    ranks = join(asked_for(), torch.device("cpu"))
     try:
         torch.save(work(ranks, *args), Path(folder, str(rank)))
     finally:
-        leave(ranks)
+        leave()
 
 
 def in_processes(world: int, work: Callable[..., Any], *args: Any) -> list[Any]:

@@ -8,8 +8,9 @@ from training import make_config, make_data
 
 from trm_fast.data.dataset import PuzzleDataset
 from trm_fast.data.feed import Feed
-from trm_fast.distributed import SINGLE, GradientSum, Ranks, asked_for
+from trm_fast.distributed import SINGLE, Ranks, asked_for
 from trm_fast.flat import lay_out
+from trm_fast.gradient_sum import GradientSum
 from trm_fast.losses import ACTLossHead
 from trm_fast.model import Model
 from trm_fast.splits import dataset_config, open_splits
@@ -22,7 +23,7 @@ def make_step(ranks, config):
     """A training step of this process's part, with rows and a halting head that are not zero."""
     splits = open_splits(config)
     shape = config.arch.model_config(
-        batch_size=ranks.share(config.global_batch_size),
+        batch_size=config.local_batch_size(ranks.world),
         seq_len=splits.train.seq_len,
         vocab_size=splits.train.vocab_size,
         num_puzzle_identifiers=splits.train.num_puzzle_identifiers,

@@ -78,7 +78,7 @@ def old(tmp_path_factory):
     data = make_puzzles(folder / "data", OLD)
     trainer = make_trainer(settings(data, steps=250), folder / "run")
     assert trainer.run()
-    assert trainer.reports["all"].accuracy[-1] > 0.9
+    assert trainer.validation.reports["all"].accuracy[-1] > 0.9
     return folder / "run", data
 
 
@@ -114,8 +114,8 @@ def test_training_the_rows_alone_learns_new_puzzles(old, new_data, tmp_path):
     moved = [n for n, v in trainer.model.state_dict().items() if not torch.equal(v, before[n])]
     assert moved == ["inner.puzzle_emb.weights"]
     assert first.exact_accuracy[-1] < 0.5
-    assert trainer.reports["all"].exact_accuracy[-1] > first.exact_accuracy[-1] + 0.3
-    assert trainer.reports["all"].accuracy[-1] > 0.85
+    assert trainer.validation.reports["all"].exact_accuracy[-1] > first.exact_accuracy[-1] + 0.3
+    assert trainer.validation.reports["all"].accuracy[-1] > 0.85
 
 
 def test_the_command_says_what_it_kept(old, new_data, tmp_path, monkeypatch, capfd):

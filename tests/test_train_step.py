@@ -278,9 +278,9 @@ def test_the_puzzles_that_are_told_are_those_worked_on(data, tmp_path):
     for number, first in ((1, 0), (2, 4)):
         trainer.train_step.run("all", np.arange(first, first + 4), number)
     worked_on = trainer.train_step.carries[0].current_data["puzzle_identifiers"]
-    assert trainer.train_step.guard.identifiers() == worked_on.unique().tolist()
+    assert trainer.train_step.worked_on() == worked_on.unique().tolist()
     trainer.train_step.run("all", np.array([3, 3, 3, 3]), 3)
-    assert trainer.train_step.guard.identifiers() == worked_on.unique().tolist()
+    assert trainer.train_step.worked_on() == worked_on.unique().tolist()
 
 
 def test_what_is_done_to_the_model_between_steps(data, tmp_path):

@@ -171,7 +171,16 @@ class ArcVoting:
             group: processes to gather from, where torch.distributed is initialised; a group of
                 CPU tensors (gloo). None is all of them.
         """
-        parts = _gathered(self._ballots, group)
+        return self.count(self.gathered(group), folder)
+
+    def gathered(self, group: dist.ProcessGroup | None = None) -> list[Ballots] | None:
+        """The votes of all processes by rank, on the first of them; None on the others."""
+        return _gathered(self._ballots, group)
+
+    def count(
+        self, parts: list[Ballots] | None, folder: Path | None = None
+    ) -> dict[str, float] | None:
+        """`result` from what `gathered` returned."""
         if parts is None:
             return None
         self.unanswered, self.submission = 0, {}

@@ -303,6 +303,22 @@ class TrainConfig:
             raise ConfigError("preset cannot be replaced: start from from_preset(name)")
         return self.from_flat(layer(flatten(self.to_dict()), new))
 
+    def local_batch_size(self, processes: int) -> int:
+        """Boards per step of each of so many processes; ConfigError where they cannot be divided."""
+        for name in ("global_batch_size", "eval_batch_size"):
+            size = getattr(self, name)
+            if size and size % processes:
+                raise ConfigError(
+                    f"{name} must be a multiple of the {processes} processes, got {size}"
+                )
+        local = self.global_batch_size // processes
+        if local % self.grad_accum:
+            raise ConfigError(
+                f"global_batch_size must be a multiple of grad_accum times the {processes} "
+                f"processes, got {self.global_batch_size} and grad_accum={self.grad_accum}"
+            )
+        return local
+
     def total_steps(self, total_groups: int, mean_puzzle_examples: float) -> int:
         """Optimizer steps of the run: `steps`, or the official estimate from `epochs`.
 

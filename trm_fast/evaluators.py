@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from trm_fast.arc_voting import ArcVoting, write_submission
+from trm_fast.arc_voting import ArcVoting, Ballots, write_submission
 from trm_fast.config import ConfigError, EvaluatorConfig, did_you_mean, show
 
 __all__ = ["Evaluators", "score_line"]
@@ -70,18 +70,27 @@ class Evaluators:
 
         return observe
 
-    def result(self, folder: Path | None = None) -> dict[str, float]:
+    def gathered(self, group: Any = None) -> list[list[Ballots] | None]:
+        """The votes of all processes on the first of them, by evaluator; `group` as for ArcVoting.
+        All processes must call it."""
+        return [voting.gathered(group) for _, voting in self._votings]
+
+    def result(
+        self, folder: Path | None = None, votes: Sequence[list[Ballots] | None] | None = None
+    ) -> dict[str, float]:
         """The scores by name; submission.json goes to the folder `evaluator_ARC<folder's end>`.
 
         `folder` is the path that `evaluator_ARC` is put before, `RUN/step_N`: the official place
         is RUN/evaluator_ARC_step_N/submission.json. Of a second data directory the names begin
-        with ARC1, of a third with ARC2. {} on all processes but the first.
+        with ARC1, of a third with ARC2. `votes` are what `gathered` returned, which is called where
+        they are not given; {} on all processes but the first.
         """
         scores: dict[str, float] = {}
-        for index, voting in self._votings:
+        votes = self.gathered() if votes is None else votes
+        for (index, voting), parts in zip(self._votings, votes, strict=True):
             name = f"ARC{index or ''}"
             place = folder and folder.with_name(f"evaluator_{name}_{folder.name}")
-            for key, value in (voting.result(place) or {}).items():
+            for key, value in (voting.count(parts, place) or {}).items():
                 scores[name + key.removeprefix("ARC")] = value
         return scores
 

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from trm_fast.data.format import IGNORE_LABEL_ID
+from trm_fast.distributed import SINGLE, Ranks
 from trm_fast.inference_step import StepOutput, borrowed
 from trm_fast.losses import LOSSES
 from trm_fast.model import Model
@@ -112,6 +113,7 @@ class _Tally:
         self.per_step = np.zeros((steps, 4))  # accuracy, exact, q agrees, valid
         self.ends = np.zeros(6)  # lm loss, q loss; best-q accuracy, exact, valid, step
         self.puzzles = 0
+        self.seen = 0  # labelled boards of all processes so far, where only some are measured
         self.loss = LOSSES[loss_type]
         self.rules = rules
         self.cuda_graph = cuda_graph
@@ -147,12 +149,15 @@ class _Tally:
         self.ends += torch.cat([losses, best]).cpu().double().sum(-1).numpy()
         return batch | {"logits": out.logits, "preds": out.preds, "q_halt_logits": out.q}
 
-    def report(self) -> SetReport:
-        count = max(self.puzzles, 1)
-        accuracy, exact, agrees, valid = (self.per_step / count).T.tolist()
-        lm_loss, q_loss, *best = (self.ends / count).tolist()
+    def report(self, ranks: Ranks) -> SetReport:
+        own = [self.per_step.ravel(), self.ends, np.array([float(self.puzzles)])]
+        whole = ranks.totals(torch.from_numpy(np.concatenate(own))).numpy()
+        per_step, ends = whole[: self.per_step.size].reshape(-1, 4), whole[-7:-1]
+        count = max(whole[-1], 1.0)
+        accuracy, exact, agrees, valid = (per_step / count).T.tolist()
+        lm_loss, q_loss, *best = (ends / count).tolist()
         return SetReport(
-            puzzles=self.puzzles,
+            puzzles=int(whole[-1]),
             accuracy=accuracy,
             exact_accuracy=exact,
             valid=valid if self.rules else [],
@@ -177,6 +182,7 @@ def evaluate(
     collect: dict[str, list[Tensor]] | None = None,
     observe: Observer | None = None,
     cuda_graph: bool = True,
+    ranks: Ranks = SINGLE,
 ) -> dict[str, SetReport]:
     """Measure a model on labelled puzzles, set by set.
 
@@ -191,6 +197,7 @@ def evaluate(
             batch, or "logits", "preds", "q_halt_logits" of the last step.
         observe: called with the set's name and all of these, batch by batch.
         cuda_graph: False runs call by call on NVIDIA GPUs too.
+        ranks: the processes among which each batch is divided; all get the results of the whole.
 
     Raises:
         ValueError: no puzzles at all, or steps < 1.
@@ -205,7 +212,9 @@ def evaluate(
             tally = tallies.setdefault(name, _Tally(depth, loss_type, rules, cuda_graph))
             rows = (batch["labels"] != IGNORE_LABEL_ID).any(-1).nonzero().squeeze(-1)
             if max_puzzles is not None:
-                rows = rows[: max(0, max_puzzles - tally.puzzles)]
+                sizes = ranks.numbers(len(rows))
+                rows = rows[: max(0, max_puzzles - tally.seen - sum(sizes[: ranks.rank]))]
+                tally.seen += sum(sizes)
             if len(rows):
                 labelled = {key: value[rows].to(device) for key, value in batch.items()}
                 outputs = tally.add(model, labelled)
@@ -217,7 +226,7 @@ def evaluate(
         model.train(was_training)
     if not tallies:
         raise ValueError("there is nothing to evaluate: the data has no puzzles")
-    return {name: tally.report() for name, tally in tallies.items()}
+    return {name: tally.report(ranks) for name, tally in tallies.items()}
 
 
 @dataclass(frozen=True)

@@ -229,16 +229,12 @@ class MetricSums:
     def clear(self) -> None:
         """Forget the values, not where they are."""
         self.steps = 0
-        if self.totals is not None:
-            self.totals.zero_()
+        self._zero()
 
     def means(self, batch: int, ranks: Ranks = SINGLE) -> dict[str, float]:
         """Losses per item of the batch, everything else per halted item with labels, over all
         processes; waits for the device."""
-        whole = [] if self.totals is None else [self.totals.clone()]
-        ranks.add_up_(whole)
-        totals = whole[0].tolist() if whole else []
-        sums = dict(zip(self.names, totals, strict=True))
+        sums = {name: float(value) for name, value in self._of_all(ranks).items()}
         count = max(sums.get("count", 0.0), 1.0)
         per_item = batch * max(self.steps, 1)
         return {
@@ -246,15 +242,28 @@ class MetricSums:
             for name, value in sums.items()
         }
 
-    def state_dict(self) -> dict[str, Any]:
-        """{"steps": int, "values": {name: 0-d tensor}}."""
-        totals = [] if self.totals is None else list(self.totals.clone())
-        return {"steps": self.steps, "values": dict(zip(self.names, totals, strict=True))}
+    def state_dict(self, ranks: Ranks = SINGLE) -> dict[str, Any]:
+        """{"steps": int, "values": {name: 0-d tensor}} over all processes."""
+        return {"steps": self.steps, "values": self._of_all(ranks)}
 
-    def load_state_dict(self, state: Mapping[str, Any], device: torch.device) -> None:
-        """Restore what `state_dict` returned."""
+    def load_state_dict(
+        self, state: Mapping[str, Any], device: torch.device, ranks: Ranks = SINGLE
+    ) -> None:
+        """Restore what `state_dict` returned: the first process has it all."""
         self.clear()
         self.steps = int(state["steps"])
         wide = wide_dtype(device)
         if values := {name: value.to(wide).to(device) for name, value in state["values"].items()}:
             self.add(values)
+            if not ranks.first:
+                self._zero()
+
+    def _zero(self) -> None:
+        if self.totals is not None:
+            self.totals.zero_()
+
+    def _of_all(self, ranks: Ranks) -> dict[str, Tensor]:
+        """The sums over all processes by name, on the host; waits for the device."""
+        if self.totals is None:
+            return {}
+        return dict(zip(self.names, ranks.totals(self.totals.to("cpu", copy=True)), strict=True))

@@ -238,9 +238,9 @@ class NonFiniteGuard:
         loss, norm = self._seen.tolist()
         return GuardState(skipped, consecutive, stopped_at, loss, norm)
 
-    def identifiers(self) -> list[int]:
-        """Puzzle identifiers of the batch that stopped the run, each once; waits for the device."""
-        return self._ids.unique().tolist()
+    def identifiers(self) -> Tensor:
+        """Puzzle identifiers [B] of the batch that stopped the run."""
+        return self._ids
 
     def state_dict(self) -> dict[str, int]:
         state = self.read()

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
 from trm_fast import reference
+from trm_fast.distributed import gather_into_
 from trm_fast.flat import joined, lay_out
 from trm_fast.ops import Ops
 
@@ -260,6 +261,9 @@ class SparseEmbeddingSignSGD(Optimizer):
         weight_decay: decoupled, >= 0.
         world_size: processes of torch.distributed whose slots are gathered before the step.
 
+    Attributes:
+        gathers: whether `step` calls `gather`; False leaves that to the caller.
+
     Raises:
         ValueError: other than those three tensors, or a setting out of range.
     """
@@ -277,7 +281,9 @@ class SparseEmbeddingSignSGD(Optimizer):
         there = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
         if world_size not in (1, there):
             raise ValueError(f"world_size must be 1 or the {there} processes, got {world_size!r}")
-        self.world_size = world_size
+        self.world_size, self.gathers = world_size, True
+        # By group, of all processes: gradients [world_size * B, E], identifiers [world_size * B].
+        self._slots: dict[int, tuple[Tensor, Tensor]] = {}
         _check_rate("lr", lr)
         _check_rate("weight_decay", weight_decay)
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
@@ -288,21 +294,30 @@ class SparseEmbeddingSignSGD(Optimizer):
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
         """Update the rows named by local_ids; nothing happens without a gradient."""
         loss = _evaluate(closure)
-        for group in self.param_groups:
+        if self.world_size > 1 and self.gathers:
+            self.gather()
+        for index, group in enumerate(self.param_groups):
             weights, local_weights, local_ids = _puzzle_buffers(group["params"])
             if local_weights.grad is not None:
+                own = (local_weights.grad, local_ids)
+                grad, ids = own if self.world_size == 1 else self._slots[index]
                 rates = group["lr"], group["weight_decay"]
-                grad, ids = self._gathered(local_weights.grad), self._gathered(local_ids)
                 sign_descend_rows_(weights, grad, ids, *rates, self.found_inf)
         return loss
 
-    def _gathered(self, local: Tensor) -> Tensor:
-        """[world_size * B, ...] of all processes' [B, ...]."""
-        if self.world_size == 1:
-            return local
-        whole = local.new_empty((self.world_size * len(local), *local.shape[1:]))
-        dist.all_gather_into_tensor(whole, local.contiguous())
-        return whole
+    def gather(self) -> None:
+        """Fetch gradients and identifiers of all processes' slots; they stay in their places."""
+        for index, group in enumerate(self.param_groups):
+            _, local_weights, local_ids = _puzzle_buffers(group["params"])
+            if local_weights.grad is None:
+                continue
+            own = (local_weights.grad, local_ids)
+            count = self.world_size * len(local_ids)
+            if index not in self._slots or len(self._slots[index][1]) != count:
+                grad, ids = (t.new_empty((count, *t.shape[1:])) for t in own)
+                self._slots[index] = (grad, ids)
+            for whole, part in zip(self._slots[index], own, strict=True):
+                gather_into_(whole, part)
 
 
 def _puzzle_buffers(tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:

@@ -10,6 +10,7 @@ import signal
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -24,6 +25,7 @@ from trm_fast.console import program, say
 from trm_fast.data.maze_generator import maze_job_data
 from trm_fast.data.sudoku import split_of_csv
 from trm_fast.data.sudoku_generator import default_job_data
+from trm_fast.distributed import SINGLE, Elsewhere, RankLost, Ranks, asked_for, join, leave
 from trm_fast.durable import one_line
 from trm_fast.evaluators import score_line
 from trm_fast.extension import library
@@ -42,10 +44,16 @@ from trm_fast.viz import learning_curve
 
 
 class Signals:
-    """SIGINT and SIGTERM, noted instead of obeyed while active; a second SIGINT ends at once."""
+    """SIGINT and SIGTERM, noted instead of obeyed while active; a second SIGINT ends at once.
 
-    def __init__(self) -> None:
+    Args:
+        ranks: of several processes the first one says that it was noted. Under a launcher, which
+            passes on what the terminal sent to all anyway, further ones are ignored.
+    """
+
+    def __init__(self, ranks: Ranks = SINGLE) -> None:
         self.received: int | None = None
+        self._speaks, self._launched = ranks.first, "WORLD_SIZE" in os.environ
         self._before: dict[int, object] = {}
 
     def __enter__(self) -> Signals:
@@ -58,9 +66,10 @@ class Signals:
             signal.signal(number, handler)  # type: ignore[arg-type]
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.received == signal.SIGINT and number == signal.SIGINT:
+        again = self.received == signal.SIGINT and number == signal.SIGINT
+        if again and not self._launched:
             raise KeyboardInterrupt
-        if self.received is None:
+        if self.received is None and self._speaks:
             text = b"\nstopping: the run is saved after this step or evaluation batch\n"
             os.write(sys.stderr.fileno(), text)  # a handler must not use buffered streams
         self.received = number
@@ -98,11 +107,12 @@ class Console:
         for name, report in reports.items():
             metrics |= {f"{name}/{key}": value for key, value in report.metrics().items()}
             self.status.message(f"step {trainer.step}  {_sentence(name, report)}")
-        if trainer.scores:
-            missing = trainer.evaluators.unanswered
-            self.status.message(f"step {trainer.step}  {score_line(trainer.scores, missing)}")
+        found = trainer.validation
+        if found.scores:
+            line = score_line(found.scores, found.evaluators.unanswered)
+            self.status.message(f"step {trainer.step}  {line}")
         if trainer.step not in self.evaluated:  # made again to show a finished run
-            self._log(trainer.step, metrics | trainer.scores | trainer.evaluators.counts)
+            self._log(trainer.step, metrics | found.scores | found.evaluators.counts)
 
     def on_checkpoint(self, trainer: Trainer, path: Path) -> None:
         if self.config.official:
@@ -137,6 +147,34 @@ class Console:
             tracker.close()
 
 
+class Listener:
+    """The Reporter of all processes but the first: it only passes on that the run is to stop."""
+
+    def __init__(self, signals: Signals) -> None:
+        self.signals = signals
+
+    def on_step(self, trainer: Trainer, metrics: dict[str, float]) -> None:
+        """The first process tells."""
+
+    def on_evaluation(self, trainer: Trainer, reports: dict[str, SetReport]) -> None:
+        """The first process tells."""
+
+    def on_checkpoint(self, trainer: Trainer, path: Path) -> None:
+        """The first process wrote it."""
+
+    def on_skip(self, trainer: Trainer, state: GuardState) -> None:
+        """The first process tells."""
+
+    def on_profile(self, trainer: Trainer, line: str) -> None:
+        """The first process has it."""
+
+    def wants_to_stop(self) -> bool:
+        return self.signals.received is not None
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
 def _is_evaluation(row: dict[str, Any]) -> bool:
     names = (name for name in row if name.endswith("/exact_accuracy"))
     return any(not name.startswith("train/") for name in names)
@@ -151,28 +189,35 @@ def _sentence(name: str, report: SetReport) -> str:
 
 
 def train(config: TrainConfig) -> int:
-    """Run a job; returns the exit status that `train.main` documents."""
-    world = os.environ.get("WORLD_SIZE", "1")
-    if world != "1":
-        say(f"trm-fast train: WORLD_SIZE={world}, but this version trains in one process", err=True)
-        return 2
-    lost = "nothing was trained"
+    """Run a job, alone or as one of the processes that a launcher such as torchrun made; returns
+    the exit status that `train.main` documents."""
+    lost, ranks = "nothing was trained", SINGLE
     try:
-        _check_machine(config)
-        with_data = _with_data(config)
+        asked = asked_for()
+        ranks = join(asked, asked.device(pick_device(config.device)))
+        ranks.in_turn(lambda: _check_machine(config))
+        with_data = ranks.in_turn(lambda: _with_data(config, ranks))
         lost = "what came after the last checkpoint is not saved"
-        if config.seeds == 1:
-            return _run(with_data)[0]
-        return _run_seeds(with_data)
-    except (TrainingStopped, CheckpointError, MetricsError) as error:
-        say(f"trm-fast train: {error}", err=True)
+        run = _run_seeds if config.seeds > 1 else _run
+        status, _ = run(with_data, ranks)
+    except RankLost as error:
+        say(f"trm-fast train: {error}; {lost}", err=True)
         return 1
+    except TrainingStopped as error:
+        if ranks.first:  # it is the same for all
+            say(f"trm-fast train: {error}", err=True)
+        status = 1
+    except Elsewhere:
+        status = 1
+    except (CheckpointError, MetricsError) as error:
+        say(f"trm-fast train: {error}", err=True)
+        status = 1
     except (BuildError, ValueError, OSError) as error:
         say(f"trm-fast train: {error}", err=True)
-        return 2
+        status = 2
     except MemoryError:
         say("trm-fast train: not enough memory for so many boards", err=True)
-        return 2
+        status = 2
     except RuntimeError as error:
         if not memory.is_exhausted(error):
             raise
@@ -182,6 +227,8 @@ def train(config: TrainConfig) -> int:
     except KeyboardInterrupt:
         say(f"interrupted; {lost}", err=True)
         return 130
+    leave()
+    return status
 
 
 def _check_machine(config: TrainConfig) -> None:
@@ -201,96 +248,119 @@ def _check_machine(config: TrainConfig) -> None:
     backends.check_device(config.arch.backend, device, getattr(torch, config.arch.forward_dtype))
 
 
-def _with_data(config: TrainConfig) -> TrainConfig:
+def _with_data(config: TrainConfig, ranks: Ranks) -> TrainConfig:
     """The settings with `generate` replaced by the folder of the generated data."""
+    tell = say if ranks.first else _nothing
     if not config.generate:
-        return _with_csv(config)
+        return _with_csv(config, tell)
     puzzle = config.generate_puzzle
     root = Path("data", f"{puzzle}-mini-{config.generate}")
     began = time.monotonic()
     noun = {"sudoku": "boards", "maze": "mazes"}[puzzle]
     if not root.exists():
-        say(f"data        generating {config.generate:,} {noun}")
+        tell(f"data        generating {config.generate:,} {noun}")
     make = {"sudoku": default_job_data, "maze": maze_job_data}[puzzle]
     make(root, seed=0, train_boards=config.generate)
-    say(f"data        {root}, {config.generate} training {noun}, {time.monotonic() - began:.1f} s")
+    tell(f"data        {root}, {config.generate} training {noun}, {time.monotonic() - began:.1f} s")
     project = config.project_name or f"{puzzle.capitalize()}-mini"
     return config.replace({"data_paths": [str(root)], "project_name": project})
 
 
-def _with_csv(config: TrainConfig) -> TrainConfig:
+def _nothing(text: str) -> None:
+    """What all processes but the first say."""
+
+
+def _with_csv(config: TrainConfig, tell: Callable[[str], None]) -> TrainConfig:
     """The settings with each puzzle file among the data replaced by the folder made of it."""
     paths = []
     for path in config.data_paths:
         if path.lower().endswith((".csv", ".txt")) and not Path(path).is_dir():
             began = time.monotonic()
-            say(f"data        reading {path}")
+            tell(f"data        reading {path}")
             folder = split_of_csv(path, "data")
-            say(f"data        {folder} of {path}, {time.monotonic() - began:.1f} s")
+            tell(f"data        {folder} of {path}, {time.monotonic() - began:.1f} s")
             path = str(folder)
         paths.append(path)
     return config if paths == list(config.data_paths) else config.replace({"data_paths": paths})
 
 
-def _run_seeds(config: TrainConfig) -> int:
-    """The job once per seed, then mean and spread of the last accuracies."""
-    base = config.with_names()
+def _run_seeds(config: TrainConfig, ranks: Ranks) -> tuple[int, Trainer]:
+    """The job once per seed, then mean and spread of the last accuracies; as `_run` returns."""
+    tell = say if ranks.first else _nothing
+    base = ranks.of_first(config.with_names)
     finals: dict[str, list[float]] = {}
     for seed in range(config.seed, config.seed + config.seeds):
-        say(f"--- seed {seed} ---")
+        tell(f"--- seed {seed} ---")
         # seeds=1, so that what stopped one of them is continued as the run that it is.
         own = {"seed": seed, "seeds": 1, "run_name": f"{base.run_name}-seed{seed}"}
         folder = f"{base.checkpoint_path}-seed{seed}"
-        status, trainer = _run(base.replace({**own, "checkpoint_path": folder}))
+        status, trainer = _run(base.replace({**own, "checkpoint_path": folder}), ranks)
         if status != 0:
-            return status
-        for set_name, report in trainer.reports.items():
+            return status, trainer
+        for set_name, report in trainer.validation.reports.items():
             for answer, value in (
                 ("last step", report.exact_accuracy[-1]),
                 ("best-q", report.best_q_exact_accuracy),
             ):
                 finals.setdefault(f"{set_name} exact, {answer}", []).append(value)
-    say(f"--- {config.seeds} seeds ---")
+    tell(f"--- {config.seeds} seeds ---")
     for label, values in finals.items():
         spread = statistics.stdev(values) if len(values) > 1 else 0.0
         shown = ", ".join(f"{value:.1%}" for value in values)
-        say(f"{label}: mean {statistics.mean(values):.1%}, deviation {spread:.1%} ({shown})")
-    return 0
+        tell(f"{label}: mean {statistics.mean(values):.1%}, deviation {spread:.1%} ({shown})")
+    return 0, trainer
 
 
-def _run(config: TrainConfig) -> tuple[int, Trainer]:
+def _run(config: TrainConfig, ranks: Ranks) -> tuple[int, Trainer]:
     """One run; its exit status and the trainer as it ended."""
     config = for_device(config)
-    splits = open_splits(config)
+    splits = ranks.together(lambda: open_splits(config))
     total = config.total_steps(splits.train.total_groups, splits.train.mean_puzzle_examples)
-    spot = place(config, total)
-    lock = RunLock(spot.run_dir)
+    spot = ranks.of_first(lambda: place(config, total))
+    lock = ranks.together(lambda: RunLock(spot.run_dir) if ranks.first else None)
     try:
-        with Signals() as signals:
-            return _run_locked(latest(spot), splits, total, signals)
+        with Signals(ranks) as signals:
+            spot = ranks.of_first(lambda: latest(spot))
+            return _run_locked(spot, splits, total, signals, ranks)
     finally:
-        lock.release()
+        if lock is not None:
+            lock.release()
 
 
-def _run_locked(spot: Place, splits: Splits, total: int, signals: Signals) -> tuple[int, Trainer]:
-    console = Console(spot, total, signals)
+def _run_locked(
+    spot: Place, splits: Splits, total: int, signals: Signals, ranks: Ranks
+) -> tuple[int, Trainer]:
+    console = ranks.together(
+        lambda: Console(spot, total, signals) if ranks.first else Listener(signals)
+    )
     try:
-        trainer = Trainer(spot.config, splits, spot.run_dir, console, spot.resume_from)
-        _announce(trainer, spot)
+        trainer = Trainer(spot.config, splits, spot.run_dir, console, spot.resume_from, ranks)
+        if ranks.first:
+            _announce(trainer, spot)
         began = time.monotonic()
         finished = trainer.run()
         seconds = time.monotonic() - began
     finally:
         console.close()
+    received = max(ranks.numbers(signals.received or 0))
+    status = 128 + received if received else 0
+    if not finished:
+        status = status or 128 + signal.SIGINT
+    if ranks.first:
+        _conclude(trainer, spot, seconds, finished)
+    # A signal during the last evaluation came too late to stop this run, not the next seed's.
+    return status, trainer
+
+
+def _conclude(trainer: Trainer, spot: Place, seconds: float, finished: bool) -> None:
+    """The last words of a run that came to its end, or was stopped."""
     if not finished:
         say(f"stopped at step {trainer.step}; everything is saved. Go on with:")
         say(f"  {program()} -m trm_fast.train resume={spot.run_dir}")
-        return 128 + (signals.received or signal.SIGINT), trainer
+        return
     summarize(trainer, seconds, spot.resume_step or 0)
     picture = spot.run_dir / "learning_curve.png"
     say(learning_curve(read_metrics(spot.run_dir), picture) or f"curve       {picture}")
-    # A signal during the last evaluation came too late to stop this run, not the next seed's.
-    return 128 + signals.received if signals.received else 0, trainer
 
 
 def _engine(trainer: Trainer) -> str:
@@ -338,6 +408,9 @@ def _announce(trainer: Trainer, spot: Place) -> None:
     )
     if trainer.model_config.quantize != "none":
         say(f"products    {_products(trainer.model_config)}")
+    if trainer.ranks.world > 1:
+        each = trainer.model_config.batch_size
+        say(f"processes   {trainer.ranks.world}, {each} boards of every step in each")
     say(
         f"training    {trainer.total_steps} steps of {trainer.config.global_batch_size} boards, "
         f"about {trainer.step_bytes / memory.GIB:.2f} GiB"
@@ -350,6 +423,6 @@ def _announce(trainer: Trainer, spot: Place) -> None:
         say(f"curriculum  cells given away fade out by step {until}: till then boards get harder")
     if trainer.splits.test is None:
         say("evaluation  none: the data has no test split")
-    if trainer.evaluators.left_out and trainer.splits.test is not None:
-        left_out = ", ".join(trainer.evaluators.left_out)
+    if trainer.validation.evaluators.left_out and trainer.splits.test is not None:
+        left_out = ", ".join(trainer.validation.evaluators.left_out)
         say(f"evaluators  none for this data: {left_out}; evaluators=[] asks for none")

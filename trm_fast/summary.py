@@ -36,7 +36,7 @@ def summarize(trainer: Trainer, seconds: float, before: int = 0) -> None:
         done += f", {seconds:.0f} s including evaluation"
     say(f"finished    {done}")
     clues = _clues_of_sets(trainer)
-    for name, report in trainer.reports.items():
+    for name, report in trainer.validation.reports.items():
         say(_result(name, report, clues.get(name)))
     if clues:
         say("            No board shares its grid with a training board, symmetries included.")

@@ -12,7 +12,6 @@ Dims legend: B batch, L puzzle tokens.
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -24,9 +23,10 @@ from trm_fast.capture import Capture
 from trm_fast.config import TrainConfig
 from trm_fast.data.augment import AUGMENTATIONS, augmentation_words, hand_back
 from trm_fast.data.feed import Feed
-from trm_fast.distributed import SINGLE, GradientSum, Ranks
+from trm_fast.distributed import SINGLE, Ranks
 from trm_fast.ema import EMA
 from trm_fast.flat import joined, lay_out
+from trm_fast.gradient_sum import GradientSum
 from trm_fast.losses import ACTLossHead, MetricSums
 from trm_fast.philox import Draws, integers, uniform
 from trm_fast.recursion import Carry, Exploration
@@ -67,7 +67,7 @@ class TrainStep:
         self.config, self.feed, self.total_steps, self.ranks = config, feed, total_steps, ranks
         model: Any = head.model
         self.model, self.head, self.model_config = model, head, model.config
-        local = ranks.share(config.global_batch_size)
+        local = config.local_batch_size(ranks.world)
         self.part = local // config.grad_accum
         device = feed.device
         if feed.dataset.local_batch_size != local:
@@ -75,33 +75,39 @@ class TrainStep:
                 f"the feed has batches of {feed.dataset.local_batch_size}, each of {ranks.world} "
                 f"processes has {local} of global_batch_size={config.global_batch_size}"
             )
-        if local % config.grad_accum:
-            raise ValueError(
-                f"{local} items of each process are not a multiple of grad_accum="
-                f"{config.grad_accum}"
-            )
         _gather(list(model.parameters()))
         self.ema = EMA(model, config.ema_rate, config.ema_warmup) if config.ema else None
         self.optimizers = optim.build_optimizers(model, config, world_size=ranks.world)
+        self._of_rows = [
+            optimizer
+            for optimizer, _ in self.optimizers
+            if isinstance(optimizer, optim.SparseEmbeddingSignSGD)
+        ]
+        for optimizer in self._of_rows:
+            optimizer.gathers = False  # `_exchange` does it
         self.forward = torch.compile(head) if config.compile else head
         self.carries: list[Carry] = []
         self.sums = MetricSums()
         self._count = torch.zeros((), dtype=torch.int64, device=device)
         # Draws are by the place in the global batch, whoever works on it.
         self._rows = torch.arange(local, device=device) + ranks.rank * local
-        ids = torch.zeros(local, dtype=torch.int32, device=device)
-        self.guard = optim.NonFiniteGuard(config.max_skipped, ids)
+        self._ids = torch.zeros(local, dtype=torch.int32, device=device)  # worked on
+        self._seen = torch.zeros(2, device=device)  # loss, norm of the puzzle rows' gradient
+        self.guard = optim.NonFiniteGuard(config.max_skipped, self._ids)
         self._places = self._lay_out_gradients()
-        self._gradients = joined([grad for p, grad in self._places if isinstance(p, nn.Parameter)])
-        self._gradients += [g for p, g in self._places if not isinstance(p, nn.Parameter)]
         weights = [(p, grad) for p, grad in self._places if isinstance(p, nn.Parameter)]
+        self._gradients = joined([grad for _, grad in weights])
+        self._gradients += [g for p, g in self._places if not isinstance(p, nn.Parameter)]
         self._sum = GradientSum(weights, ranks)
         self._weights = [p.data_ptr() for p, _ in self._places]
         self._hands_back = False
         self._blank = blank_token(self.model_config)
         # Dropout draws from PyTorch's generator, which a recomputed pass looks up on the host.
         captured = config.cuda_graph and not self.model_config.dropout
-        self._capture = Capture(self._step, device, captured)
+        # Nothing that waits for another process is captured: it lies between two graphs.
+        body = self._step if ranks.world == 1 else self._gradients_of_batch
+        self._capture = Capture(body, device, captured)
+        self._capture_update = Capture(self._update, device, captured)
 
     def _lay_out_gradients(self) -> list[tuple[Tensor, Tensor]]:
         """Everything that is trained, each with the tensor that is its gradient from now on."""
@@ -136,20 +142,42 @@ class TrainStep:
         self._hands_back = step < self.config.curriculum * self.total_steps
         self.sums.steps += 1
         self._capture(self._hands_back, plain)
+        if self.ranks.world > 1:
+            self._exchange()
+            self._capture_update(plain=plain)
+
+    # What is captured reads and writes tensors that stay where they are.
 
     def _step(self) -> None:
-        """What is captured: reads and writes tensors that stay where they are."""
-        config = self.config
+        self._gradients_of_batch()
+        self._update()
+
+    def _gradients_of_batch(self) -> None:
+        """This process's part of everything that the update needs."""
         batch, drawn = self._next_batch()
         for grad in self._gradients:
             grad.zero_()
         loss, ids = self._backward(batch, drawn)
+        self._ids.copy_(ids)
+        self._seen[0].copy_(loss)
+        if self.ranks.world > 1:  # each has gradients of other rows
+            rows = [p for p, _ in self._places if not isinstance(p, nn.Parameter)]
+            self._seen[1].copy_(optim.gradient_norm(rows))
+
+    def _exchange(self) -> None:
+        """Make them those of all processes: a fault of one is a fault of all."""
+        self._sum.finish()
+        for optimizer in self._of_rows:
+            optimizer.gather()
+        self.ranks.add_up_([self._seen])
+
+    def _update(self) -> None:
+        """The change of weights, rows and average."""
+        config, (loss, rows_norm) = self.config, self._seen.unbind()
         norm = optim.clip_gradients(self.optimizers, config.grad_clip)
-        if self.ranks.world > 1:  # a fault of one is a fault of all
-            both = torch.stack([loss.float(), norm.float()])
-            self.ranks.add_up_([both])
-            loss, norm = both[0], both[1] / self.ranks.world
-        found_inf = self.guard.check(self._count, loss, norm, ids)
+        if self.ranks.world > 1:
+            norm = torch.where(rows_norm.isfinite(), norm, torch.nan)
+        found_inf = self.guard.check(self._count, loss, norm, self._ids)
         optim.set_learning_rates(
             self.optimizers,
             self._count,
@@ -195,8 +223,9 @@ class TrainStep:
                 drawn=Exploration(drawn.uniform[rows], drawn.least[rows]),
             )
             loss = loss / self.config.global_batch_size
-            with self._sum if index + 1 == self.config.grad_accum else nullcontext():
-                loss.backward()
+            if index + 1 == self.config.grad_accum and not self._capture.captures:
+                self._sum.begin()
+            loss.backward()
             self._keep(index, carry)  # not before: the backward reads what is written over
             total = total + loss.detach()
             worked_on.append(carry.current_data["puzzle_identifiers"])
@@ -238,13 +267,13 @@ class TrainStep:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything but weights, their average and the count of steps: the live tensors. Waits for
-        the device; with several processes all must call it, and all get the whole."""
+        the device. All processes must call it, and the first gets the whole."""
         return {
             "optimizers": [optimizer.state_dict() for optimizer, _ in self.optimizers],
             "ema_updates": self.ema.updates if self.ema else 0,
             "guard": self.guard.state_dict(),
             "carries": self._whole_carries(),
-            "sums": self.sums.state_dict(),
+            "sums": self.sums.state_dict(self.ranks),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -254,15 +283,21 @@ class TrainStep:
             optimizer.load_state_dict(values)
         self.guard.load_state_dict(state["guard"])
         self.carries = self._own_carries(state["carries"])
-        self.sums.load_state_dict(state["sums"], device)
+        self.sums.load_state_dict(state["sums"], device, self.ranks)
         self._capture.reset()
+        self._capture_update.reset()
+
+    def worked_on(self) -> list[int]:
+        """Puzzle identifiers, each once, of the batch that stopped the run; waits for the device.
+        All processes must call it, and the first gets those of all."""
+        return sorted(self.ranks.collected(self.guard.identifiers()).unique().tolist())
 
     def _whole_carries(self) -> list[dict[str, Any]]:
         """Those of all processes, as one for the whole batch; of one process as they are."""
         own = [carry.to_dict() for carry in self.carries]
         if self.ranks.world == 1 or not own:
             return own
-        return [_mapped(lambda ts: self.ranks.gathered(ts[0]), _mapped(torch.cat, *own))]
+        return [_mapped(lambda ts: self.ranks.collected(ts[0]), _mapped(torch.cat, *own))]
 
     def _own_carries(self, saved: list[dict[str, Any]]) -> list[Carry]:
         """This process's part of them, in as many as a batch has parts now."""

@@ -10,8 +10,8 @@ Dims legend: B batch.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, nullcontext, suppress
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -23,11 +23,10 @@ from trm_fast import backends, checkpoint, memory, optim
 from trm_fast.config import TrainConfig
 from trm_fast.data.dataset import PuzzleDataset
 from trm_fast.data.feed import Feed, resident_bytes
-from trm_fast.durable import unwritable
+from trm_fast.distributed import SINGLE, Ranks
 from trm_fast.ema import EMA
-from trm_fast.evaluators import Evaluators
 from trm_fast.flops import step_flops
-from trm_fast.inference import SetReport, evaluate
+from trm_fast.inference import SetReport
 from trm_fast.interop import load_weights, trained_puzzles
 from trm_fast.loading import pick_device
 from trm_fast.losses import ACTLossHead
@@ -35,21 +34,18 @@ from trm_fast.model import Model
 from trm_fast.optim import GuardState
 from trm_fast.profiling import StepProfile
 from trm_fast.puzzle_rows import read_identifiers
-from trm_fast.rules import rules_of
+from trm_fast.random_state import random_state, set_random_state
 from trm_fast.splits import Splits, dataset_config
 from trm_fast.train_step import TrainStep
+from trm_fast.validation import Validation
 
 
 class TrainingStopped(RuntimeError):
     """The run cannot go on; one line with step and batch. The last checkpoint is as it was."""
 
 
-class _Interrupted(Exception):
-    """The reporter wants to stop in the middle of an evaluation."""
-
-
 class Reporter(Protocol):
-    """Whoever wants to know how a run goes."""
+    """Whoever wants to know how a run goes; each process has its own."""
 
     def on_step(self, trainer: Trainer, metrics: dict[str, float]) -> None:
         """After every `log_interval` steps and the last one, with the means since the last call."""
@@ -84,22 +80,26 @@ def for_device(config: TrainConfig) -> TrainConfig:
 class Trainer:
     """One run: model, optimizers, EMA, carry, data position, random state.
 
+    With several processes each makes its own with the same settings, and all call the same methods
+    in the same order; the first one writes.
+
     Args:
         config: with names filled in; `data_paths` name what `splits` was opened from.
         splits: of `open_splits`.
         run_dir: where checkpoints go; made when the first one is written.
         reporter: told about everything.
-        resume_from: a checkpoint of this run to take up, see `resume`.
+        resume_from: a checkpoint of this run to take up, see `resume`; the first process reads it.
+        ranks: the processes of the run, joined.
 
     Raises:
-        ValueError: the device is missing, or a step does not fit its memory.
+        ValueError: the device is missing, a step does not fit its memory, or a batch cannot be
+            divided among the processes.
 
     Attributes:
         step: optimizer steps so far.  total_steps: of the whole run.
         kept_rows: puzzle rows that load_checkpoint brought along by name, None where rows stayed as
             they are.
-        best: (exact accuracy, step) of the best evaluation, or None.
-        reports, scores: of the last evaluation; the latter of the configured evaluators.
+        validation: the evaluations: reports and scores of the last, step of the best.
     """
 
     def __init__(
@@ -109,34 +109,13 @@ class Trainer:
         run_dir: Path,
         reporter: Reporter,
         resume_from: Path | None = None,
+        ranks: Ranks = SINGLE,
     ) -> None:
-        self.splits, self.run_dir, self.reporter = splits, run_dir, reporter
-        self.device = pick_device(config.device)
+        self.splits, self.run_dir, self.reporter, self.ranks = splits, run_dir, reporter, ranks
         self.config = config = for_device(config)
-        if config.threads:
-            torch.set_num_threads(config.threads)
-        self.evaluators = Evaluators(config.evaluators, splits.paths_test)
-        metadata = splits.train
-        self.total_steps = config.total_steps(metadata.total_groups, metadata.mean_puzzle_examples)
-        self.model_config = config.arch.model_config(
-            batch_size=config.global_batch_size,
-            seq_len=metadata.seq_len,
-            vocab_size=metadata.vocab_size,
-            num_puzzle_identifiers=metadata.num_puzzle_identifiers,
-        )
-        part = config.global_batch_size // config.grad_accum
-        dtype = getattr(torch, self.model_config.forward_dtype)
-        engine = backends.recursion_engine(self.device, dtype, self.model_config)
-        self.step_bytes = memory.check_fits(self.model_config, part, self.device, engine)
-        torch.manual_seed(config.seed)
-        self.model = Model(self.model_config).to(self.device).train()
         self.kept_rows: int | None = None
-        if config.load_checkpoint and resume_from is None:
-            try:
-                self.kept_rows = load_weights(self.model, config.load_checkpoint, self._names())
-            except ValueError as error:
-                raise ValueError(f"load_checkpoint: {error}") from error
-        self.dataset = self._train_dataset()
+        self.model, self.dataset, feed = ranks.together(lambda: self._prepare(resume_from is None))
+        ranks.copy_first_([*self.model.parameters(), *self.model.buffers()])
         self.train_step = TrainStep(
             config,
             ACTLossHead(
@@ -145,18 +124,47 @@ class Trainer:
                 config.constraint_weight,
                 config.constraint_boxes,
             ),
-            Feed(self.dataset, self.device, self._resident()),
+            feed,
             self.total_steps,
+            ranks,
         )
         self.step = self.iteration = 0
-        self.best: tuple[float, int] | None = None
-        self.reports: dict[str, SetReport] = {}
-        self.scores: dict[str, float] = {}
         self._profile = self._new_profile()
         self._skipped = 0  # steps that the reporter was told about
-        self._evaluated_at = self._saved_at = -1
+        self._saved_at = -1
+        if ranks.world > 1:  # what dropout draws, differs
+            torch.manual_seed(config.seed + ranks.rank)
         if resume_from is not None:
             self.resume(resume_from)
+
+    def _prepare(self, anew: bool) -> tuple[Model, PuzzleDataset, Feed]:
+        """What meets no other process; with `anew` the weights of load_checkpoint are taken."""
+        config, ranks, metadata = self.config, self.ranks, self.splits.train
+        self.device = ranks.device(pick_device(config.device))
+        if config.threads:
+            torch.set_num_threads(config.threads)
+        self.validation = Validation(config, self.splits, self.run_dir, ranks)
+        self.total_steps = config.total_steps(metadata.total_groups, metadata.mean_puzzle_examples)
+        local = config.local_batch_size(ranks.world)
+        self.model_config = config.arch.model_config(
+            batch_size=local,
+            seq_len=metadata.seq_len,
+            vocab_size=metadata.vocab_size,
+            num_puzzle_identifiers=metadata.num_puzzle_identifiers,
+        )
+        dtype = getattr(torch, self.model_config.forward_dtype)
+        engine = backends.recursion_engine(self.device, dtype, self.model_config)
+        part = local // config.grad_accum
+        self.step_bytes = memory.check_fits(self.model_config, part, self.device, engine)
+        torch.manual_seed(config.seed)
+        model = Model(self.model_config).to(self.device).train()
+        if config.load_checkpoint and anew:
+            try:
+                self.kept_rows = load_weights(model, config.load_checkpoint, self._names())
+            except ValueError as error:
+                raise ValueError(f"load_checkpoint: {error}") from error
+        dataset = self._train_dataset()
+        return model, dataset, Feed(dataset, self.device, self._resident(dataset))
 
     # Data
 
@@ -182,11 +190,12 @@ class Trainer:
 
     def _train_dataset(self) -> PuzzleDataset:
         epochs = self._epochs_per_iteration()
-        return PuzzleDataset(dataset_config(self.config, self.splits.paths, epochs, test=False))
+        visit = dataset_config(self.config, self.splits.paths, epochs, test=False, ranks=self.ranks)
+        return PuzzleDataset(visit)
 
     def _new_profile(self) -> StepProfile:
         config, model_config = self.config, self.model_config
-        useful = step_flops(model_config, "train", config.global_batch_size)
+        useful = step_flops(model_config, "train", model_config.batch_size)
         profile = StepProfile(
             self.run_dir,
             self.device,
@@ -195,14 +204,14 @@ class Trainer:
             counted=not config.compile,
             tell=lambda line: self.reporter.on_profile(self, line),
         )
-        profile.done = not config.profile
+        profile.done = not (config.profile and self.ranks.first)
         return profile
 
-    def _resident(self) -> bool:
+    def _resident(self, dataset: PuzzleDataset) -> bool:
         """Whether the data is kept on the device: on GPUs, where it takes a small part of it."""
         if self.device.type == "cpu":
             return False
-        return resident_bytes(self.dataset) < memory.free_bytes(self.device) / 8
+        return resident_bytes(dataset) < memory.free_bytes(self.device) / 8
 
     @property
     def ema(self) -> EMA | None:
@@ -235,7 +244,7 @@ class Trainer:
         what = f"the loss is {state.loss}"
         if math.isfinite(state.loss):
             what = f"{state.consecutive} gradients in a row are not finite, the last one"
-        ids = self.train_step.guard.identifiers()
+        ids = self.train_step.worked_on()
         shown = ", ".join(map(str, ids[:8])) + (", ..." if len(ids) > 8 else "")
         kept = f"the last good checkpoint is kept in {self.run_dir}"
         raise TrainingStopped(
@@ -252,7 +261,7 @@ class Trainer:
             TrainingStopped: see `check`.
             CheckpointError: a checkpoint could not be written.
         """
-        if self._owes_evaluation() or (self.finished and not self.reports):
+        if self._owes_evaluation() or (self.finished and not self.validation.reports):
             self._evaluate_and_save()
         with self._profile:
             return self._run()
@@ -273,15 +282,19 @@ class Trainer:
             every = self.config.save_interval
             if batch is not None and every and self.step % every == 0:
                 self._save_once()
-            if self.reporter.wants_to_stop():
+            if self._wants_to_stop():
                 self._save_once()
                 return False
-        if self._evaluated_at != self.step:
+        if self.validation.at != self.step:
             self._save_once()
             self.evaluate()
             self.save()
         self._save_once()
         return not self._owes_evaluation()
+
+    def _wants_to_stop(self) -> bool:
+        """Whether somebody asked one of the processes to stop."""
+        return self.ranks.any(self.reporter.wants_to_stop())
 
     def _batches(self) -> Iterator[tuple[str, np.ndarray] | None]:
         """Set name and examples of each batch to the end of the run; None where an iteration over
@@ -319,7 +332,7 @@ class Trainer:
     def _report_step(self) -> None:
         config, sums = self.config, self.train_step.sums
         self.check()
-        metrics = sums.means(config.global_batch_size)
+        metrics = sums.means(config.global_batch_size, self.ranks)
         sums.clear()
         _, base = self.train_step.optimizers[-1]
         now = min(self.step, self.total_steps), base, config.lr_warmup_steps
@@ -335,7 +348,7 @@ class Trainer:
 
     def _owes_evaluation(self) -> bool:
         """Whether the evaluation that belongs to this step has not come to its end."""
-        if self.step == 0 or self._evaluated_at == self.step:
+        if self.step == 0 or self.validation.at == self.step:
             return False
         between = self.iteration > 0 and self.dataset.state_dict()["position"] is None
         return self.finished or self._evaluates_now() or (between and self._evaluates_by_epoch())
@@ -346,56 +359,12 @@ class Trainer:
         Returns {} where there is none, and where the reporter wanted to stop meanwhile.
         """
         self.check()
-        if self.splits.test is None:
-            self._evaluated_at = self.step
-            return {}
-        config = self.config
-        visit = dataset_config(config, self.splits.paths_test, 1, test=True)
-        batches = PuzzleDataset(visit, "test")
-        collect: dict[str, list[Tensor]] = {name: [] for name in config.eval_save_outputs}
-        with self.evaluation_weights(), suppress(_Interrupted):
-            self.reports = evaluate(
-                self.model,
-                self._until_stopped(batches),
-                steps=config.eval_steps_max,
-                max_puzzles=max_puzzles or config.eval_max_puzzles,
-                loss_type=config.arch.loss_type,
-                rules=rules_of(self.splits.test),
-                collect=collect,
-                observe=self.evaluators.begin(batches.directories),
-                cuda_graph=config.cuda_graph,
-            )
-            self._evaluated_at = self.step
-        if self._evaluated_at != self.step:
-            return {}
-        if collect:
-            self._save_outputs(collect)
-        folder = self.run_dir / f"step_{self.step}"
-        try:
-            self.scores = self.evaluators.result(folder)
-        except OSError as error:
-            raise unwritable(folder, error) from error
-        exact = next(iter(self.reports.values())).exact_accuracy[-1]
-        if self.best is None or exact > self.best[0]:
-            self.best = (exact, self.step)
-        self.reporter.on_evaluation(self, self.reports)
-        return self.reports
-
-    def _until_stopped(
-        self, batches: Iterable[tuple[str, dict[str, Tensor], int]]
-    ) -> Iterator[tuple[str, dict[str, Tensor], int]]:
-        for batch in batches:
-            if self.reporter.wants_to_stop():
-                raise _Interrupted
-            yield batch
-
-    def _save_outputs(self, collected: dict[str, list[Tensor]]) -> None:
-        path = self.run_dir / f"step_{self.step}_all_preds.0"
-        try:
-            self.run_dir.mkdir(parents=True, exist_ok=True)
-            torch.save({name: torch.cat(parts) for name, parts in collected.items()}, path)
-        except (OSError, RuntimeError) as error:
-            raise unwritable(path, error) from error
+        with self.evaluation_weights():
+            validation, stop = self.validation, self._wants_to_stop
+            if not validation.measure(self.model, self.step, stop, max_puzzles):
+                return {}
+        self.reporter.on_evaluation(self, validation.reports)
+        return validation.reports
 
     def evaluation_weights(self) -> AbstractContextManager[None]:
         """A context in which the model has the weights that are evaluated."""
@@ -414,6 +383,13 @@ class Trainer:
             TrainingStopped: see `check`; nothing is written.
         """
         self.check()
+        whole = self.state_dict()
+        path = self.ranks.of_first(lambda: self._write(whole))
+        self._saved_at = self.step
+        self.reporter.on_checkpoint(self, path)
+        return path
+
+    def _write(self, whole: dict[str, Any]) -> Path:
         state = self.model.state_dict()
         path = checkpoint.save_checkpoint(
             self.run_dir,
@@ -421,15 +397,14 @@ class Trainer:
             model=state,
             ema=self.ema.merged(state) if self.ema else None,
             config=self._config_record(),
-            train_state=self.state_dict(),
+            train_state=whole,
         )
-        best = f"step_{self.best[1]}" if self.best else None
+        found = self.validation.best
+        best = f"step_{found[1]}" if found else None
         if best and (self.run_dir / best).is_dir():
             checkpoint.write_pointer(self.run_dir, "best", best)
         if self.config.keep:
             checkpoint.prune(self.run_dir, self.config.keep)
-        self._saved_at = self.step
-        self.reporter.on_checkpoint(self, path)
         return path
 
     def official_weights(self) -> dict[str, Tensor]:
@@ -438,53 +413,56 @@ class Trainer:
         return self.ema.merged(state) if self.ema else state
 
     def _config_record(self) -> dict[str, Any]:
+        model = self.model_config.to_dict() | {"batch_size": self.config.global_batch_size}
         return {
             **self.config.to_dict(),
             "finished": self.finished,
-            "model": self.model_config.to_dict(),
+            "model": model,
             "data": self.splits.record(),
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything but the weights, for torch.load(weights_only=True)."""
-        rng = {"cpu": torch.get_rng_state()}
-        if self.device.type == "cuda":
-            rng["cuda"] = torch.cuda.get_rng_state(self.device)
-        elif self.device.type == "mps":
-            rng["mps"] = torch.mps.get_rng_state()
+        """Everything but the weights, for torch.load(weights_only=True). All processes must call
+        it, and the first gets the whole."""
+        best = self.validation.best
         return {
             "step": self.step,
             "iteration": self.iteration,
-            "evaluated_at": self._evaluated_at,
-            "best": list(self.best) if self.best else None,
+            "evaluated_at": self.validation.at,
+            "best": list(best) if best else None,
             "dataset": self.dataset.state_dict(),
-            "rng": rng,
+            "rng": random_state(self.device, self.ranks),
             **self.train_step.state_dict(),
         }
 
     def resume(self, path: Path) -> None:
-        """Take up a checkpoint of this run: the next step is bitwise the one that would have come.
+        """Take up a checkpoint of this run: the next step is bitwise the one that would have come,
+        where as many processes go on as made it, and the same but for rounding where others do.
 
         Raises:
             CheckpointError: damaged, or of other data than the run is given now.
         """
+        state = self.ranks.of_first(lambda: self._read(path))
+        self.ranks.copy_first_([*self.model.parameters(), *self.model.buffers()])
+        if self.ema is not None:
+            self.ranks.copy_first_(list(self.ema.shadow.values()))
+            self.ema.load_state_dict({"updates": state["ema_updates"], "shadow": self.ema.shadow})
+        self.train_step.load_state_dict(state)
+        self.dataset.load_state_dict(state["dataset"])
+        self.step, self.iteration = state["step"], state["iteration"]
+        self._skipped = state["guard"]["skipped"]
+        self.validation.best = (state["best"][0], state["best"][1]) if state["best"] else None
+        self.validation.at, self._saved_at = state["evaluated_at"], self.step
+        set_random_state(state["rng"], self.device, self.ranks)
+
+    def _read(self, path: Path) -> dict[str, Any]:
+        """Weights and average into this process; returns the rest."""
         saved = checkpoint.load_checkpoint(path)
-        state = saved.train_state
         if changed := self.splits.changed(saved.config.get("data") or {}):
             raise checkpoint.CheckpointError(
                 f"{path}: the training data is not what it was: {', '.join(changed[:3])}"
             )
         self.model.load_state_dict(saved.model, strict=True)
         if self.ema is not None and saved.ema is not None:
-            self.ema.load_merged(saved.ema, state["ema_updates"])
-        self.train_step.load_state_dict(state)
-        self.dataset.load_state_dict(state["dataset"])
-        self.step, self.iteration = state["step"], state["iteration"]
-        self._skipped = state["guard"]["skipped"]
-        self.best = (state["best"][0], state["best"][1]) if state["best"] else None
-        self._evaluated_at, self._saved_at = state["evaluated_at"], self.step
-        torch.set_rng_state(state["rng"]["cpu"])
-        if self.device.type == "cuda" and "cuda" in state["rng"]:
-            torch.cuda.set_rng_state(state["rng"]["cuda"], self.device)
-        elif self.device.type == "mps" and "mps" in state["rng"]:
-            torch.mps.set_rng_state(state["rng"]["mps"])
+            self.ema.load_merged(saved.ema, saved.train_state["ema_updates"])
+        return saved.train_state

@@ -268,11 +268,8 @@ def run(small: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Re
     )  # fmt: skip
     trainer = make_trainer(config, folder, reporter)
     trainer.run()
-    votes = [
-        b.q
-        for _, voting in trainer.validation.evaluators._votings
-        for b in voting._ballots.values()
-    ]
+    votings = [voting for _, voting in trainer.validation.evaluators._votings]
+    votes = [b.q for voting in votings for b in voting._ballots.values()]
     assert sum(map(len, votes)) == len(np.load(small / "test" / "all__inputs.npy"))  # the last ones
     return folder, reporter, trainer.validation.scores
 

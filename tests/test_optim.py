@@ -446,5 +446,5 @@ def test_sign_descent_takes_the_official_arguments():
     rows = PuzzleRows()
     optimizer = SparseEmbeddingSignSGD(rows.buffers(), world_size=1, lr=0.1, weight_decay=2.0)
     assert optimizer.param_groups[0]["lr"] == 0.1
-    with pytest.raises(ValueError, match="world_size is 2; this version trains in 1 process"):
+    with pytest.raises(ValueError, match="world_size is 2; torch.distributed has 1 here"):
         SparseEmbeddingSignSGD(rows.buffers(), world_size=2)

@@ -94,20 +94,17 @@ def test_a_non_finite_gradient_is_refused_counted_and_finally_too_much(bad):
     again.load_state_dict(guard.state_dict())
     assert check(again, 4, norm=bad) == 1 and again.read().stopped_at == 0
     assert check(again, 5, norm=bad, ids=torch.tensor([2, 7, 2])) == 1
-    assert again.read()[:3] == (3, 2, 5) and again.identifiers() == [2, 7]
+    assert again.read()[:3] == (3, 2, 5) and again.identifiers().unique().tolist() == [2, 7]
     assert check(again, 6) == 1, "nothing is changed any more"
-    assert again.read()[:3] == (3, 2, 5) and again.identifiers() == [2, 7]
+    assert again.read()[:3] == (3, 2, 5) and again.identifiers().unique().tolist() == [2, 7]
 
 
 def test_a_loss_that_is_not_finite_stops_at_once():
     guard = NonFiniteGuard(5, IDS)
     assert check(guard, 7, loss=math.nan) == 1
     state = guard.read()
-    assert (
-        state.stopped_at == 7
-        and math.isnan(state.loss)
-        and guard.identifiers().unique().tolist() == [1, 3]
-    )
+    assert state.stopped_at == 7 and math.isnan(state.loss)
+    assert guard.identifiers().unique().tolist() == [1, 3]
     assert check(guard, 8, loss=math.inf) == 1 and guard.read().stopped_at == 7
     assert math.isnan(guard.read().loss), "the first one is what is told"
 

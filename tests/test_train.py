@@ -256,10 +256,12 @@ def test_mistakes_are_one_line_and_exit_2(here, capfd, words, message):
     assert said.count("\n") == 1
 
 
-def test_many_processes_are_refused(here, capfd, monkeypatch):
+def test_a_launcher_s_environment_that_is_not_whole(here, capfd, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.delenv("RANK", raising=False)
     assert run() == 2
-    assert "WORLD_SIZE=4" in capfd.readouterr().err
+    said = capfd.readouterr().err
+    assert said == "trm-fast train: RANK must be a whole number beside WORLD_SIZE, got None\n"
 
 
 def test_help_needs_no_torch():

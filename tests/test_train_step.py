@@ -300,7 +300,7 @@ def test_what_is_done_to_the_model_between_steps(data, tmp_path):
     step.model.train().double().float()
     with pytest.raises(ValueError, match="weights were moved after its training step was made"):
         step.run(*batches[0], 6)
-    with pytest.raises(ValueError, match="the feed has batches of 4, global_batch_size is 8"):
+    with pytest.raises(ValueError, match="the feed has batches of 4, each process has 8 of global"):
         TrainStep(step.config.replace({"global_batch_size": 8}), step.head, step.feed, 9)
 
 

@@ -365,7 +365,7 @@ def test_the_last_checkpoint_says_that_the_run_is_finished(data, tmp_path, chang
     again.resume(path)
     assert again.run()
     assert again.step == trainer.step
-    assert again.reports.keys() == {"all"}
+    assert again.validation.reports.keys() == {"all"}
 
 
 def test_a_stopped_run_is_not_finished(data, tmp_path):

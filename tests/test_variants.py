@@ -192,5 +192,5 @@ def test_a_run_resumes_bitwise_and_its_checkpoint_answers(kind, tmp_path):
     )
     (report,) = evaluate(loaded.model, PuzzleDataset(options, "test"), steps=2).values()
     assert len(report.accuracy) == 2 and report.accuracy == pytest.approx(
-        whole.reports["all"].accuracy[:2]
+        whole.validation.reports["all"].accuracy[:2]
     )

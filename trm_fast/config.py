@@ -304,7 +304,7 @@ class TrainConfig:
         return self.from_flat(layer(flatten(self.to_dict()), new))
 
     def local_batch_size(self, processes: int) -> int:
-        """Boards per step of each of so many processes; ConfigError where they cannot be divided."""
+        """Boards per step of each of `processes`; ConfigError where they cannot be divided."""
         for name in ("global_batch_size", "eval_batch_size"):
             size = getattr(self, name)
             if size and size % processes:

@@ -1,8 +1,8 @@
 """Several processes that train one model: how they meet, what they gather, share and agree on.
 
-Owns `Ranks`, through which alone the package talks to `torch.distributed` (the puzzle rows' optimizer,
-whose interface is the official one, calls `gather_into_`); with one process all of it is nothing.
-Imported by the training step, the trainer and the runner.
+Owns `Ranks`, through which alone the package talks to `torch.distributed` (the optimizer of puzzle
+rows, whose interface is the official one, calls `gather_into_`); with one process all of it is
+nothing. Imported by the training step, the trainer and the runner.
 
 Dims legend: N rows of one process.
 """
@@ -10,6 +10,7 @@ Dims legend: N rows of one process.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -19,6 +20,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.rendezvous import rendezvous
 
 __all__ = ["SINGLE", "Elsewhere", "RankLost", "Ranks", "asked_for", "gather_into_", "join", "leave"]
 
@@ -35,14 +37,19 @@ class Elsewhere(RuntimeError):
     """The run stops for what another of its processes reports."""
 
 
+def _said(error: Exception) -> str:
+    """The first sentence of an error of torch.distributed, without the place in its source."""
+    words = re.sub(r"\[\S*/\S*:\d+\] ?", "", " ".join(str(error).split()))
+    return words.split(". ")[0][:160]
+
+
 @contextmanager
 def _meeting() -> Iterator[None]:
     """Around whatever waits for the others."""
     try:
         yield
     except RuntimeError as error:
-        said = " ".join(str(error).split())[:160]
-        raise RankLost(f"another process of the run is gone ({said})") from error
+        raise RankLost(f"another process of the run is gone ({_said(error)})") from error
 
 
 @dataclass(frozen=True)
@@ -216,7 +223,7 @@ def asked_for() -> Ranks:
 
 
 def join(ranks: Ranks, device: torch.device) -> Ranks:
-    """Meet the others of `asked_for`, on this process's device: NCCL on NVIDIA GPUs, gloo elsewhere.
+    """Meet the others of `asked_for` on this process's device: NCCL on GPUs, gloo elsewhere.
 
     Raises ValueError where they do not meet.
     """
@@ -227,13 +234,27 @@ def join(ranks: Ranks, device: torch.device) -> Ranks:
         torch.cuda.set_device(device)
     try:
         dist.init_process_group(
-            "nccl" if cuda else "gloo", timeout=TIMEOUT, device_id=device if cuda else None
+            "nccl" if cuda else "gloo",
+            store=_store(ranks),
+            rank=ranks.rank,
+            world_size=ranks.world,
+            timeout=TIMEOUT,
+            device_id=device if cuda else None,
         )
         control = dist.new_group(backend="gloo", timeout=TIMEOUT) if cuda else None
     except (ValueError, RuntimeError) as error:
-        said = " ".join(str(error).split())[:200]
-        raise ValueError(f"the {ranks.world} processes did not meet: {said}") from None
+        raise ValueError(f"the {ranks.world} processes did not meet: {_said(error)}") from None
     return replace(ranks, control=control)
+
+
+def _store(ranks: Ranks) -> dist.Store:
+    """Where the processes read each other's addresses."""
+    found = next(rendezvous("env://", ranks.rank, ranks.world, timeout=TIMEOUT))
+    store: dist.Store = found[0]
+    if os.environ.get("LOCAL_WORLD_SIZE") == str(ranks.world):
+        # torchrun on one machine starts killed processes again beside the addresses of the dead.
+        return dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+    return store
 
 
 def leave() -> None:

@@ -14,11 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from trm_fast.arc_voting import Ballots
 from trm_fast.config import EvaluatorConfig
 from trm_fast.console import positive, say, show_builds
 from trm_fast.data.dataset import PuzzleDataset, PuzzleDatasetConfig, from_arrays
 from trm_fast.data.format import DataError
 from trm_fast.data.sudoku_source import read_puzzles
+from trm_fast.distributed import Elsewhere, RankLost, Ranks, asked_for, join, leave
 from trm_fast.evaluators import Evaluators, score_line
 from trm_fast.inference import SetReport, evaluate
 from trm_fast.loading import (
@@ -29,6 +31,7 @@ from trm_fast.loading import (
     Loaded,
     Parser,
     load_or_stop,
+    pick_device,
     supervision_depth,
 )
 from trm_fast.puzzle_rows import puzzles_of
@@ -50,18 +53,31 @@ class Source:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measure and print, as text or with `--json` as one document. Returns the exit status."""
+    """Measure and print, as text or with `--json` as one document. Returns the exit status.
+
+    As one of the processes that a launcher such as torchrun made, measures its part of every batch;
+    the first process prints.
+    """
     show_builds()
     try:
         options = _parser().parse_args(argv)
-        loaded = load_or_stop(options.checkpoint, options)
-        source = _source(options, loaded)
-        evaluators = _evaluators(options, loaded, source)
-        reports = _measure(options, loaded, source, evaluators)
-        scores = _scores(options, evaluators)
+        ranks = _joined(options)
+        loaded = ranks.in_turn(lambda: load_or_stop(options.checkpoint, options))
+        source, evaluators = ranks.together(lambda: _prepared(options, loaded, ranks))
+        reports = _measure(options, loaded, source, evaluators, ranks)
+        votes = evaluators.gathered(ranks.control)
+        scores = ranks.together(lambda: _scores(options, evaluators, votes, ranks))
+        leave()
     except CommandError as error:
         say(f"trm-fast evaluate: {error}", err=True)
         return error.status
+    except RankLost as error:
+        say(f"trm-fast evaluate: {error}", err=True)
+        return UNREADABLE
+    except Elsewhere:
+        return UNREADABLE
+    if not ranks.first:
+        return 0
     if options.json:
         voted = scores | evaluators.counts
         say(json.dumps(_document(options, loaded, source, reports) | voted, indent=2))
@@ -70,6 +86,26 @@ def main(argv: Sequence[str] | None = None) -> int:
         if scores:
             say(f"\n{score_line(scores, evaluators.unanswered)}")
     return 0
+
+
+def _joined(options: argparse.Namespace) -> Ranks:
+    """The processes of this command; `options.device` becomes this one's."""
+    try:
+        asked = asked_for()
+        if asked.world == 1:
+            return asked
+        device = asked.device(pick_device(options.device))
+        options.device = str(device)
+        return join(asked, device)
+    except ValueError as error:
+        raise CommandError(USAGE, error) from None
+
+
+def _prepared(
+    options: argparse.Namespace, loaded: Loaded, ranks: Ranks
+) -> tuple[Source, Evaluators]:
+    source = _source(options, loaded, ranks)
+    return source, _evaluators(options, loaded, source)
 
 
 def _parser() -> Parser:
@@ -104,10 +140,11 @@ def _parser() -> Parser:
     return parser
 
 
-def _source(options: argparse.Namespace, loaded: Loaded) -> Source:
+def _source(options: argparse.Namespace, loaded: Loaded, ranks: Ranks) -> Source:
     """The puzzles to measure on; CommandError if they are not there, unreadable, or do not fit."""
     try:
-        source = _read_csv(options) if options.csv else _read_directories(options, loaded)
+        read = _read_csv if options.csv else _read_directories
+        source = read(options, loaded, ranks)
     except (DataError, OSError) as error:
         raise CommandError(UNREADABLE, error) from None
     data, model = source.dataset.metadata, loaded.model.config
@@ -131,7 +168,7 @@ def _source(options: argparse.Namespace, loaded: Loaded) -> Source:
     return source
 
 
-def _read_csv(options: argparse.Namespace) -> Source:
+def _read_csv(options: argparse.Namespace, loaded: Loaded, ranks: Ranks) -> Source:
     if options.split is not None:
         raise CommandError(USAGE, "--split is for data directories, --csv has no splits")
     if not Path(options.csv).is_file():
@@ -139,10 +176,10 @@ def _read_csv(options: argparse.Namespace) -> Source:
     puzzles = read_puzzles(options.csv)
     side = box_shape(cells=puzzles.boards.shape[1]).side
     data = from_arrays(puzzles.boards + 1, puzzles.grids + 1, vocab_size=side + 2)
-    return Source(PuzzleDataset(_visit((), options), data=data), (options.csv,), None)
+    return Source(PuzzleDataset(_visit((), options, ranks), data=data), (options.csv,), None)
 
 
-def _read_directories(options: argparse.Namespace, loaded: Loaded) -> Source:
+def _read_directories(options: argparse.Namespace, loaded: Loaded, ranks: Ranks) -> Source:
     paths, hint = options.data, ""
     if paths is None:
         saved = loaded.config.get("data") or {}
@@ -159,14 +196,19 @@ def _read_directories(options: argparse.Namespace, loaded: Loaded) -> Source:
         if not os.path.isdir(path):
             raise CommandError(USAGE, f"{path}: no such data directory{hint}")
     split = options.split or "test"
-    dataset = PuzzleDataset(_visit(paths, options), split)
+    dataset = PuzzleDataset(_visit(paths, options, ranks), split)
     return Source(dataset, tuple(map(str, paths)), split)
 
 
-def _visit(paths: Sequence[str], options: argparse.Namespace) -> PuzzleDatasetConfig:
+def _visit(paths: Sequence[str], options: argparse.Namespace, ranks: Ranks) -> PuzzleDatasetConfig:
     size = min(options.batch_size, options.max_puzzles or options.batch_size)
     return PuzzleDatasetConfig(
-        seed=0, dataset_paths=tuple(paths), global_batch_size=size, test_set_mode=True
+        seed=0,
+        dataset_paths=tuple(paths),
+        global_batch_size=size * ranks.world,
+        test_set_mode=True,
+        rank=ranks.rank,
+        num_replicas=ranks.world,
     )
 
 
@@ -183,10 +225,15 @@ def _evaluators(options: argparse.Namespace, loaded: Loaded, source: Source) -> 
     return evaluators
 
 
-def _scores(options: argparse.Namespace, evaluators: Evaluators) -> dict[str, float]:
+def _scores(
+    options: argparse.Namespace,
+    evaluators: Evaluators,
+    votes: Sequence[list[Ballots] | None],
+    ranks: Ranks,
+) -> dict[str, float]:
     """What the evaluators say, and the submission written if there is to be one."""
-    scores = evaluators.result()
-    if options.submission is not None:
+    scores = evaluators.result(votes=votes)
+    if options.submission is not None and ranks.first:
         try:
             evaluators.write_submission(Path(options.submission))
         except OSError as error:
@@ -195,7 +242,11 @@ def _scores(options: argparse.Namespace, evaluators: Evaluators) -> dict[str, fl
 
 
 def _measure(
-    options: argparse.Namespace, loaded: Loaded, source: Source, evaluators: Evaluators
+    options: argparse.Namespace,
+    loaded: Loaded,
+    source: Source,
+    evaluators: Evaluators,
+    ranks: Ranks,
 ) -> dict[str, SetReport]:
     arch = loaded.config.get("arch") or {}
     try:
@@ -207,6 +258,7 @@ def _measure(
             loss_type=arch.get("loss_type", "stablemax_cross_entropy"),
             rules=rules_of(source.dataset.metadata),
             observe=evaluators.begin(source.dataset.directories),
+            ranks=ranks,
         )
     except ValueError as error:  # no boards at all
         raise CommandError(UNREADABLE, f"{', '.join(source.names)}: {error}") from None

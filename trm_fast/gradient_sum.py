@@ -1,7 +1,7 @@
 """Gradients added up over the processes of a run while the backward that makes them goes on.
 
-Owns `GradientSum`: which gradients go together, and when. Gradients are summed, as the official code
-sums them: each process divides its loss by the global batch. Imported by the training step.
+Owns `GradientSum`: which gradients go together, and when. Gradients are summed, as the official
+code sums them: each process divides its loss by the global batch. Imported by the training step.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class GradientSum:
         self._open, self._missing, self._sent = True, list(self._full), []
 
     def finish(self) -> None:
-        """After it: every gradient is the sum when this returns, also those that it did not make."""
+        """After it: every gradient is the sum when this returns, those that it did not make too."""
         while len(self._sent) < len(self._stretches):
             self._send()
         for wait in self._sent:

@@ -280,7 +280,7 @@ class SparseEmbeddingSignSGD(Optimizer):
     ) -> None:
         there = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
         if world_size not in (1, there):
-            raise ValueError(f"world_size must be 1 or the {there} processes, got {world_size!r}")
+            raise ValueError(f"world_size is {world_size!r}; torch.distributed has {there} here")
         self.world_size, self.gathers = world_size, True
         # By group, of all processes: gradients [world_size * B, E], identifiers [world_size * B].
         self._slots: dict[int, tuple[Tensor, Tensor]] = {}

@@ -37,7 +37,7 @@ def set_random_state(saved: Mapping[str, Tensor], device: torch.device, ranks: R
     for name, state in saved.items():
         rows = state.reshape(-1, state.shape[-1])
         if ranks.rank < len(rows):
-            own[name] = rows[ranks.rank].contiguous()
+            own[name] = rows[ranks.rank].clone()  # PyTorch reads it from its storage's beginning
     if "cpu" in own:
         torch.set_rng_state(own["cpu"])
     if device.type == "cuda" and "cuda" in own:

@@ -342,14 +342,13 @@ def _run_locked(
         seconds = time.monotonic() - began
     finally:
         console.close()
-    received = max(ranks.numbers(signals.received or 0))
-    status = 128 + received if received else 0
-    if not finished:
-        status = status or 128 + signal.SIGINT
     if ranks.first:
         _conclude(trainer, spot, seconds, finished)
     # A signal during the last evaluation came too late to stop this run, not the next seed's.
-    return status, trainer
+    received = max(ranks.numbers(signals.received or 0))
+    if not finished:
+        received = received or signal.SIGINT
+    return 128 + received if received else 0, trainer
 
 
 def _conclude(trainer: Trainer, spot: Place, seconds: float, finished: bool) -> None:

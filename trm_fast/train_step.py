@@ -72,8 +72,8 @@ class TrainStep:
         device = feed.device
         if feed.dataset.local_batch_size != local:
             raise ValueError(
-                f"the feed has batches of {feed.dataset.local_batch_size}, each of {ranks.world} "
-                f"processes has {local} of global_batch_size={config.global_batch_size}"
+                f"the feed has batches of {feed.dataset.local_batch_size}, each process has "
+                f"{local} of global_batch_size={config.global_batch_size}"
             )
         _gather(list(model.parameters()))
         self.ema = EMA(model, config.ema_rate, config.ema_warmup) if config.ema else None

@@ -315,6 +315,8 @@ def _run(config: TrainConfig, ranks: Ranks) -> tuple[int, Trainer]:
     """One run; its exit status and the trainer as it ended."""
     config = for_device(config)
     splits = ranks.together(lambda: open_splits(config))
+    firsts = ranks.of_first(splits.record)
+    ranks.together(lambda: _check_same_data(splits, firsts, ranks))
     total = config.total_steps(splits.train.total_groups, splits.train.mean_puzzle_examples)
     spot = ranks.of_first(lambda: place(config, total))
     lock = ranks.together(lambda: RunLock(spot.run_dir) if ranks.first else None)
@@ -325,6 +327,14 @@ def _run(config: TrainConfig, ranks: Ranks) -> tuple[int, Trainer]:
     finally:
         if lock is not None:
             lock.release()
+
+
+def _check_same_data(splits: Splits, firsts: dict[str, Any], ranks: Ranks) -> None:
+    if changed := splits.changed(firsts):
+        raise ValueError(
+            f"process {ranks.rank} has other training data in {', '.join(splits.paths)} than the "
+            f"first: {', '.join(changed[:3])}"
+        )
 
 
 def _run_locked(

@@ -141,3 +141,13 @@ def test_bad_boards_are_named() -> None:
         is_valid(np.zeros((1, 82), int))
     with pytest.raises(ValueError, match="float64"):
         solve(np.zeros((1, 81)))
+
+
+def test_a_board_that_takes_too_many_guesses_is_given_up():
+    """Without a limit this one, which has no solution, takes three million."""
+    endless = ".....5.8....6.1.43..........1.5........1.6...3.......553.....61........4........."
+    solutions = solve(parse(endless, *BOARDS), guesses=400)
+    assert solutions.given_up.tolist() == [True, False, False, False]
+    assert solutions.counts.tolist() == [0, 1, 1, 1]
+    np.testing.assert_array_equal(solutions.boards[1:], parse(*SOLVED))
+    assert not solve(parse(*BOARDS)).given_up.any()

@@ -214,7 +214,7 @@ def resolve(path: str | os.PathLike[str], which: str = "last") -> Path:
     """
     _check_pointer(which)
     run = Path(path)
-    if (run / MANIFEST).exists() or (_STEP.fullmatch(run.name) and not list_steps(run)):
+    if os.path.exists(run / MANIFEST) or (_STEP.fullmatch(run.name) and not list_steps(run)):
         verify(run)
         return _present(run)
     folders = [folder for _, folder in reversed(list_steps(run))]

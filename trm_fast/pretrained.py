@@ -89,11 +89,11 @@ def find_checkpoint(path: str | os.PathLike[str]) -> Path:
         ValueError: there is none.
     """
     path = Path(path)
-    if path.name in ("last", "best") and path.is_file():
+    if path.name in ("last", "best") and os.path.isfile(path):
         name = read_pointer(path.parent, path.name)
         # Of `last` any intact neighbour will do; a `best` that is damaged has no substitute.
         return resolve(path.parent if path.name == "last" else path.parent / str(name))
-    if not path.exists():
+    if not os.path.exists(path):  # nor a name that is too long
         raise CheckpointError(f"{path}: no such checkpoint")
     return resolve(path)
 
@@ -124,21 +124,21 @@ def read_saved(
     text = os.fspath(source)
     path = Path(text)
     reject_unknown(given or {}, ASKED, "config")
-    repo = None if path.exists() else hub.hub_id(text, bare=bare_id)
+    repo = None if os.path.exists(path) else hub.hub_id(text, bare=bare_id)
     if repo is not None:
         path = _fetched(repo, file, revision)
-    elif path.exists() and (file is not None or revision is not None):
+    elif os.path.exists(path) and (file is not None or revision is not None):
         raise CheckpointError(f"{text}: is here; file and revision are for repositories of the hub")
-    if path.is_file() and path.name not in ("last", "best"):
+    if os.path.isfile(path) and path.name not in ("last", "best"):
         return _from_foreign(path, read_foreign(path, format, given=given, config=config))
     if format != "auto":
         raise CheckpointError(f"{path}: is not a file of {format}")
-    if path.exists() and (given or config is not None):
+    if os.path.exists(path) and (given or config is not None):
         odd = next(iter(given), "config") if given else f"the configuration {config}"
         raise CheckpointError(
             f"{path}: says all its settings itself; {odd} is for files of other projects"
         )
-    if (path / MODEL).is_file() and not (path / "manifest.json").exists():
+    if os.path.isfile(path / MODEL) and not (path / "manifest.json").exists():
         return _from_folder(path)
     folder = find_checkpoint(path)
     saved = load_checkpoint(folder)

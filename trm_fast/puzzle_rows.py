@@ -8,6 +8,7 @@ Dims: N rows trained, M rows wanted, E width of a row.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -28,7 +29,7 @@ def read_identifiers(path: str | Path) -> list[str]:
     Raises DataError naming the file.
     """
     path = Path(path)
-    file = path / _FILE if path.is_dir() else path
+    file = path / _FILE if os.path.isdir(path) else path
     names = read_json(file, _MAX_BYTES)
     if not isinstance(names, list) or not all(type(name) is str for name in names):
         raise DataError(f"{file}: expected a list of names")

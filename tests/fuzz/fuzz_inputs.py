@@ -275,6 +275,13 @@ def values() -> tuple[Files, ...]:
     return tuple({"line.argv": text.encode()} for text in texts)
 
 
+@cache
+def paths() -> tuple[Files, ...]:
+    """Words that name no file here."""
+    words = ("c.yaml", "owner/name", "best", "runs/step_3", "m.safetensors")
+    return tuple({"line.argv": word.encode()} for word in words)
+
+
 # Weights
 
 

@@ -25,7 +25,7 @@ from fuzz_text import SEPARATOR
 
 from trm_fast import loading, solve
 from trm_fast.arc_voting import ArcVoting
-from trm_fast.checkpoint import load_checkpoint, passed_over, read_pointer, resolve
+from trm_fast.checkpoint import list_steps, load_checkpoint, passed_over, read_pointer, resolve
 from trm_fast.config import ConfigError, TrainConfig
 from trm_fast.data import arc as arc_builder
 from trm_fast.data.arc_source import read_subset
@@ -36,8 +36,10 @@ from trm_fast.data.maze_source import read_mazes
 from trm_fast.data.sudoku_source import read_puzzles
 from trm_fast.durable import CheckpointError, parse_pickle, parse_tensors
 from trm_fast.foreign_file import read_architecture
-from trm_fast.overrides import HelpRequested, format_value, parse_train, parse_value
-from trm_fast.pretrained import build, card_of, read_saved
+from trm_fast.hub import hub_id
+from trm_fast.interop import read_weights
+from trm_fast.overrides import HelpRequested, format_value, parse_train, parse_value, read_mapping
+from trm_fast.pretrained import build, card_of, find_checkpoint, read_saved
 from trm_fast.progress import MetricsWriter, read_metrics
 from trm_fast.puzzle_rows import read_identifiers
 from trm_fast.runs import place
@@ -214,6 +216,38 @@ def _boards(folder: Path) -> None:
         raise
 
 
+_AT_A_PATH: tuple[Callable[[str], object], ...] = (
+    lambda path: read_split(path, "train"),
+    lambda path: read_metadata(path, "test"),
+    read_identifiers,
+    read_puzzles,
+    read_mazes,
+    lambda path: read_subset(path, "x"),
+    ArcVoting,
+    read_saved,
+    find_checkpoint,
+    resolve,
+    read_weights,
+    read_mapping,
+    lambda path: parse_train([f"config={path}"]),
+    lambda path: parse_train([f"resume={path}"]),
+    lambda path: hub_id(path, bare=True),
+    lambda path: hub_id(f"hf://{path}", bare=False),
+)
+
+
+def _paths(folder: Path) -> None:
+    """What a user gives as the place of something: each reader takes it or raises ValueError."""
+    word = _words(folder)[0].replace("\0", "")  # which no command line can hold
+    for reader in _AT_A_PATH:
+        for path in (word, str(folder / word)):
+            try:
+                reader(path)
+            except ValueError as error:
+                assert len(str(error)) <= 1000 + 2 * len(path), reader
+    list_steps(folder / word)
+
+
 def _metrics(folder: Path) -> None:
     """Read back, and written on by a run that is resumed."""
     rows = read_metrics(folder)
@@ -248,6 +282,7 @@ PARSERS = (
     Parser("all_config.yaml", inputs.yaml_configs, _architecture, (ConfigError,), **_YAML),
     Parser("command line", inputs.arguments, _arguments, (ConfigError, HelpRequested), **_YAML),
     Parser("override value", inputs.values, _value, (ConfigError,)),
+    Parser("paths", inputs.paths, _paths, ()),
     Parser("boards", inputs.boards, _boards, (loading.CommandError,)),
     Parser("metrics.jsonl", inputs.metrics, _metrics, ()),
     Parser(

@@ -27,6 +27,7 @@ def long_header(version, length):
 
 GROUPED = datasets()[0]
 FLAT, NANO = datasets()[2:]
+ENDLESS = b".....5.8....6.1.43..........1.5........1.6...3.......553.....61........4........."
 LONG = [["a" * 50] * 50] * 50
 BOMB = "a0: &a0 {k: v}\n" + "".join(
     f"a{n}: &a{n} {{<<: [{', '.join([f'*a{n - 1}'] * 9)}]}}\n" for n in range(1, 9)
@@ -67,6 +68,14 @@ FOUND = [
     ("dataset", grouped(sets=LONG), "expected a list of different names"),
     ("checkpoint", manifest(format=LONG), "; 1 is known"),
     ("checkpoint", manifest(files={"a" * 9000: {}}), "manifest.json: lists aaaa"),
+    # One row, three million guesses.
+    ("Sudoku CSV", {"boards.csv": ENDLESS + b"\n"}, "row 1: not solved in 262144 guesses"),
+    # A path that is no file's, because of its length.
+    ("paths", {"line.argv": b"x" * 300}, ""),
+    ("paths", {"line.argv": b"x" * 300 + b"/last"}, ""),
+    ("command line", {"line.argv": b"resume=" + b"x" * 300}, "resume must be auto, never or"),
+    # What PyYAML quotes of a file was printed as it is.
+    ("run config", {"c.yaml": '{"a\U0009c174": "b" "c"'.encode()}, "is not YAML: while parsing"),
     # PyYAML makes scalars by calls that fail in ways of their own.
     ("run config", {"c.yaml": b"lr: !!int ''"}, "c.yaml is not YAML: string index out of range"),
     ("run config", {"c.yaml": b"ema: !!bool maybe"}, "c.yaml is not YAML: 'maybe'"),

@@ -10,6 +10,7 @@ grid is a list of 1 to 30 rows of 1 to 30 colours 0..9.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,7 +72,7 @@ def read_subset(prefix: str, subset: str) -> tuple[list[Task], bool]:
     path = Path(f"{prefix}_{subset}_challenges.json")
     raw = _tasks_of(path)
     solutions_path = Path(f"{prefix}_{subset}_solutions.json")
-    solved = solutions_path.is_file()
+    solved = os.path.isfile(solutions_path)
     if solved:
         _add_solutions(path, raw, solutions_path)
     return list(parse_tasks(path, raw, [[0]])), solved
@@ -83,7 +84,7 @@ def read_test_puzzles(path: Path) -> dict[str, Task]:
 
 
 def _tasks_of(path: Path) -> dict[str, Any]:
-    if not path.is_file():
+    if not os.path.isfile(path):  # False too for a name that is too long
         raise DataError(f"{path}: no such file")
     raw = read_json(path, _MAX_BYTES)
     if not isinstance(raw, dict):

@@ -162,7 +162,7 @@ def read_split(
 
 def _read_description(root: Path, split: str) -> tuple[Path, dict[str, Any]]:
     """The folder of a split and its dataset.json ({} where a flat folder has none)."""
-    if not root.is_dir():
+    if not os.path.isdir(root):  # False too for a name that is too long
         raise DataError(f"{root}: no such data directory")
     if (root / split).is_dir():
         folder = root / split

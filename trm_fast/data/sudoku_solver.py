@@ -35,10 +35,11 @@ WIDTH = 2048
 @dataclass(frozen=True)
 class Solutions:
     """boards [N, L] uint8: a solution of each board, zeros where there is none;
-    counts [N] uint8: 0, 1, or 2 for two or more."""
+    counts [N] uint8: 0, 1, or 2 for two or more; given_up [N] bool: there may be more."""
 
     boards: np.ndarray
     counts: np.ndarray
+    given_up: np.ndarray
 
 
 def candidates(boards: np.ndarray, box: BoxShape) -> np.ndarray:
@@ -97,35 +98,48 @@ def propagate(masks: np.ndarray, box: BoxShape) -> tuple[np.ndarray, np.ndarray]
 
 
 def solve(
-    boards: np.ndarray, *, limit: int = 2, rng: np.random.Generator | None = None
+    boards: np.ndarray,
+    *,
+    limit: int = 2,
+    rng: np.random.Generator | None = None,
+    guesses: int | None = None,
 ) -> Solutions:
     """Search all boards [N, L] for up to `limit` (1 or 2) solutions each.
 
     limit=2 tells boards with one solution from those with several, limit=1 stops at the first.
     Guesses are the smallest digit first, or at random with `rng` (then blank boards give random
-    grids). Raises ValueError for digits outside 0..side or a board size that is not supported.
+    grids). A board that takes more than `guesses` is given up: the hardest puzzles known take 400,
+    but some boards without a solution millions. Raises ValueError for digits outside 0..side or a
+    board size that is not supported.
     """
     boards = _checked(boards)
     box = box_shape(cells=boards.shape[1])
-    search = _Search(boards.shape, box, limit, rng)
+    search = _Search(boards.shape, box, limit, rng, guesses)
     for start in range(0, len(boards), WIDTH):
         ids = np.arange(start, min(start + WIDTH, len(boards)))
         search.push(candidates(boards[ids], box), ids)
         # The stack is run down before more boards join, so memory does not grow with N.
         search.run(until=WIDTH // 2)
     search.run(until=0)
-    return Solutions(search.boards, search.counts)
+    return Solutions(search.boards, search.counts, search.given_up & (search.counts < limit))
 
 
 class _Search:
     """Depth-first search over a stack of partly solved boards, the topmost thousands at a time."""
 
     def __init__(
-        self, shape: tuple[int, ...], box: BoxShape, limit: int, rng: np.random.Generator | None
+        self,
+        shape: tuple[int, ...],
+        box: BoxShape,
+        limit: int,
+        rng: np.random.Generator | None,
+        guesses: int | None,
     ) -> None:
         self.boards = np.zeros(shape, np.uint8)
         self.counts = np.zeros(shape[0], np.uint8)
-        self._box, self._limit, self._rng = box, limit, rng
+        self.given_up = np.zeros(shape[0], bool)
+        self._box, self._limit, self._rng, self._most = box, limit, rng, guesses
+        self._guesses = np.zeros(shape[0], np.int64)
         self._stack: list[tuple[np.ndarray, np.ndarray]] = []
         self._size = 0
         self._bits = np.array([bin(mask).count("1") for mask in range(1 << 9)], np.uint8)
@@ -149,7 +163,7 @@ class _Search:
         while self._stack and width < WIDTH:
             masks, ids = self._stack.pop()
             self._size -= ids.size
-            wanted = self.counts[ids] < self._limit
+            wanted = (self.counts[ids] < self._limit) & ~self.given_up[ids]
             if not wanted.all():
                 masks, ids = _columns(masks, np.flatnonzero(wanted)), ids[wanted]
             taken.append((masks, ids))
@@ -171,6 +185,9 @@ class _Search:
         guess = np.flatnonzero(~dead & ~changed & unsolved)
         going = np.flatnonzero(~dead & changed)
         if guess.size:
+            if self._most is not None:
+                np.add.at(self._guesses, ids[guess], 1)
+                self.given_up = self._guesses > self._most
             chosen, rest = self._branch(_columns(after, guess))
             self.push(rest, ids[guess])
             self.push(chosen, ids[guess])

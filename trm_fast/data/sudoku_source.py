@@ -28,6 +28,7 @@ __all__ = ["read_puzzles"]
 
 _BLOCK = 1 << 16
 _LINE_LIMIT = 4096
+_GUESSES = 1 << 18  # two seconds for one board; an empty one takes half of them
 _DIALECTS = (("question", "answer"), ("quizzes", "solutions"))
 
 
@@ -58,7 +59,8 @@ def read_puzzles(
 
     With min_difficulty rows of a smaller rating are left out, unchecked. Raises DataError naming
     file and row for a wrong length or character, clashing clues, an answer that breaks the rules or
-    the clues, no or several solutions where no answer is given, or columns that are not known.
+    the clues, no or several solutions where no answer is given, a board that is too hard to say,
+    or columns that are not known.
     """
     reader = _Reader(Path(path), skip_bad, size=size)
     try:
@@ -162,10 +164,12 @@ def _check_block(rows: list[_Row], reader: _Reader) -> None:
     fault(~unsolved & ~is_valid(grids), "the answer breaks the rules")
     fault(~unsolved & ((boards != 0) & (boards != grids)).any(1), "the answer contradicts a clue")
     todo = np.setdiff1d(np.flatnonzero(unsolved), list(reasons))
-    solutions = solve(boards[todo])
+    solutions = solve(boards[todo], guesses=_GUESSES)
     grids[todo] = solutions.boards
-    for i, count in zip(todo, solutions.counts, strict=True):
-        if count != 1:
+    for i, count, given_up in zip(todo, solutions.counts, solutions.given_up, strict=True):
+        if given_up:
+            reasons[int(i)] = f"not solved in {_GUESSES} guesses; a file may hold the answer"
+        elif count != 1:
             reasons[int(i)] = "no solution" if count == 0 else "several solutions, so no one label"
     for i in sorted(reasons):
         reader.bad(fitting[i].number, reasons[i])

@@ -1,5 +1,7 @@
 """Several processes make the steps that one makes: gradients, halting, rows, metrics, carries."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from capturing import Recorded
@@ -12,7 +14,7 @@ from trm_fast.capture import WARMUP, Capture
 from trm_fast.config import ConfigError
 from trm_fast.data.dataset import PuzzleDataset
 from trm_fast.data.feed import Feed
-from trm_fast.distributed import SINGLE, Ranks, asked_for, join
+from trm_fast.distributed import SINGLE, Elsewhere, Ranks, asked_for, join
 from trm_fast.flat import lay_out
 from trm_fast.gradient_sum import GradientSum
 from trm_fast.losses import ACTLossHead
@@ -97,8 +99,42 @@ def replayed(ranks, config):
     return all(torch.equal(graphs[name], plain[name]) for name in plain), Recorded.made
 
 
-def steps_and_replays(ranks, configs):
-    return all_steps(ranks, configs), replayed(ranks, configs["parts"])
+def agreements(ranks, folder):
+    """What the processes tell each other, and who speaks where one of them fails."""
+    place = Path(folder, "made")
+
+    def fails():
+        raise ValueError(f"process {ranks.rank}")
+
+    def turn():
+        with open(place, "a") as file:
+            file.write(str(ranks.rank))
+        return place.read_text()
+
+    said = []
+    for attempt in (
+        lambda: ranks.together(fails),
+        lambda: ranks.together(fails if ranks.rank else int),
+        lambda: ranks.of_first(fails),
+        lambda: ranks.in_turn(fails if ranks.rank else int),
+    ):
+        with pytest.raises((ValueError, Elsewhere)) as caught:
+            attempt()
+        said.append(str(caught.value))
+    own = torch.tensor([ranks.rank + 1.0])
+    whole = ranks.totals(own)
+    return said, {
+        "numbers": ranks.numbers(5 + ranks.rank),
+        "any": (ranks.any(ranks.rank == 1), ranks.any(False)),
+        "of_first": ranks.of_first(lambda: ranks.rank + 7),
+        "in_turn": ranks.in_turn(turn),
+        "totals": (whole.item(), own.item()),
+        "collected": ranks.collected(torch.full((2, 1), ranks.rank)).flatten().tolist(),
+    }
+
+
+def everything_of_two(ranks, configs, folder):
+    return all_steps(ranks, configs), replayed(ranks, configs["parts"]), agreements(ranks, folder)
 
 
 def assert_one_step(theirs, wanted, limit):
@@ -124,16 +160,26 @@ def flat(tensors):
     return torch.cat([tensor.flatten() for tensor in tensors.values()])
 
 
+def assert_agreed(first, second):
+    elsewhere = "process {} of the run says why"
+    assert first[0] == ["process 0", elsewhere.format(1), "process 0", elsewhere.format(1)]
+    assert second[0] == [elsewhere.format(0), "process 1", elsewhere.format(0), "process 1"]
+    same = {"numbers": [5, 6], "any": (True, False), "of_first": 7}
+    assert first[1] == same | {"in_turn": "0", "totals": (3, 1), "collected": [0, 0, 1, 1]}
+    assert second[1] == same | {"in_turn": "01", "totals": (3, 2), "collected": [1, 1]}
+
+
 @pytest.mark.parametrize("world", [2, 4])
-def test_processes_make_the_step_of_one(data, world):
+def test_processes_make_the_step_of_one(data, tmp_path, world):
     names = CONFIGS if world == 2 else ("float32",)
     settings = {"global_batch_size": 8, "ema": False}
     configs = {name: make_config(data, **settings, **CONFIGS[name]) for name in names}
     wanted = all_steps(SINGLE, configs)
     if world == 2:
-        found = in_processes(world, steps_and_replays, configs)
-        assert [replays for _, replays in found] == [(True, 2)] * 2
-        found = [steps for steps, _ in found]
+        found = in_processes(world, everything_of_two, configs, str(tmp_path))
+        assert [replays for _, replays, _ in found] == [(True, 2)] * 2
+        assert_agreed(*(agreed for _, _, agreed in found))
+        found = [steps for steps, _, _ in found]
     else:
         found = in_processes(world, all_steps, configs)
     for name, one in wanted.items():

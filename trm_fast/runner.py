@@ -39,7 +39,7 @@ from trm_fast.progress import MetricsError, MetricsWriter, StatusLine, make_logg
 from trm_fast.runs import Place, RunLock, latest, place
 from trm_fast.splits import Splits, open_splits
 from trm_fast.summary import summarize
-from trm_fast.trainer import Trainer, TrainingStopped, for_device
+from trm_fast.trainer import Reporter, Trainer, TrainingStopped, for_device
 from trm_fast.viz import learning_curve
 
 
@@ -75,7 +75,7 @@ class Signals:
         self.received = number
 
 
-class Console:
+class Console(Reporter):
     """The Reporter of the command line: status line, metric files, trackers, official files."""
 
     def __init__(self, spot: Place, total_steps: int, signals: Signals) -> None:
@@ -147,26 +147,11 @@ class Console:
             tracker.close()
 
 
-class Listener:
+class Listener(Reporter):
     """The Reporter of all processes but the first: it only passes on that the run is to stop."""
 
     def __init__(self, signals: Signals) -> None:
         self.signals = signals
-
-    def on_step(self, trainer: Trainer, metrics: dict[str, float]) -> None:
-        """The first process tells."""
-
-    def on_evaluation(self, trainer: Trainer, reports: dict[str, SetReport]) -> None:
-        """The first process tells."""
-
-    def on_checkpoint(self, trainer: Trainer, path: Path) -> None:
-        """The first process wrote it."""
-
-    def on_skip(self, trainer: Trainer, state: GuardState) -> None:
-        """The first process tells."""
-
-    def on_profile(self, trainer: Trainer, line: str) -> None:
-        """The first process has it."""
 
     def wants_to_stop(self) -> bool:
         return self.signals.received is not None

@@ -13,7 +13,7 @@ import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -44,8 +44,8 @@ class TrainingStopped(RuntimeError):
     """The run cannot go on; one line with step and batch. The last checkpoint is as it was."""
 
 
-class Reporter(Protocol):
-    """Whoever wants to know how a run goes; each process has its own."""
+class Reporter:
+    """Told how a run goes, each process its own; this one keeps it to itself."""
 
     def on_step(self, trainer: Trainer, metrics: dict[str, float]) -> None:
         """After every `log_interval` steps and the last one, with the means since the last call."""
@@ -64,6 +64,7 @@ class Reporter(Protocol):
 
     def wants_to_stop(self) -> bool:
         """Asked after every step and evaluated batch; True ends the run after a checkpoint."""
+        return False
 
 
 def for_device(config: TrainConfig) -> TrainConfig:

@@ -1,6 +1,7 @@
 """Which folder a job writes to, and with which checkpoint it goes on."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -122,6 +123,22 @@ def test_a_run_that_another_process_works_on_is_left_alone():
             RunLock(place(job(run_name=saved.run_name), TOTAL).run_dir)
         other.communicate("\n")
     RunLock(place(job(), TOTAL).run_dir).release()
+
+
+def test_a_deleted_folder_is_this_process_s_until_another_begins_there(tmp_path):
+    lock = RunLock(tmp_path / "r")
+    lock.check()
+    shutil.rmtree(tmp_path / "r")
+    lock.check()
+    with pytest.raises(ValueError, match="in use by another process"):
+        RunLock(tmp_path / "r")
+    shutil.rmtree(tmp_path / "r")
+    other = RunLock(tmp_path / "r")
+    for _ in range(2):
+        with pytest.raises(ValueError, match="r was deleted, and another process has begun there"):
+            lock.check()
+        other.release()  # though it may have ended: the folder is that of its run
+    lock.release()
 
 
 def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before():

@@ -56,21 +56,48 @@ class RunLock:
     """
 
     def __init__(self, run_dir: Path) -> None:
+        self._path = run_dir / ".lock"
+        self._file = self._take()
+
+    def _take(self) -> IO[str]:
+        run_dir = self._path.parent
         try:
             run_dir.mkdir(parents=True, exist_ok=True)
-            self._file: IO[str] = open(run_dir / ".lock", "a", encoding="ascii")  # noqa: SIM115
+            file: IO[str] = open(self._path, "a", encoding="ascii")  # noqa: SIM115
         except OSError as error:
             raise ValueError(
                 f"checkpoint_path: nothing can be written in {run_dir}: {error.strerror or error}"
             ) from None
         if fcntl is not None:
             try:
-                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                self._file.close()
+                file.close()
                 raise ValueError(f"{run_dir} is in use by another process") from None
             except OSError:  # a file system without locks
                 pass
+        return file
+
+    def check(self) -> None:
+        """See that the folder is still this process's: somebody may have deleted it. It is made
+        again, and locked, unless another process has begun there.
+
+        Raises:
+            ValueError: another process has used the folder meanwhile, or it cannot be made.
+        """
+        try:
+            there = os.stat(self._path)
+        except FileNotFoundError:
+            self.release()
+            self._file = self._take()
+            return
+        except OSError:  # a file system that is not there for a moment
+            return
+        if not os.path.samestat(there, os.fstat(self._file.fileno())):
+            raise ValueError(
+                f"{self._path.parent} was deleted, and another process has begun there: this one "
+                "writes nothing more"
+            )
 
     def release(self) -> None:
         self._file.close()

@@ -12,6 +12,7 @@ from trials.job import Bench, Child, Job, Row
 from trm_fast.data import sudoku
 
 KILL = signal.SIGKILL
+TOO_LATE = "after its end"
 
 
 def kills(bench: Bench, row: Row, count: int) -> None:
@@ -44,13 +45,15 @@ def _kill(job: Job, child: Child, number: int = KILL) -> tuple[str, str | None, 
     kept = job.pointer()
     child.signal(number)
     status = child.wait()
-    where = "the end" if status == 0 else job.phase()
+    where = job.phase() if child.text() else "during imports"
+    where = TOO_LATE if status == 0 else where
     lost = job.newest() < kept
     return where, None if status in (0, -number) else f"status {status}", lost
 
 
 def _settle(bench: Bench, row: Row, job: Job, waiting: list[tuple[str, str | None, bool]]) -> None:
     """Count kills of one job, by how it goes on to its end."""
+    waiting = [trial for trial in waiting if trial[0] != TOO_LATE]
     if not waiting:
         shutil.rmtree(job.folder)
         return

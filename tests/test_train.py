@@ -28,7 +28,7 @@ from trm_fast.extension.build import BuildError
 from trm_fast.optim import GuardState
 from trm_fast.progress import StatusLine, read_metrics
 from trm_fast.runner import Console, Signals
-from trm_fast.runs import Place
+from trm_fast.runs import Place, RunLock
 from trm_fast.trainer import Trainer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -208,6 +208,32 @@ def test_weights_to_start_from_are_not_needed_to_go_on(here):
 def test_absurd_numbers_are_one_line_and_exit_2(here, capfd):
     assert train.main(["generate=999999999999"]) == 2
     assert capfd.readouterr().err == "trm-fast train: not enough memory for so many boards\n"
+
+
+def test_a_run_whose_folder_was_deleted_makes_way_for_the_next(here, capfd, monkeypatch):
+    assert run("+run_name=straight") == 0
+    folder = run_folder(here).with_name("r")
+    steps = {4: lambda: None, 9: lambda: locks.append(RunLock(folder))}
+    locks = []
+
+    def step(trainer, name, examples, real=Trainer.advance):
+        if trainer.step in chosen:
+            shutil.rmtree(folder)
+            steps[trainer.step]()
+        real(trainer, name, examples)
+
+    monkeypatch.setattr(Trainer, "advance", step)
+    chosen = {4}
+    assert run("+run_name=r") == 0
+    assert_equal(final_state(folder.with_name("straight")), final_state(folder))
+    shutil.rmtree(folder)
+    chosen = {9}
+    assert run("+run_name=r") == 2
+    said = capfd.readouterr().err
+    assert said.endswith(
+        "was deleted, and another process has begun there: this one writes nothing more\n"
+    )
+    assert [path.name for path in folder.iterdir()] == [".lock"]
 
 
 @pytest.mark.parametrize(

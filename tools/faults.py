@@ -23,7 +23,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from trials import damage, disks, kills
+from trials import damage, disks, kills, ranks
 from trials.job import Bench, Row
 
 from trm_fast.console import say
@@ -47,6 +47,7 @@ FAULTS = [
     Fault("SIGKILL while a data set is written or replaced", kills.kills_in_data, 30, 1),
     Fault("kill with the log's last line torn", kills.torn_logs, 15, 0),
     Fault("SIGINT, SIGTERM at any moment", kills.signals, 30, 1),
+    Fault("SIGKILL of one of two processes under torchrun", ranks.loss, 10, 0),
     Fault("disk full at any moment of a run", disks.full_disks, 30, 1, True),
     Fault("disk full after any page of a checkpoint", disks.full_disks_by_page, 30, 6, True),
     Fault("disk full from the k-th operation on", disks.failing_writes, 60, 1),

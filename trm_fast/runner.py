@@ -78,8 +78,11 @@ class Signals:
 class Console(Reporter):
     """The Reporter of the command line: status line, metric files, trackers, official files."""
 
-    def __init__(self, spot: Place, total_steps: int, signals: Signals) -> None:
+    def __init__(
+        self, spot: Place, total_steps: int, signals: Signals, lock: RunLock | None = None
+    ) -> None:
         config, self.run_dir, self.signals = spot.config, spot.run_dir, signals
+        self.lock = lock
         self.config = config
         self.writer = MetricsWriter(self.run_dir, spot.resume_step)
         rows = read_metrics(self.run_dir)
@@ -134,6 +137,8 @@ class Console(Reporter):
         self.status.message(line)
 
     def wants_to_stop(self) -> bool:
+        if self.lock is not None:
+            self.lock.check()
         return self.signals.received is not None
 
     def _log(self, step: int, metrics: dict[str, float]) -> None:
@@ -308,7 +313,7 @@ def _run(config: TrainConfig, ranks: Ranks) -> tuple[int, Trainer]:
     try:
         with Signals(ranks) as signals:
             spot = ranks.of_first(lambda: latest(spot))
-            return _run_locked(spot, splits, total, signals, ranks)
+            return _run_locked(spot, splits, total, signals, ranks, lock)
     finally:
         if lock is not None:
             lock.release()
@@ -323,10 +328,15 @@ def _check_same_data(splits: Splits, firsts: dict[str, Any], ranks: Ranks) -> No
 
 
 def _run_locked(
-    spot: Place, splits: Splits, total: int, signals: Signals, ranks: Ranks
+    spot: Place,
+    splits: Splits,
+    total: int,
+    signals: Signals,
+    ranks: Ranks,
+    lock: RunLock | None,
 ) -> tuple[int, Trainer]:
     console = ranks.together(
-        lambda: Console(spot, total, signals) if ranks.first else Listener(signals)
+        lambda: Console(spot, total, signals, lock) if ranks.first else Listener(signals)
     )
     try:
         trainer = Trainer(spot.config, splits, spot.run_dir, console, spot.resume_from, ranks)

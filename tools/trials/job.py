@@ -43,7 +43,7 @@ JOB = [
 PRELOADED = (torch._dynamo, runner)
 sys.modules.setdefault("matplotlib", None)  # type: ignore[arg-type]  # no time for pictures
 torch.set_num_threads(1)  # threads do not survive a fork
-PATIENCE = 120.0  # seconds after which a process that does not end counts as hanging
+PATIENCE = 300.0  # seconds after which a process that does not end counts as hanging
 
 
 @dataclass

@@ -77,7 +77,7 @@ def kills_in_saves(bench: Bench, row: Row, count: int) -> None:
             shutil.rmtree(job.folder)
             continue
         what = sorted(path.name for path in job.run.glob(".step_*/*"))
-        _settle(bench, row, job, [(f"{len(what)} files there", *killed[1:])])
+        _settle(bench, row, job, [(f"with {len(what)} files written", *killed[1:])])
 
 
 def kills_in_data(bench: Bench, row: Row, count: int) -> None:
@@ -140,7 +140,7 @@ def torn_logs(bench: Bench, row: Row, count: int) -> None:
             start = data.rfind(b"\n") + 1
         cut = bench.chance.randrange(start, len(data))
         log.write_bytes(data[:cut] + bench.chance.choice([b"", b"\0\xff\n", b"\0" * 4096]))
-        _settle(bench, row, job, [("", odd, lost)])
+        _settle(bench, row, job, [("went on", odd, lost)])
 
 
 def signals(bench: Bench, row: Row, count: int) -> None:

@@ -92,7 +92,10 @@ setup(
         *csrc_packages,
     ],
     package_dir={"trm_fast": "trm_fast", "trm_fast.kernels": "kernels", **csrc_packages},
-    package_data={"trm_fast": ["py.typed"], **dict.fromkeys(csrc_packages, CSRC_FILES)},
+    package_data={
+        "trm_fast": ["py.typed", "shipped/*"],
+        **dict.fromkeys(csrc_packages, CSRC_FILES),
+    },
     cmdclass={"build_py": BuildPy, "bdist_wheel": Wheel},
     distclass=Platform,
 )

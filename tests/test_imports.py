@@ -64,7 +64,8 @@ ORDER = [
     ["foreign_file"],
     ["foreign", "foreign_write"],
     ["pretrained"],
-    ["loading", "puzzles", "runs"],
+    ["loading", "puzzles", "runs", "portable"],
+    ["agreement", "onnx_file"],
     ["mazes", "splits", "profiling"],
     ["train_step", "validation"],
     ["trainer"],
@@ -87,7 +88,7 @@ ORDER = [
     ["suite.why"],
     ["suite.stages"],
     ["suite"],
-    ["train", "evaluate", "solve", "convert", "info"],
+    ["train", "evaluate", "solve", "convert", "export", "info"],
     ["__init__"],
     ["__main__"],
 ]

@@ -49,7 +49,8 @@ def test_the_build_does_not_ask_for_torch():
 def test_constraints_satisfy_the_requirements():
     lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
     pins = [line for line in lines if line and not line.startswith("#")]
-    assert pins == ["torch==2.13.0", "triton==3.6.0", "numpy<2.4", "atheris==3.0.0"]
+    more = ["atheris==3.0.0", "onnx==1.23.2", "onnxscript==0.7.2", "onnxruntime==1.32.0"]
+    assert pins == ["torch==2.13.0", "triton==3.6.0", "numpy<2.4", *more]
 
 
 def test_optional_features_have_their_extras():
@@ -59,6 +60,7 @@ def test_optional_features_have_their_extras():
         "dev",
         "fuzz",
         "hub",
+        "onnx",
         "tensorboard",
         "test",
         "trackio",
@@ -107,6 +109,10 @@ def test_packages_are_mapped_into_trm_fast(tmp_path):
     sources = {f"csrc/{p.relative_to(ROOT / 'csrc')}" for p in (ROOT / "csrc").rglob("*.*")}
     assert {f for f in files if f.startswith("csrc/")} == sources
     assert "py.typed" in files
+    shipped = {f"shipped/{p.name}" for p in (ROOT / "trm_fast" / "shipped").iterdir()}
+    assert {f for f in files if f.startswith("shipped")} == shipped and len(shipped) == 3
+    (listed,) = tmp_path.glob("*.egg-info/SOURCES.txt")  # what an sdist has
+    assert {f"trm_fast/{name}" for name in shipped} <= set(listed.read_text().splitlines())
     assert not any(f.startswith("_lib") for f in files), "compiled without being asked"
 
 

@@ -377,16 +377,6 @@ def test_a_checkpoint_that_cannot_answer_is_status_3(ask, tmp_path, make):
     assert err.count("\n") == 1
 
 
-def test_without_a_run_it_says_how_to_make_one(ask, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    status, out, err = ask(SOLVED, model=None)
-    assert (status, out) == (3, "")
-    assert err == (
-        "trm-fast solve: no trained model in ./checkpoints: `make train` makes one, "
-        "or -m CHECKPOINT names one\n"
-    )
-
-
 def test_a_model_of_other_puzzles_is_status_5(ask, tmp_path):
     run = save_run(tmp_path / "run", changes={"vocab_size": 9})
     status, _, err = ask(SOLVED, model=run)

@@ -22,6 +22,7 @@ COMMANDS = {
     "solve": ("trm_fast.solve", "answer puzzles given as arguments, in a file or on stdin"),
     "data": ("", "build a data set: trm-fast data sudoku ..."),
     "convert": ("trm_fast.convert", "models from and to the formats of other projects"),
+    "export": ("trm_fast.export", "write a model as ONNX and torch.export graphs"),
     "info": ("trm_fast.info", "versions, devices, and which implementation serves which op"),
     "bench": ("trm_fast.bench", "what you gain here: training and solving, timed"),
 }

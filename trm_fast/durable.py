@@ -113,6 +113,11 @@ def write_text(target: Path, text: str) -> None:
     _replace(target, lambda temp: temp.write_text(text, encoding="utf-8"))
 
 
+def write_bytes(target: Path, data: bytes) -> None:
+    """A file of bytes, replaced as a whole; CheckpointError where that fails."""
+    _replace(target, lambda temp: temp.write_bytes(data))
+
+
 def write_line(path: Path, line: str) -> None:
     """Replace a one-line file atomically and durably; OSError where that fails."""
     replace_text(path, line + "\n")

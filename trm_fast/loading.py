@@ -141,15 +141,15 @@ class Parser(argparse.ArgumentParser):
             epilog=(
                 "exit status: 0 done; 1 an answer breaks the rules (solve only); 2 command line "
                 "or missing\ninput; 3 checkpoint; 4 input that cannot be read; 5 size or "
-                "vocabulary unlike the model's"
+                "vocabulary unlike the model's;\n6 a graph unlike the model (export only)"
             ),
         )
 
     def error(self, message: str) -> NoReturn:
         raise CommandError(USAGE, f"{message}; see --help")
 
-    def add_shared(self) -> None:
-        """The options that every answer command has."""
+    def add_model(self) -> None:
+        """The options of every command that runs a model: which weights, how many steps."""
         self.add_argument(
             "--steps", type=positive, metavar="M", help="supervision steps (default: the run's own)"
         )
@@ -158,6 +158,10 @@ class Parser(argparse.ArgumentParser):
             choices=WEIGHTS,
             help="moving average or raw weights (default: ema where the run kept it)",
         )
+
+    def add_shared(self) -> None:
+        """The options that every answer command has."""
+        self.add_model()
         self.add_argument(
             "--batch-size",
             type=positive,

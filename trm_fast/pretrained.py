@@ -42,6 +42,7 @@ from trm_fast.overrides import OF_ONE_RUN, format_value
 from trm_fast.progress import read_metrics
 
 __all__ = [
+    "SHIPPED",
     "WEIGHTS",
     "Saved",
     "build",
@@ -54,6 +55,8 @@ __all__ = [
 ]
 
 CONFIG, MODEL, README = "config.json", "model.safetensors", "README.md"
+SHIPPED = "shipped"
+"""The name of the model that comes with the package, where there is no such path."""
 WEIGHTS = ("ema", "raw")
 LONGEST, DEEPEST = 1_000_000, 10_000  # tokens, cycles: what a file may ask for
 _PASSES, _TABLE = 100_000, 1 << 26  # cycles in all; numbers in what is not in the file
@@ -112,7 +115,7 @@ def read_saved(
 
     Args:
         source: what `find_checkpoint` takes, a folder of `save_pretrained`, a file that
-            `foreign.read_foreign` takes, or hf://owner/name.
+            `foreign.read_foreign` takes, hf://owner/name, or `SHIPPED`.
         format, given, config: see `foreign.read_foreign`, for files of other projects.
         file: of a hub repository, the file of another project to read.
         revision: of a hub repository, the branch, tag or commit.
@@ -123,6 +126,8 @@ def read_saved(
     """
     text = os.fspath(source)
     path = Path(text)
+    if text == SHIPPED and not path.exists():
+        path = Path(__file__).with_name(SHIPPED)
     reject_unknown(given or {}, ASKED, "config")
     repo = None if os.path.exists(path) else hub.hub_id(text, bare=bare_id)
     if repo is not None:
@@ -317,7 +322,8 @@ def from_pretrained(
 
     Args:
         source: a run or step folder, a folder of `save_pretrained`, a file of another project
-            (official, tiny-recursive-rs, nano-trm, ...), or a hub repository, owner/name.
+            (official, tiny-recursive-rs, nano-trm, ...), a hub repository, owner/name, or
+            `SHIPPED`.
         weights: "ema" or "raw"; None is the moving average where there is one.
         config: what a file of another project does not hold: H_cycles, L_cycles, num_heads,
             seq_len, ... (`foreign_file.ASKED`).

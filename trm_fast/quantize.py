@@ -26,7 +26,8 @@ CHUNK = 1024  # products of 127 * 127 that float32 sums exactly
 
 
 class Rows(NamedTuple):
-    """numbers [..., K], whole, and steps [..., 1]: both float32; t is about numbers * steps."""
+    """numbers [..., K], whole, and steps [..., 1]: both float32; t is about numbers * steps. A
+    graph to be exported keeps a weight's numbers as int8."""
 
     numbers: Tensor
     steps: Tensor
@@ -57,13 +58,20 @@ def rows(t: Tensor) -> Rows:
 def linear(h: Tensor, weight: Rows) -> Tensor:
     """h [..., K], weight of [D, K] -> h @ weight.T [..., D], by whole numbers, in h's dtype."""
     given = rows(h)
-    numbers = given.numbers.flatten(0, -2)
-    sums = torch.zeros(len(numbers), len(weight.numbers), dtype=torch.int32, device=h.device)
-    for start in range(0, numbers.shape[-1], CHUNK):
-        part = slice(start, start + CHUNK)
-        sums += (numbers[:, part] @ weight.numbers[:, part].t()).int()
+    sums = _whole_products(given.numbers.flatten(0, -2), weight.numbers)
     out = sums.float().view(*h.shape[:-1], sums.shape[1])
     return (out * weight.steps.view(-1) * given.steps).to(h.dtype)
+
+
+def _whole_products(numbers: Tensor, weight: Tensor) -> Tensor:
+    """numbers [N, K], weight [D, K], whole, -127 to 127 -> numbers @ weight.T [N, D] int32."""
+    if torch.compiler.is_exporting():  # one operation, which ONNX has too (`portable.py`)
+        return torch._int_mm(numbers.to(torch.int8), weight.to(torch.int8).t())
+    sums = torch.zeros(len(numbers), len(weight), dtype=torch.int32, device=numbers.device)
+    for start in range(0, numbers.shape[-1], CHUNK):
+        part = slice(start, start + CHUNK)
+        sums += (numbers[:, part] @ weight[:, part].t().to(numbers.dtype)).int()
+    return sums
 
 
 def block(w: BlockWeights, dtype: torch.dtype) -> Block:

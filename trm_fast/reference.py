@@ -244,7 +244,10 @@ def free_network(
     """The network of the cycles without a gradient, whose weights are prepared once."""
     how = "none" if r.dropout or (r.quantize == "int8" and tracked) else r.quantize
     if how == "int8":
-        prepared = [quantize.block(w, x.dtype) for w in blocks]
+        # A graph to be exported has its weights prepared already.
+        prepared = [
+            w if isinstance(w, quantize.Block) else quantize.block(w, x.dtype) for w in blocks
+        ]
         return partial(quantize.network, ops, prepared, rotary, r)
     if how == "fp8":
         ops = fp8.operations(ops, blocks[0], x)

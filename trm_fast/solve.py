@@ -23,7 +23,6 @@ from trm_fast.console import say, show_builds
 from trm_fast.inference import predict
 from trm_fast.loading import (
     MISMATCH,
-    MODEL,
     UNREADABLE,
     USAGE,
     CommandError,
@@ -33,6 +32,7 @@ from trm_fast.loading import (
     supervision_depth,
 )
 from trm_fast.mazes import Maze, looks_like_mazes, maze_rows, parse_mazes, verdict, with_walls
+from trm_fast.pretrained import SHIPPED
 from trm_fast.puzzles import (
     Breach,
     Puzzle,
@@ -125,8 +125,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         options = _parser().parse_args(argv)
         puzzles = _puzzles(options)
         path = options.model if options.model is not None else newest_run()
-        loaded = load_or_stop(path, options)
-        if options.model is None:
+        loaded = load_or_stop(SHIPPED if path is None else path, options)
+        if path is None:
+            say(f"answered by the model that comes with trm_fast: no run in ./{RUNS}", err=True)
+        elif options.model is None:
             say(f"answered by {loaded.folder} ({loaded.weights} weights)", err=True)
         _check_sizes(puzzles, loaded)
         answers = _answer(puzzles, loaded, options)
@@ -158,7 +160,8 @@ def _parser() -> Parser:
         "-m",
         "--model",
         metavar="CHECKPOINT",
-        help=f"a run folder, RUN/last, RUN/best or RUN/step_N (default: newest in ./{RUNS})",
+        help=f"a run folder, RUN/last, RUN/best or RUN/step_N (default: newest in ./{RUNS}; with "
+        f"none there, `{SHIPPED}`, the 9x9 Sudoku model that comes with trm_fast)",
     )
     parser.add_argument(
         "--unsafe-load", action="store_true", help="no effect: nothing in a file is ever run"
@@ -173,12 +176,8 @@ def _parser() -> Parser:
     return parser
 
 
-def newest_run(root: str | os.PathLike[str] = RUNS) -> Path:
-    """The run folder below `root` whose `last` checkpoint was written last.
-
-    Raises:
-        CommandError: there is no run.
-    """
+def newest_run(root: str | os.PathLike[str] = RUNS) -> Path | None:
+    """The run folder below `root` whose `last` checkpoint was written last; None without a run."""
     found: list[tuple[float, Path]] = []
     for folder, names, files in os.walk(root):
         # A run's own folders hold no runs.
@@ -186,13 +185,7 @@ def newest_run(root: str | os.PathLike[str] = RUNS) -> Path:
         if "last" in files:
             pointer = Path(folder) / "last"
             found.append((pointer.stat().st_mtime, pointer.parent))
-    if not found:
-        raise CommandError(
-            MODEL,
-            f"no trained model in ./{os.fspath(root)}: `make train` makes one, "
-            "or -m CHECKPOINT names one",
-        )
-    return max(found)[1]
+    return max(found)[1] if found else None
 
 
 def _puzzles(options: argparse.Namespace) -> list[Puzzle] | list[Maze]:
@@ -262,7 +255,7 @@ def _check_sizes(puzzles: Sequence[Puzzle] | Sequence[Maze], loaded: Loaded) -> 
             raise CommandError(
                 MISMATCH,
                 f"{puzzle.place}: {len(puzzle.cells)} characters, the model {loaded.folder} "
-                f"answers boards of {config.seq_len}",
+                f"answers boards of {config.seq_len}; -m CHECKPOINT names another",
             )
 
 

@@ -89,9 +89,9 @@ def _tidy(target: Path) -> None:
 def _lock(folder: Path) -> int | None:
     """A descriptor that holds the folder's lock; None where another process holds it, or where
     there are no such locks."""
-    if fcntl is None:
+    descriptor = _opened(folder)
+    if fcntl is None or descriptor is None:
         return None
-    descriptor = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
@@ -100,16 +100,23 @@ def _lock(folder: Path) -> int | None:
     return descriptor
 
 
+def _opened(folder: Path) -> int | None:
+    """A descriptor of the folder; None where it cannot be read or is gone, and without locks."""
+    try:
+        return os.open(folder, os.O_RDONLY) if fcntl is not None else None
+    except OSError:
+        return None
+
+
 @contextmanager
 def _alone_in(parent: Path) -> Iterator[None]:
     """Inside, no other writer makes, moves or removes hidden folders in `parent`."""
-    if fcntl is None:
-        yield
-        return
-    descriptor = os.open(parent, os.O_RDONLY)
+    descriptor = _opened(parent)
     try:
-        with suppress(OSError):  # a file system without locks
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        if fcntl is not None and descriptor is not None:
+            with suppress(OSError):  # a file system without locks
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
     finally:
-        os.close(descriptor)
+        if descriptor is not None:
+            os.close(descriptor)

@@ -15,6 +15,7 @@ puzzle_indices[p] .. puzzle_indices[p + 1], group g the puzzles group_indices[g]
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -379,10 +380,7 @@ class DatasetWriter:
         path = self._folder / split / f"{set_name}__{field}.npy"
         path.parent.mkdir(exist_ok=True)
         array = np.lib.format.open_memmap(path, mode="w+", dtype=np.dtype(dtype), shape=shape)
-        if hasattr(os, "posix_fallocate") and array.nbytes:
-            # A full disk is an error here; in a memory map it would be a signal that kills.
-            with path.open("r+b") as file:
-                os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+        _reserve(path)
         return array
 
     def arrays(self, split: str, set_name: str, arrays: PuzzleArrays) -> None:
@@ -399,6 +397,19 @@ class DatasetWriter:
     def json(self, name: str, value: Any) -> None:
         """Write `value` to the JSON file `name`, a path below the root."""
         (self._folder / name).write_text(json.dumps(value), encoding="utf-8")
+
+
+def _reserve(path: Path) -> None:
+    """Take the disk space of a file with holes: a full disk is an error here, and in a memory map
+    a signal that kills."""
+    if not hasattr(os, "posix_fallocate"):
+        return
+    try:
+        with path.open("r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+    except OSError as error:  # also what a file system says that cannot reserve
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
 
 
 @contextmanager

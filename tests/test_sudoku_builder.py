@@ -16,6 +16,7 @@ from builders import (
     save,
 )
 
+from trm_fast.data import sudoku_source
 from trm_fast.data.format import DataError, read_manifest, read_split, verify_manifest
 from trm_fast.data.sudoku import BuildOptions, build, main
 from trm_fast.data.sudoku_generator import generate
@@ -317,3 +318,12 @@ def test_absurd_numbers_are_one_line(tmp_path, capsys):
         capsys.readouterr().err == "trm-fast data sudoku: not enough memory for so many puzzles\n"
     )
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_board_without_a_solution_does_not_take_for_ever(tmp_path, monkeypatch):
+    """Three million guesses, of which the reader makes no more than it says."""
+    monkeypatch.setattr(sudoku_source, "_GUESSES", 1000)
+    endless = ".....5.8....6.1.43..........1.5........1.6...3.......553.....61........4........."
+    path = save(tmp_path / "p.csv", [endless])
+    with pytest.raises(DataError, match=r"p\.csv row 1: not solved in 1000 guesses; a file may"):
+        read_puzzles(path)

@@ -68,6 +68,8 @@ def parse_mazes(text: str, name: str, numbered: bool = True) -> list[Maze]:
     side = max(len(line.rstrip()) for line in filled)
     if len(filled) % side and len(filled) % max(map(len, filled)) == 0:
         side = max(map(len, filled))
+    if side > SIDES[-1]:  # before as many lines are made that long
+        raise SizeError(f"{name}: a line of {side} characters, mazes have up to {SIDES[-1]} a side")
     mazes = []
     index = 0
     while index < len(lines):

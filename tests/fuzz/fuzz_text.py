@@ -102,7 +102,8 @@ def change_tree(tree: Any, rng: Random) -> Any:
         # Copies, so that nothing comes to hold itself.
         node[key], other[there] = deepcopy(other[there]), deepcopy(node[key])
     elif act == 5:
-        node[key] = _deeper(node[key], rng)
+        wide = rng.random() < 0.1
+        node[key] = [node[key]] * 999 if wide else _deeper(node[key], rng)
     elif act == 6 and type(node[key]) is int:
         node[key] += rng.choice((-1, 1, 2**31, -(2**31), 10**18))
     elif isinstance(node, dict):
@@ -276,7 +277,9 @@ def damage_board(data: bytes, rng: Random) -> bytes:
         at = rng.randrange(len(data) + 1)
         new = rng.choice((*b"0123456789.#SGo _*,\n\r\t\x00\xff\x0b\x1c", 0xC2, 0x85))
         data = (
-            data[:at] + bytes([new]) * rng.choice((1, 1, 1, 4, 90)) + data[at + rng.randrange(3) :]
+            data[:at]
+            + bytes([new]) * rng.choice((1, 1, 1, 1, 4, 90, 5000))
+            + data[at + rng.randrange(3) :]
         )
     return data
 

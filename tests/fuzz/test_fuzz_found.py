@@ -27,7 +27,6 @@ def long_header(version, length):
 
 GROUPED = datasets()[0]
 FLAT, NANO = datasets()[2:]
-ENDLESS = b".....5.8....6.1.43..........1.5........1.6...3.......553.....61........4........."
 LONG = [["a" * 50] * 50] * 50
 BOMB = "a0: &a0 {k: v}\n" + "".join(
     f"a{n}: &a{n} {{<<: [{', '.join([f'*a{n - 1}'] * 9)}]}}\n" for n in range(1, 9)
@@ -37,6 +36,13 @@ BOMB = "a0: &a0 {k: v}\n" + "".join(
 def grouped(**changes):
     said = json.loads(GROUPED["train/dataset.json"]) | changes
     return signed({**GROUPED, "train/dataset.json": json.dumps(said).encode()})
+
+
+def listing(name):
+    """A data set whose manifest lists one more file."""
+    said = json.loads(GROUPED["manifest.json"])
+    said["files"][name] = "0" * 64
+    return signed({**GROUPED, "manifest.json": json.dumps(said).encode()})
 
 
 def manifest(**changes):
@@ -68,8 +74,9 @@ FOUND = [
     ("dataset", grouped(sets=LONG), "expected a list of different names"),
     ("checkpoint", manifest(format=LONG), "; 1 is known"),
     ("checkpoint", manifest(files={"a" * 9000: {}}), "manifest.json: lists aaaa"),
-    # One row, three million guesses.
-    ("Sudoku CSV", {"boards.csv": ENDLESS + b"\n"}, "row 1: not solved in 262144 guesses"),
+    ("dataset", listing("x" * 300), ""),
+    # Each of 9,000 empty lines was filled up to the length of the longest.
+    ("boards", {"boards.txt": b"#" * 9000 + b"SG" + b"\n" * 9000}, "a line of 9002 characters"),
     # A path that is no file's, because of its length.
     ("paths", {"line.argv": b"x" * 300}, ""),
     ("paths", {"line.argv": b"x" * 300 + b"/last"}, ""),

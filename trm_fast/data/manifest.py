@@ -131,7 +131,7 @@ def check_files(root: str | os.PathLike[str], split: str) -> None:
     mine = {
         name: digest
         for name, digest in manifest["files"].items()
-        if ("/" not in name or name.startswith(f"{split}/")) and Path(root, name).is_file()
+        if ("/" not in name or name.startswith(f"{split}/")) and os.path.isfile(Path(root, name))
     }
     damaged = _first_difference(Path(root), mine)
     if damaged is not None:

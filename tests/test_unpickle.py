@@ -339,7 +339,8 @@ def test_too_many_instructions_end(monkeypatch):
 
 
 def test_copies_of_one_list_end(monkeypatch):
-    monkeypatch.setattr("trm_fast.unpickle.COPIED", 100_000)
+    monkeypatch.setattr("trm_fast.unpickle.COPIED", 0)
+    monkeypatch.setattr("trm_fast.unpickle.FREE", 100_000)
     made = instructions("GLOBAL", b"builtins\nset\n", "BINGET", b"\0", "TUPLE1", "REDUCE", "POP")
     start = instructions("MARK", *["NONE"] * 1000, "LIST", "MEMOIZE")
     assert len(read_torch_file(archive(start + made * 3 + instructions("STOP")))) == 1000

@@ -4,12 +4,14 @@ Owns the instructions it knows and the plain values they make. Imported by `torc
 adds tensors. Python's own unpickler imports and calls whatever a file names; here a name is looked
 up in tables that the caller gives, and one that is not there ends the reading with an error that
 says it. What a hostile file can still ask for is bounded: no instruction reserves memory for bytes
-that the file does not have, and their number is limited.
+that the file does not have, their number is limited, and what they copy is in proportion to it: all
+in all up to 300 bytes for each byte of the file, and 16 MiB.
 Format: Python's `pickle` documentation, protocols 0 to 5; `pickletools` splits the instructions.
 """
 
 from __future__ import annotations
 
+import io
 import pickletools
 import re
 from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
@@ -23,7 +25,9 @@ from trm_fast.options import printable
 __all__ = ["Holder", "PickleError", "plain_calls", "plain_names", "unpickle"]
 
 LIMIT = 4_000_000  # instructions; a checkpoint of a thousand tensors has a hundred thousand
-COPIED = 1 << 28  # bytes that calls may copy; one list can be copied by any number of them
+# Bytes that calls may copy, for each byte of the file and beside that: any number of calls can copy
+# one list.
+COPIED, FREE = 64, 1 << 24
 _KEYS = (str, bytes, int, float, type(None))  # bool is an int; a nested tuple may never end hashing
 # Hashes of numbers can be chosen to be equal: of those below 2**63 few are, and few are allowed.
 _NUMBERS, _ATTRIBUTES, _DIMS = 10_000, 1_000, 64
@@ -79,7 +83,10 @@ def unpickle(
     Raises:
         PickleError: anything else than plain values and the above; damaged; too long.
     """
-    machine = _Machine(calls, names, stubs, persistent)
+    start = stream.tell()
+    size = stream.seek(0, io.SEEK_END) - start
+    stream.seek(start)
+    machine = _Machine(calls, names, stubs, persistent, FREE + COPIED * size)
     try:
         for count, (opcode, argument, _) in enumerate(pickletools.genops(stream)):
             if count > LIMIT:
@@ -209,8 +216,10 @@ class _Machine:
         names: Mapping[str, object],
         stubs: Container[str],
         persistent: Callable[[object], object] | None,
+        most: int,
     ) -> None:
         self.calls, self.names, self.stubs, self.persistent = calls, names, stubs, persistent
+        self.most = most  # bytes that may be copied
         self.protocol = self.copied = 0
         self.stack: list[object] = []
         self.marks: list[list[object]] = []
@@ -364,8 +373,8 @@ class _Machine:
         for value in values:
             if isinstance(value, (str, bytes, list, tuple)):
                 self.copied += len(value) * (1 if isinstance(value, (str, bytes)) else 32)
-        if self.copied > COPIED:
-            raise PickleError(f"copies more than {COPIED:,} bytes of its own values")
+        if self.copied > self.most:
+            raise PickleError(f"copies more than {self.most:,} bytes of its own values")
 
     def on_build(self, _: object) -> None:
         state = self.pop()

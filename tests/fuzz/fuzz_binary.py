@@ -226,16 +226,17 @@ FRAGMENTS = (
 
 def _growing(rng: Random) -> bytes:
     """Instructions whose value holds itself, or grows twofold with every few bytes."""
-    rounds = rng.choice((3, 30, 300))
+    rounds = rng.choice((3, 30, 300, 3000))
     kind = rng.randrange(5)
     if kind == 0:
         return b"]q\x00" + b"h\x00h\x00\x86q\x00" * rounds
     if kind == 1:
         return b"]q\x00h\x00a" + b"(h\x00h\x00h\x00e" * rounds
     if kind == 2:
-        return b"]" * rounds + b"a" * (rounds - 1)
+        return b"]" * rounds + b"a" * (rounds - 1)  # a list in a list in a list
     if kind == 3:  # a text, encoded again and again
-        text = b"X" + struct.pack("<I", 4000) + b"x" * 4000 + b"q\x01X\x06\x00\x00\x00latin1q\x02"
+        size = 100 * rounds
+        text = b"X" + struct.pack("<I", size) + b"x" * size + b"q\x01X\x06\x00\x00\x00latin1q\x02"
         return text + b"c_codecs\nencode\nq\x03" + b"h\x03h\x01h\x02\x86R" * rounds
     return b"\x8f(" + b"".join(b"K" + bytes([i % 256]) for i in range(rounds)) + b"\x90"
 

@@ -133,7 +133,7 @@ def judge(parser: Parser, files: Files, folder: Path) -> Verdict:
     except OSError:
         pass
     before = _resident()[1]
-    signal.signal(signal.SIGPROF, _alarm)
+    earlier = signal.signal(signal.SIGPROF, _alarm)
     tracemalloc.start()
     signal.setitimer(signal.ITIMER_PROF, SECONDS)
     kind, why = "accepted", ""
@@ -154,6 +154,7 @@ def judge(parser: Parser, files: Files, folder: Path) -> Verdict:
             raise
     finally:
         signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, earlier)
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
     if resident:

@@ -261,8 +261,8 @@ def _metrics(folder: Path) -> None:
     assert len(read_metrics(folder / "out")) == len(again) + 1
 
 
-_YAML = {"memory": 32 * MiB, "per_byte": 4096}  # PyYAML keeps a place with every word
-_BUILD = {"memory": 32 * MiB, "per_byte": 256}
+_YAML = {"per_byte": 512}  # PyYAML keeps a place with every word
+_PICKLE = {"memory": 32 * MiB, "per_byte": 300}  # as unpickle.py says
 PARSERS = (
     Parser("dataset", inputs.datasets, _dataset, (DataError,), finish=inputs.mostly_signed),
     Parser("npy", inputs.flat, _npy, (DataError,), binary="all__inputs.npy"),
@@ -291,7 +291,7 @@ PARSERS = (
         _checkpoint,
         (CheckpointError,),
         finish=inputs.mostly_signed,
-        **_BUILD,
+        **_PICKLE,
     ),
     Parser(
         "run folder",
@@ -299,16 +299,16 @@ PARSERS = (
         _run_folder,
         (ValueError,),
         finish=inputs.mostly_signed,
-        **_BUILD,
+        **_PICKLE,
     ),
-    Parser("save_pretrained", inputs.pretrained, _pretrained, (ValueError,), **_BUILD),
+    Parser("save_pretrained", inputs.pretrained, _pretrained, (ValueError,), **_PICKLE),
     Parser("safetensors", inputs.tensors, _tensors, (CheckpointError,), binary="m.safetensors"),
     Parser(
         "torch.save, zip",
         inputs.torch_zip,
         partial(_torch_file, "m.pt"),
         (CheckpointError, PickleError),
-        per_byte=256,
+        **_PICKLE,
         binary="m.pt",
     ),
     Parser(
@@ -316,12 +316,12 @@ PARSERS = (
         inputs.torch_older,
         partial(_torch_file, "m.older"),
         (CheckpointError, PickleError),
-        per_byte=256,
+        **_PICKLE,
         binary="m.older",
     ),
-    Parser("pickle", inputs.pickles, _pickle, (PickleError,), per_byte=256, binary="m.pickle"),
+    Parser("pickle", inputs.pickles, _pickle, (PickleError,), **_PICKLE, binary="m.pickle"),
     *(
-        Parser(f"{name} weights", seeds, partial(_foreign, name), (ValueError,), **_BUILD)
+        Parser(f"{name} weights", seeds, partial(_foreign, name), (ValueError,), **_PICKLE)
         for name, seeds in (
             ("official", fuzz_foreign.official),
             ("rs", fuzz_foreign.rs),

@@ -1,7 +1,6 @@
 """Every parser on damaged and hostile input: documented errors, bounded memory, nothing written.
 
 The short form of tools/fuzz.py: the same parsers and judge, few inputs, always the same ones.
-Left out: the time that an input takes, which only the long form limits.
 """
 
 import os

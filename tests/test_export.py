@@ -208,6 +208,41 @@ def test_a_graph_that_says_something_else_is_not_written(run, tmp_path, capsys, 
     assert err.count("\n") == 1
 
 
+def test_int8_files_are_of_int8_products_and_a_file_in_the_way_is_one_line(
+    run, tmp_path, capsys, monkeypatch
+):
+    asked = []
+
+    def traced(module, example):
+        asked.append(module)
+
+    def loaded(data):
+        return lambda batch: torch.no_grad()(asked[-1])(batch)
+
+    for name, made in (
+        ("traced", traced),
+        ("program_bytes", lambda *_: b"a file"),
+        ("loaded_program", loaded),
+    ):
+        monkeypatch.setattr(export, name, made)
+    options = ["--format", "pt2", "--graph", "step"]
+    for given, name in (["--int8"], "step-int8.pt2"), ([], "step.pt2"):
+        assert export.main([str(run), str(tmp_path / "out"), *options, *given]) == 0
+        assert capsys.readouterr().out.startswith(
+            f"{tmp_path / 'out' / name}  0.00 MB; on 8 boards"
+        )
+        assert asked[-1].inner.config.quantize == ("int8" if given else "none")
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "step-int8.pt2",
+        "step.pt2",
+    ]
+    (tmp_path / "file").write_text("")
+    assert export.main([str(run), str(tmp_path / "file" / "out"), *options]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1
+    assert err.startswith(f"trm-fast export: {tmp_path / 'file' / 'out' / 'step.pt2'}: cannot be")
+
+
 @pytest.fixture(scope="module")
 def expected():
     model = plain_model(tiny_model(1, **SUDOKU))

@@ -89,7 +89,7 @@ def test_products_in_eight_bits_are_one_operation_with_the_same_bits():
     graph = onnx_file.from_program(program, {"h": h}, ["out", "small"])
     (product,) = [node for node in graph.graph.node if node.op_type == "MatMulInteger"]
     kept = {value.name: value for value in graph.graph.initializer}
-    assert kept[product.input[1]].data_type == 3, "the weight is not int8"
+    assert kept[product.input[1]].data_type == 2, "the weight is not of eight bits"
     run = onnx_file.running(onnx_file.file_bytes(graph, {}))
     for count in (0, 1, 3):
         given = {"h": h[:count]}

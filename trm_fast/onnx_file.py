@@ -29,6 +29,7 @@ __all__ = ["LARGEST", "OPSET", "file_bytes", "from_program", "needed", "running"
 
 OPSET = 18
 LARGEST = 1_900_000_000  # bytes of weights: a file of protocol buffers ends at 2 GiB
+ZERO = 128  # what stands for 0 among unsigned numbers of eight bits
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 
 
@@ -77,10 +78,18 @@ def from_program(
 
 def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:
     """What PyTorch's exporter does not know, or knows in a form that loses digits."""
-    op = import_module("onnxscript").opset18
+    op, onnx = import_module("onnxscript").opset18, import_module("onnx")
+    kinds = onnx.TensorProto
+    zero = onnx.numpy_helper.from_array(np.array(ZERO, np.uint8))
+
+    def unsigned(t: Any) -> Any:
+        return op.Cast(op.Add(op.Cast(t, to=kinds.FLOAT), float(ZERO)), to=kinds.UINT8)
 
     def whole_products(a: Any, b: Any) -> Any:
-        return op.MatMulInteger(a, b)
+        # Of two signed ones onnxruntime is slow; of a signed and an unsigned one its sums overflow
+        # on CPUs with AVX2 and no VNNI.
+        zeros = op.Constant(value=zero), op.Constant(value=zero)
+        return op.MatMulInteger(unsigned(a), unsigned(b), *zeros)
 
     def expm1(x: Any) -> Any:  # exp(x) - 1 loses the digits of a small x
         return op.Mul(op.Tanh(op.Mul(x, 0.5)), op.Add(op.Exp(x), 1.0))

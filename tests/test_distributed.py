@@ -125,7 +125,7 @@ def agreements(ranks, folder):
     whole = ranks.totals(own)
     return said, {
         "numbers": ranks.numbers(5 + ranks.rank),
-        "any": (ranks.any(ranks.rank == 1), ranks.any(False)),
+        "any": (ranks.any(lambda: ranks.rank == 1), ranks.any(lambda: False)),
         "of_first": ranks.of_first(lambda: ranks.rank + 7),
         "in_turn": ranks.in_turn(turn),
         "totals": (whole.item(), own.item()),

@@ -14,18 +14,21 @@ import torch
 from capturing import InPlace, NeverWaits, Recorded
 from training import assert_same, make_config, make_data, make_trainer
 
-from trm_fast import backends, optim
+from trm_fast import backends, optim, optimizers, train_step
 from trm_fast.data.augment import AUGMENTATIONS, augmentation_words, hand_back
 from trm_fast.data.building import one_kind
+from trm_fast.data.dataset import PuzzleDataset
 from trm_fast.data.feed import Feed
 from trm_fast.data.format import one_puzzle_per_group, write_dataset
 from trm_fast.data.maze_generator import generate
+from trm_fast.distributed import Ranks
 from trm_fast.ema import EMA
 from trm_fast.flat import lay_out
 from trm_fast.losses import ACTLossHead, MetricSums
 from trm_fast.model import Model
 from trm_fast.philox import Draws, integers, uniform
 from trm_fast.recursion import Exploration
+from trm_fast.splits import dataset_config, open_splits
 from trm_fast.train_step import EXPLORATION, TrainStep
 
 MLP = {
@@ -391,3 +394,35 @@ def test_nothing_in_the_step_waits_for_the_device(data, tmp_path, variant, backe
         with NeverWaits(device) as mode:
             step._step()
         assert mode.calls > (200 if variant == "gated" else 300)
+
+
+@pytest.mark.parametrize("variant", ["attention", "mlp-sudoku", "parts", "rows-only"])
+def test_nothing_in_a_step_s_halves_waits_where_processes_meet_between_them(
+    data, tmp_path, monkeypatch, variant
+):
+    monkeypatch.setattr(train_step, "Capture", InPlace)
+    monkeypatch.setattr(optimizers.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(optimizers.dist, "get_world_size", lambda: 2)
+    own_of = lambda whole, own: whole[: len(own)].copy_(own)  # noqa: E731
+    monkeypatch.setattr(optimizers, "gather_into_", own_of)
+    config, ranks = settings(data, variant, arch__backend="reference"), Ranks(0, 2)
+    splits = open_splits(config)
+    dataset = PuzzleDataset(dataset_config(config, splits.paths, 1, test=False, ranks=ranks))
+    shape = config.arch.model_config(
+        batch_size=2, seq_len=16, vocab_size=6, num_puzzle_identifiers=4
+    )
+    head = ACTLossHead(Model(shape).to("meta").train(), "stablemax_cross_entropy")
+    feed = Feed(dataset, torch.device("meta"), resident=True)
+    step = TrainStep(config, head, feed, 9, ranks)
+
+    def halves():
+        with NeverWaits("meta") as first:
+            step._gradients_of_batch()
+        for optimizer in step._of_rows:
+            optimizer.gather()
+        with NeverWaits("meta") as second:
+            step._update()
+        assert first.calls > 200 and second.calls > 20
+
+    step._gradients_of_batch()  # makes what is made once
+    halves()

@@ -1,8 +1,8 @@
 """Several processes that train one model: how they meet, what they gather, share and agree on.
 
-Owns `Ranks`, through which alone the package talks to `torch.distributed` (the optimizer of puzzle
-rows, whose interface is the official one, calls `gather_into_`); with one process all of it is
-nothing. Imported by the training step, the trainer and the runner.
+Owns `Ranks`, through which the package talks to `torch.distributed`; with one process all of it is
+nothing. Only what has the official interface does without it: the optimizer of puzzle rows and the
+votes of ARC. Imported by whatever trains or measures.
 
 Dims legend: N rows of one process.
 """
@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import os
 import re
+import time
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -26,7 +28,17 @@ __all__ = ["SINGLE", "Elsewhere", "RankLost", "Ranks", "asked_for", "gather_into
 
 T = TypeVar("T")
 VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
-TIMEOUT = timedelta(minutes=30)
+# How long a process waits for another: on devices, where nothing tells that one is gone but time;
+# and on the host, where data may be built or a checkpoint written meanwhile.
+DEVICE_TIMEOUT, HOST_TIMEOUT = timedelta(minutes=10), timedelta(hours=2)
+MEETING_TIMEOUT = 600.0  # seconds until all processes have to be there
+_FAILED = -1
+# What the device reports at the next occasion, which may be a meeting.
+_OF_DEVICE = tuple(
+    getattr(torch, name)
+    for name in ("OutOfMemoryError", "AcceleratorError")
+    if hasattr(torch, name)
+)
 
 
 class RankLost(RuntimeError):
@@ -48,6 +60,8 @@ def _meeting() -> Iterator[None]:
     """Around whatever waits for the others."""
     try:
         yield
+    except _OF_DEVICE:
+        raise
     except RuntimeError as error:
         raise RankLost(f"another process of the run is gone ({_said(error)})") from error
 
@@ -126,10 +140,11 @@ class Ranks:
         if self.world == 1:
             return tensor
         own = tensor.detach().cpu().contiguous()
-        parts = [torch.empty_like(own) for _ in range(self.world)] if self.first else None
+        whole = own.new_empty((self.world * len(own), *own.shape[1:])) if self.first else None
         with _meeting():
+            parts = None if whole is None else list(whole.split(len(own)))
             dist.gather(own, parts, dst=0, group=self.control)
-        return own if parts is None else torch.cat(parts)
+        return own if whole is None else whole
 
     def numbers(self, own: int) -> list[int]:
         """What each process gives, by rank."""
@@ -148,9 +163,9 @@ class Ranks:
                 dist.all_reduce(own, group=self.control)
         return own
 
-    def any(self, flag: bool) -> bool:
-        """Whether it is true in some process."""
-        return flag if self.world == 1 else any(self.numbers(int(flag)))
+    def any(self, ask: Callable[[], bool]) -> bool:
+        """Whether `ask`, which meets nobody, says so in some process; fails as `together` does."""
+        return any(self._made(ask, int)[1])
 
     def of_first(self, make: Callable[[], T]) -> T:
         """What `make` returns in the first process, which alone calls it; where it fails, that
@@ -166,20 +181,30 @@ class Ranks:
     def together(self, make: Callable[[], T]) -> T:
         """What `make`, which meets nobody, returns in this process; where it fails in some, the
         first of those raises its error and all others `Elsewhere`."""
+        return self._made(make, lambda _: 0)[0]
+
+    def _made(self, make: Callable[[], T], told: Callable[[T], int]) -> tuple[T, list[int]]:
+        """What `make` returns, and the number >= 0 that each process tells of its own."""
         if self.world == 1:
-            return make()
-        made: list[T] = []
+            made = make()
+            return made, [told(made)]
+        results: list[T] = []
         caught: Exception | None = None
         try:
-            made.append(make())
+            results.append(make())
         except Exception as error:  # raised below
             caught = error
-        failed = self.numbers(int(caught is not None))
-        if caught is not None and failed.index(1) == self.rank:
+        try:
+            numbers = self.numbers(told(results[0]) if results else _FAILED)
+        except RankLost:
+            if caught is not None:
+                raise caught from None
+            raise
+        if _FAILED not in numbers:
+            return results[0], numbers
+        if caught is not None and numbers.index(_FAILED) == self.rank:
             raise caught
-        if any(failed):
-            raise Elsewhere(f"process {failed.index(1)} of the run says why") from caught
-        return made[0]
+        raise Elsewhere(f"process {numbers.index(_FAILED)} of the run says why") from caught
 
     def in_turn(self, make: Callable[[], T]) -> T:
         """`together`, first in the first process, then in the first of each other machine, then in
@@ -238,10 +263,10 @@ def join(ranks: Ranks, device: torch.device) -> Ranks:
             store=_store(ranks),
             rank=ranks.rank,
             world_size=ranks.world,
-            timeout=TIMEOUT,
+            timeout=DEVICE_TIMEOUT if cuda else HOST_TIMEOUT,
             device_id=device if cuda else None,
         )
-        control = dist.new_group(backend="gloo", timeout=TIMEOUT) if cuda else None
+        control = dist.new_group(backend="gloo", timeout=HOST_TIMEOUT) if cuda else None
     except (ValueError, RuntimeError) as error:
         raise ValueError(f"the {ranks.world} processes did not meet: {_said(error)}") from None
     return replace(ranks, control=control)
@@ -249,12 +274,41 @@ def join(ranks: Ranks, device: torch.device) -> Ranks:
 
 def _store(ranks: Ranks) -> dist.Store:
     """Where the processes read each other's addresses."""
-    found = next(rendezvous("env://", ranks.rank, ranks.world, timeout=TIMEOUT))
-    store: dist.Store = found[0]
-    if os.environ.get("LOCAL_WORLD_SIZE") == str(ranks.world):
-        # torchrun on one machine starts killed processes again beside the addresses of the dead.
-        return dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
-    return store
+    store: dist.Store = next(rendezvous("env://", ranks.rank, ranks.world, timeout=DEVICE_TIMEOUT))[
+        0
+    ]
+    return dist.PrefixStore(_start(store, ranks), store)
+
+
+def _start(store: dist.Store, ranks: Ranks) -> str:
+    """A name for this start of the processes, the same in all of them and in no other start.
+
+    A launcher that starts killed processes again may keep its store, and in it the addresses of the
+    dead. So each process greets the first with a word of its own, and takes only an answer to that.
+    """
+    own, until = uuid.uuid4().hex, time.monotonic() + MEETING_TIMEOUT
+    waiting = set(range(1, ranks.world)) if ranks.first else {ranks.rank}
+    if not ranks.first:
+        store.set(f"hello/{ranks.rank}", own)
+    while waiting:
+        for rank in sorted(waiting):
+            answer = _read(store, f"answer/{rank}")
+            if not ranks.first and answer.endswith(own):
+                store.set(f"heard/{rank}", answer)
+                return answer.removesuffix(own)
+            hello = _read(store, f"hello/{rank}")
+            if ranks.first and hello and _read(store, f"heard/{rank}") == own + hello:
+                waiting.discard(rank)
+            elif ranks.first and hello:
+                store.set(f"answer/{rank}", own + hello)
+        if time.monotonic() > until:
+            raise ValueError(f"process {sorted(waiting)[0]} has not met the first one")
+        time.sleep(0.01)
+    return own
+
+
+def _read(store: dist.Store, key: str) -> str:
+    return str(store.get(key), "ascii") if store.check([key]) else ""
 
 
 def leave() -> None:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["joined", "lay_out"]
+__all__ = ["bits_sum", "joined", "lay_out"]
 
 ALIGNMENT = 256  # bytes: what allocators give, so that no kernel takes a slower path for a view
 
@@ -61,3 +61,14 @@ def _places(counts: Sequence[int], itemsize: int) -> tuple[list[int], int]:
         places.append(-(-end * itemsize // ALIGNMENT) * ALIGNMENT // itemsize)
         end = places[-1] + count
     return places, end
+
+
+def bits_sum(tensors: Sequence[Tensor]) -> int:
+    """A sum over all bits, in 62 bits: two lists of tensors of different values hardly have the
+    same. Waits for the device."""
+    whole = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    total = 0
+    for t in tensors:
+        bits = t.detach().contiguous().view(whole[t.element_size()])
+        total = (total * 31 + int(bits.sum(dtype=torch.int64))) % (1 << 62)
+    return total

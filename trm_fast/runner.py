@@ -199,15 +199,16 @@ def train(config: TrainConfig) -> int:
         status = 1
     except Elsewhere:
         status = 1
+    # From here on perhaps of this process alone: it ends, and the others notice.
     except (CheckpointError, MetricsError) as error:
         say(f"trm-fast train: {error}", err=True)
-        status = 1
+        return 1
     except (BuildError, ValueError, OSError) as error:
         say(f"trm-fast train: {error}", err=True)
-        status = 2
+        return 2
     except MemoryError:
         say("trm-fast train: not enough memory for so many boards", err=True)
-        status = 2
+        return 2
     except RuntimeError as error:
         if not memory.is_exhausted(error):
             raise
@@ -305,7 +306,7 @@ def _run(config: TrainConfig, ranks: Ranks) -> tuple[int, Trainer]:
     """One run; its exit status and the trainer as it ended."""
     config = for_device(config)
     splits = ranks.together(lambda: open_splits(config))
-    firsts = ranks.of_first(splits.record)
+    firsts = ranks.of_first(lambda: splits)
     ranks.together(lambda: _check_same_data(splits, firsts, ranks))
     total = config.total_steps(splits.train.total_groups, splits.train.mean_puzzle_examples)
     spot = ranks.of_first(lambda: place(config, total))
@@ -319,11 +320,11 @@ def _run(config: TrainConfig, ranks: Ranks) -> tuple[int, Trainer]:
             lock.release()
 
 
-def _check_same_data(splits: Splits, firsts: dict[str, Any], ranks: Ranks) -> None:
-    if changed := splits.changed(firsts):
+def _check_same_data(splits: Splits, firsts: Splits, ranks: Ranks) -> None:
+    if words := splits.unlike(firsts):
         raise ValueError(
-            f"process {ranks.rank} has other training data in {', '.join(splits.paths)} than the "
-            f"first: {', '.join(changed[:3])}"
+            f"process {ranks.rank} has other data in {', '.join(splits.paths)} than the first: "
+            f"{', '.join(words[:3])}"
         )
 
 
@@ -340,15 +341,13 @@ def _run_locked(
     )
     try:
         trainer = Trainer(spot.config, splits, spot.run_dir, console, spot.resume_from, ranks)
-        if ranks.first:
-            _announce(trainer, spot)
+        ranks.together(lambda: _announce(trainer, spot) if ranks.first else None)
         began = time.monotonic()
         finished = trainer.run()
         seconds = time.monotonic() - began
     finally:
         console.close()
-    if ranks.first:
-        _conclude(trainer, spot, seconds, finished)
+    ranks.together(lambda: _conclude(trainer, spot, seconds, finished) if ranks.first else None)
     # A signal during the last evaluation came too late to stop this run, not the next seed's.
     received = max(ranks.numbers(signals.received or 0))
     if not finished:

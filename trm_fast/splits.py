@@ -31,6 +31,7 @@ class Splits:
     test: Metadata | None
     puzzles: str | None
     arrays: str | None
+    arrays_test: str | None
 
     def record(self) -> dict[str, Any]:
         """What a checkpoint keeps of it, ready for JSON."""
@@ -59,6 +60,11 @@ class Splits:
                 words.append(other)
         return words
 
+    def unlike(self, other: Splits) -> list[str]:
+        """What is not as in `other`, of another process of the run, in words."""
+        test = self.test != other.test or self.arrays_test != other.arrays_test
+        return self.changed(other.record()) + ["another test split"] * test
+
 
 def open_splits(config: TrainConfig) -> Splits:
     """Read the metadata of the training data and, where there is one, of the test data.
@@ -75,15 +81,16 @@ def open_splits(config: TrainConfig) -> Splits:
     if config.data_paths_test or all(Path(path, "test").is_dir() for path in paths_test):
         test = PuzzleDataset(dataset_config(config, paths_test, 1, test=True), "test").metadata
         _check_alike(config, train, test, paths_test[0])
-    return Splits(tuple(paths), tuple(paths_test), train, test, puzzles_of(paths), arrays_of(paths))
+    bytes_of = arrays_of(paths), arrays_of(paths_test, "test")
+    return Splits(tuple(paths), tuple(paths_test), train, test, puzzles_of(paths), *bytes_of)
 
 
-def arrays_of(paths: Sequence[str]) -> str | None:
-    """A digest of the training arrays, by their manifest; None without one, or of several
+def arrays_of(paths: Sequence[str], split: str = "train") -> str | None:
+    """A digest of a split's arrays, by their manifest; None without one, or of several
     directories."""
     manifest = read_manifest(paths[0]) if len(paths) == 1 else None
     files = manifest["files"] if manifest else {}
-    own = {k: v for k, v in files.items() if k.startswith("train/") and k.endswith(".npy")}
+    own = {k: v for k, v in files.items() if k.startswith(f"{split}/") and k.endswith(".npy")}
     return body_digest(own) if own else None
 
 

@@ -98,7 +98,7 @@ class TrainStep:
         weights = [(p, grad) for p, grad in self._places if isinstance(p, nn.Parameter)]
         self._gradients = joined([grad for _, grad in weights])
         self._gradients += [g for p, g in self._places if not isinstance(p, nn.Parameter)]
-        self._sum = GradientSum(weights, ranks)
+        self._sum = GradientSum(() if config.freeze_weights else weights, ranks)
         self._weights = [p.data_ptr() for p, _ in self._places]
         self._hands_back = False
         self._blank = blank_token(self.model_config)
@@ -161,8 +161,8 @@ class TrainStep:
         self._ids.copy_(ids)
         self._seen[0].copy_(loss)
         if self.ranks.world > 1:  # each has gradients of other rows
-            rows = [p for p, _ in self._places if not isinstance(p, nn.Parameter)]
-            self._seen[1].copy_(optim.gradient_norm(rows))
+            if rows := [p for p, _ in self._places if not isinstance(p, nn.Parameter)]:
+                self._seen[1].copy_(optim.gradient_norm(rows))
 
     def _exchange(self) -> None:
         """Make them those of all processes: a fault of one is a fault of all."""
@@ -297,7 +297,7 @@ class TrainStep:
         own = [carry.to_dict() for carry in self.carries]
         if self.ranks.world == 1 or not own:
             return own
-        return [_mapped(lambda ts: self.ranks.collected(ts[0]), _mapped(torch.cat, *own))]
+        return [_mapped(lambda ts: self.ranks.collected(torch.cat([t.cpu() for t in ts])), *own)]
 
     def _own_carries(self, saved: list[dict[str, Any]]) -> list[Carry]:
         """This process's part of them, in as many as a batch has parts now."""

@@ -10,7 +10,7 @@ Dims legend: B batch.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from trm_fast.data.dataset import PuzzleDataset
 from trm_fast.data.feed import Feed, resident_bytes
 from trm_fast.distributed import SINGLE, Ranks
 from trm_fast.ema import EMA
+from trm_fast.flat import bits_sum
 from trm_fast.flops import step_flops
 from trm_fast.inference import SetReport
 from trm_fast.interop import load_weights, trained_puzzles
@@ -114,9 +115,10 @@ class Trainer:
     ) -> None:
         self.splits, self.run_dir, self.reporter, self.ranks = splits, run_dir, reporter, ranks
         self.config = config = for_device(config)
+        self.step = self.iteration = 0
         self.kept_rows: int | None = None
         self.model, self.dataset, feed = ranks.together(lambda: self._prepare(resume_from is None))
-        ranks.copy_first_([*self.model.parameters(), *self.model.buffers()])
+        ranks.copy_first_(self._weights())
         self.train_step = TrainStep(
             config,
             ACTLossHead(
@@ -129,14 +131,18 @@ class Trainer:
             self.total_steps,
             ranks,
         )
-        self.step = self.iteration = 0
         self._profile = self._new_profile()
         self._skipped = 0  # steps that the reporter was told about
         self._saved_at = -1
-        if ranks.world > 1:  # what dropout draws, differs
-            torch.manual_seed(config.seed + ranks.rank)
+        self._seed_dropout()
         if resume_from is not None:
             self.resume(resume_from)
+
+    def _seed_dropout(self) -> None:
+        """Several processes draw different numbers, and at every step others."""
+        if self.ranks.world > 1:
+            words = (self.config.seed, self.step, self.ranks.rank)
+            torch.manual_seed(int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0]))
 
     def _prepare(self, anew: bool) -> tuple[Model, PuzzleDataset, Feed]:
         """What meets no other process; with `anew` the weights of load_checkpoint are taken."""
@@ -159,7 +165,7 @@ class Trainer:
         self.step_bytes = memory.check_fits(self.model_config, part, self.device, engine)
         torch.manual_seed(config.seed)
         model = Model(self.model_config).to(self.device).train()
-        if config.load_checkpoint and anew:
+        if config.load_checkpoint and anew and ranks.first:  # the others get them from the first
             try:
                 self.kept_rows = load_weights(model, config.load_checkpoint, self._names())
             except ValueError as error:
@@ -236,10 +242,11 @@ class Trainer:
         Raises:
             TrainingStopped: a loss was not finite, or too many steps in a row were left out.
         """
+        self.ranks.numbers(0)  # a process that is gone is noticed here, not on the device
         state = self.train_step.guard.read()
         if state.skipped > self._skipped:
             self._skipped = state.skipped
-            self.reporter.on_skip(self, state)
+            self._tell(lambda: self.reporter.on_skip(self, state))
         if not state.stopped_at:
             return
         what = f"the loss is {state.loss}"
@@ -293,9 +300,13 @@ class Trainer:
         self._save_once()
         return not self._owes_evaluation()
 
+    def _tell(self, report: Callable[[], None]) -> None:
+        """Whatever fails in telling ends the run in all processes."""
+        self.ranks.together(report)
+
     def _wants_to_stop(self) -> bool:
         """Whether somebody asked one of the processes to stop."""
-        return self.ranks.any(self.reporter.wants_to_stop())
+        return self.ranks.any(self.reporter.wants_to_stop)
 
     def _batches(self) -> Iterator[tuple[str, np.ndarray] | None]:
         """Set name and examples of each batch to the end of the run; None where an iteration over
@@ -338,7 +349,7 @@ class Trainer:
         _, base = self.train_step.optimizers[-1]
         now = min(self.step, self.total_steps), base, config.lr_warmup_steps
         rate = optim.cosine_schedule(*now, self.total_steps, config.lr_min_ratio)
-        self.reporter.on_step(self, metrics | {"train/lr": rate})
+        self._tell(lambda: self.reporter.on_step(self, metrics | {"train/lr": rate}))
 
     def _evaluate_and_save(self) -> None:
         """A checkpoint before the evaluation too: it may take hours, and be killed."""
@@ -364,7 +375,7 @@ class Trainer:
             validation, stop = self.validation, self._wants_to_stop
             if not validation.measure(self.model, self.step, stop, max_puzzles):
                 return {}
-        self.reporter.on_evaluation(self, validation.reports)
+        self._tell(lambda: self.reporter.on_evaluation(self, validation.reports))
         return validation.reports
 
     def evaluation_weights(self) -> AbstractContextManager[None]:
@@ -381,13 +392,17 @@ class Trainer:
         """Write a checkpoint of everything, and move the pointers `last` and `best` to it.
 
         Raises:
-            TrainingStopped: see `check`; nothing is written.
+            TrainingStopped: see `check`, or the processes have come apart; nothing is written.
         """
         self.check()
+        if self.ranks.world > 1 and len(set(self.ranks.numbers(bits_sum(self._weights())))) > 1:
+            raise TrainingStopped(
+                f"the weights of the processes differ at step {self.step}; nothing is saved"
+            )
         whole = self.state_dict()
         path = self.ranks.of_first(lambda: self._write(whole))
         self._saved_at = self.step
-        self.reporter.on_checkpoint(self, path)
+        self._tell(lambda: self.reporter.on_checkpoint(self, path))
         return path
 
     def _write(self, whole: dict[str, Any]) -> Path:
@@ -407,6 +422,10 @@ class Trainer:
         if self.config.keep:
             checkpoint.prune(self.run_dir, self.config.keep)
         return path
+
+    def _weights(self) -> list[Tensor]:
+        """What is to be the same in all processes."""
+        return list(self.model.state_dict().values())
 
     def official_weights(self) -> dict[str, Tensor]:
         """What the official code would save: the EMA copy where there is one."""
@@ -444,7 +463,7 @@ class Trainer:
             CheckpointError: damaged, or of other data than the run is given now.
         """
         state = self.ranks.of_first(lambda: self._read(path))
-        self.ranks.copy_first_([*self.model.parameters(), *self.model.buffers()])
+        self.ranks.copy_first_(self._weights())
         if self.ema is not None:
             self.ranks.copy_first_(list(self.ema.shadow.values()))
             self.ema.load_state_dict({"updates": state["ema_updates"], "shadow": self.ema.shadow})
@@ -454,6 +473,7 @@ class Trainer:
         self._skipped = state["guard"]["skipped"]
         self.validation.best = (state["best"][0], state["best"][1]) if state["best"] else None
         self.validation.at, self._saved_at = state["evaluated_at"], self.step
+        self._seed_dropout()
         set_random_state(state["rng"], self.device, self.ranks)
 
     def _read(self, path: Path) -> dict[str, Any]:

@@ -117,7 +117,9 @@ class Validation:
         path = self.run_dir / f"step_{step}_all_preds.{self.ranks.rank}"
         try:
             self.run_dir.mkdir(parents=True, exist_ok=True)
-            torch.save({name: torch.cat(parts) for name, parts in collected.items()}, path)
+            # A process without a share of the boards that were measured has nothing to put together.
+            whole = {name: torch.cat(p) if p else torch.empty(0) for name, p in collected.items()}
+            torch.save(whole, path)
         except (OSError, RuntimeError) as error:
             raise unwritable(path, error) from error
 

@@ -160,9 +160,9 @@ class TrainStep:
         loss, ids = self._backward(batch, drawn)
         self._ids.copy_(ids)
         self._seen[0].copy_(loss)
-        if self.ranks.world > 1:  # each has gradients of other rows
-            if rows := [p for p, _ in self._places if not isinstance(p, nn.Parameter)]:
-                self._seen[1].copy_(optim.gradient_norm(rows))
+        rows = [p for p, _ in self._places if not isinstance(p, nn.Parameter)]
+        if rows and self.ranks.world > 1:  # each has gradients of other rows
+            self._seen[1].copy_(optim.gradient_norm(rows))
 
     def _exchange(self) -> None:
         """Make them those of all processes: a fault of one is a fault of all."""

@@ -117,7 +117,7 @@ class Validation:
         path = self.run_dir / f"step_{step}_all_preds.{self.ranks.rank}"
         try:
             self.run_dir.mkdir(parents=True, exist_ok=True)
-            # A process without a share of the boards that were measured has nothing to put together.
+            # A process that measured no board has nothing to put together.
             whole = {name: torch.cat(p) if p else torch.empty(0) for name, p in collected.items()}
             torch.save(whole, path)
         except (OSError, RuntimeError) as error:

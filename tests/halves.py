@@ -1,6 +1,7 @@
 """The whole test suite in two processes, for machines with two cores: `make test` runs this.
 
-The operations (tests/ops) run beside everything else; what they said is shown behind the rest.
+The operations, and what starts processes of its own or takes long, run beside everything else; what
+they said is shown behind the rest.
 """
 
 import subprocess
@@ -9,16 +10,18 @@ import tempfile
 from pathlib import Path
 
 PYTEST = [sys.executable, "-m", "pytest"]
+BESIDE = ["ops", "fuzz", "test_distributed.py", "test_distributed_run.py", "test_torchrun.py"]
+BESIDE += ["test_export.py", "test_faults.py"]
 
 
 def main() -> int:
     """0 if all tests of both passed, else pytest's status of the first that has another."""
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as said:
-        beside = subprocess.Popen(
-            [*PYTEST, str(Path("tests/ops"))], stdout=said, stderr=subprocess.STDOUT
-        )
+        places = [str(Path("tests", name)) for name in BESIDE]
+        beside = subprocess.Popen([*PYTEST, *places], stdout=said, stderr=subprocess.STDOUT)
         try:
-            rest = subprocess.run([*PYTEST, "--ignore=tests/ops"], check=False).returncode
+            others = [f"--ignore={place}" for place in places]
+            rest = subprocess.run([*PYTEST, *others], check=False).returncode
             status = beside.wait()
         finally:
             beside.kill()

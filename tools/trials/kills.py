@@ -156,12 +156,17 @@ def signals(bench: Bench, row: Row, count: int) -> None:
         kept = job.pointer()
         child.signal(number)
         status = child.wait()
-        # Before training has begun there is nothing to save, and SIGTERM ends the process as ever.
-        early = "run folder" not in child.text()
+        # Before training has begun there is nothing to save, and SIGTERM ends the process as ever;
+        # SIGINT while Python itself starts is Python's to tell of.
+        said, err = child.text(), child.text("err")
+        early = "run folder" not in said
         allowed = [0, 128 + number, *([-number] if early else [])]
-        wrong = None if status in allowed else f"status {status}: {child.text('err')[-300:]}"
-        if wrong is None and "Traceback" in child.text("err") and not early:
-            wrong = child.text("err")[-300:]
-        odd, lost = bench.goes_on(job, kept=kept)
-        seen = {0: "too late to matter", -number: "ended before its first line"}
-        row.add(wrong or odd, lost, seen.get(status, "saved and stopped"))
+        if not said and "KeyboardInterrupt" in err:
+            allowed += [1]
+        wrong = None if status in allowed else f"status {status}: {err[-300:]}"
+        if wrong is None and "Traceback" in err and not early:
+            wrong = err[-300:]
+        # What was saved at the signal stays, and counts among those that `keep` keeps.
+        odd, lost = bench.goes_on(job, kept=kept, apart=["steps"])
+        seen = "too late to matter" if status == 0 else "saved and stopped"
+        row.add(wrong or odd, lost, "ended before its first step" if early else seen)

@@ -21,6 +21,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -251,8 +252,7 @@ class Bench:
         mounts: whether file systems can be mounted here, in a namespace of its own.
 
     Attributes:
-        expected: the outcome of the job left in peace. life, command_life: seconds of its process,
-            forked and started anew.
+        expected: the outcome of the job left in peace. life: seconds of its process, forked.
     """
 
     def __init__(self, folder: Path, seed: int, steps: int, mounts: bool) -> None:
@@ -270,14 +270,15 @@ class Bench:
         self.expected = job.outcome()
         load_model(job.run)  # the operations are chosen and registered here, once for all forks
         self.life = self._timed(self.job().start())
-        self.command_life = self.life
 
-    def measure_command(self) -> None:
-        """See how long a process takes that is started as a user does."""
+    @cached_property
+    def command_life(self) -> float:
+        """Seconds of a process that is started as a user does."""
         job = self.job()
-        self.command_life = self._timed(job.command())
+        life = self._timed(job.command())
         if job.outcome() != self.expected:
             raise RuntimeError("two runs in peace end differently")
+        return life
 
     def _timed(self, child: Child) -> float:
         began = time.monotonic()

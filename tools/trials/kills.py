@@ -17,7 +17,6 @@ TOO_LATE = "after its end"
 
 def kills(bench: Bench, row: Row, count: int) -> None:
     """Processes as users start them, killed at any moment of their life, several times a job."""
-    bench.measure_command()
     while row.tried < count:
         job, waiting = bench.job(), []
         for _ in range(min(5, count - row.tried - len(waiting))):

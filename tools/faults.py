@@ -63,6 +63,7 @@ FAULTS = [
     Fault("two processes in one run folder", damage.two_processes, 15, 1),
     Fault("run folder or checkpoint deleted under the run", damage.deleted_folders, 20, 1),
     Fault("SIGKILL of one of two processes under torchrun", ranks.loss, 6, 0),
+    Fault("loss of one of two machines under torchrun", ranks.loss_of_a_machine, 3, 0),
 ]
 
 

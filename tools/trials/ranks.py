@@ -1,4 +1,4 @@
-"""One of two processes of a run under torchrun is killed: all start again, and the run ends."""
+"""Runs under torchrun lose a process, or a machine: what is left starts again, and the run ends."""
 
 from __future__ import annotations
 
@@ -15,13 +15,16 @@ from trials.job import Bench, Child, Job, Row
 RESTARTS = 3
 
 
-def _torchrun(job: Job) -> Child:
+def _port() -> str:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    words = ["--nproc-per-node", "2", "--max-restarts", str(RESTARTS), "--master-port", port]
-    command = [sys.executable, "-m", "torch.distributed.run", *words, "-m", "trm_fast.train"]
-    return Child(job.folder, [*command, *job.words])
+        return str(free.getsockname()[1])
+
+
+def _torchrun(job: Job, *words: str) -> Child:
+    words = words or ("--nproc-per-node", "2", "--master-port", _port())
+    command = [sys.executable, "-m", "torch.distributed.run", "--max-restarts", str(RESTARTS)]
+    return Child(job.folder, [*command, *words, "-m", "trm_fast.train", *job.words])
 
 
 def _processes(child: Child) -> list[int]:
@@ -57,3 +60,32 @@ def loss(bench: Bench, row: Row, count: int) -> None:
         restarted = child.text().count("run folder")
         row.add(wrong, lost, "began again" if restarted > 1 else "before its first line")
         shutil.rmtree(job.folder)
+
+
+def loss_of_a_machine(bench: Bench, row: Row, count: int) -> None:
+    """Two agents with a process each stand for two machines; the second is killed whole, and the
+    first goes on alone. It ends with other sums, so that its last checkpoint is looked at only."""
+    last = f"step_{bench.steps}"
+    while row.tried < count:
+        job, elsewhere = bench.job(), bench.job()
+        meeting = ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{_port()}"]
+        words = ["--nnodes", "1:2", "--nproc-per-node", "1", "--rdzv-id", "trial", *meeting]
+        staying = _torchrun(job, *words)
+        staying.let(2.0)  # the meeting is where the first one is
+        leaving = _torchrun(elsewhere, *words)
+        until = time.monotonic() + 120
+        while job.newest() < 0 and staying.status() is None and time.monotonic() < until:
+            time.sleep(0.01)
+        kept = job.newest()
+        for pid in (*_processes(leaving), leaving.pid):
+            os.kill(pid, signal.SIGKILL)
+        leaving.wait()
+        status = staying.wait()
+        wrong = None if status == 0 else f"status {status}: {staying.text('err')[-300:]}"
+        whole = (job.run / "last").read_text().strip() == last
+        alone = "processes   2" not in staying.text().split("run folder")[-1]
+        row.add(
+            wrong, job.newest() < kept or not whole, "went on alone" if alone else "ended before"
+        )
+        shutil.rmtree(job.folder)
+        shutil.rmtree(elsewhere.folder)

@@ -187,17 +187,14 @@ class _Worker:
     """Judges inputs and counts; reports now and then, so that little is lost with the process."""
 
     def __init__(self, options: argparse.Namespace) -> None:
-        from fuzz_judge import judge
+        from fuzz_judge import judge, warm
         from fuzz_parsers import BY_NAME
 
         self.parser, self.judge = BY_NAME[options.worker], judge
         self.folder, self.keep = Path(options.report), options.keep
         self.count = Count(options.worker)
         self.seeds = self.parser.seeds()
-        for seed in (*self.seeds, *self.seeds):  # what is imported late, is now
-            verdict = judge(self.parser, self.parser.finish(seed), self.folder / "in")
-        if verdict.kind == "lost":
-            self._lose(seed, verdict.why)
+        warm(self.parser)
         self._begun = time.process_time()
         used = Path("/proc/self/statm")
         if used.exists():

@@ -9,11 +9,13 @@ import os
 import shutil
 import signal
 import sys
+import tempfile
 import tracemalloc
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +119,15 @@ def put(files: Files, folder: Path) -> None:
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content)
+
+
+@cache
+def warm(parser: Parser) -> None:
+    """Read its valid files once: what is imported, built or cached late, is then."""
+    with tempfile.TemporaryDirectory() as folder:
+        for seed in parser.seeds():
+            put(parser.finish(seed), Path(folder) / "in")
+            parser.read(Path(folder) / "in")
 
 
 def _alarm(*_: object) -> None:

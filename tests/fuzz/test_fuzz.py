@@ -3,12 +3,15 @@
 The short form of tools/fuzz.py: the same parsers and judge, few inputs, always the same ones.
 """
 
+import importlib.util
 import os
 import random
+import sys
+from pathlib import Path
 
 import pytest
 from fuzz_inputs import damage
-from fuzz_judge import judge
+from fuzz_judge import judge, warm
 from fuzz_parsers import BY_NAME, PARSERS, Parser
 from fuzz_strategies import inputs_for
 from hypothesis import HealthCheck, given, settings
@@ -28,14 +31,15 @@ every = pytest.mark.parametrize("parser", PARSERS, ids=lambda parser: parser.nam
 
 @every
 def test_valid_files_are_accepted(parser, tmp_path):
+    warm(parser)
     for seed in parser.seeds():
-        judge(parser, parser.finish(seed), tmp_path / "in")  # what is imported late, is now
         verdict = judge(parser, parser.finish(seed), tmp_path / "in")
         assert verdict.kind == "accepted", verdict
 
 
 @every
 def test_damaged_files_are_read_or_refused(parser, tmp_path):
+    warm(parser)
     seeds = parser.seeds()
     for number in range(12):
         rng = random.Random(f"{parser.name} {number}")
@@ -46,6 +50,8 @@ def test_damaged_files_are_read_or_refused(parser, tmp_path):
 
 @every
 def test_files_of_hypothesis_are_read_or_refused(parser, tmp_path):
+    warm(parser)
+
     @short
     @given(inputs_for(parser))
     def run(files):
@@ -116,3 +122,48 @@ def allocate(folder):
 def test_the_judge(read, kind, why, tmp_path):
     verdict = judge(fake(read), {"a.txt": b"x"}, tmp_path / "in")
     assert verdict.kind == kind and why in verdict.why
+
+
+# The tool
+
+
+@pytest.fixture(scope="module")
+def tool():
+    path = Path(__file__).resolve().parent.parent.parent / "tools" / "fuzz.py"
+    spec = importlib.util.spec_from_file_location("fuzz_tool", path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["fuzz_tool"] = module  # where its dataclasses look for it
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_a_lost_input_is_made_small(tool):
+    files = {"a": b"x" * 500 + b"BAD" + b"y" * 70, "b": b"zzz", "c/d": b""}
+    assert tool.shrink(files, lambda tried: b"BAD" in tried.get("a", b"")) == {"a": b"BAD"}
+
+
+def test_the_table_adds_up(tool):
+    counts = [
+        tool.Count("npy", 10, 3, 6, 1, 2**20, 1234, 2.4),
+        tool.Count("boards", 5, 5, 0, 0, 2**21, 0, 1.0),
+    ]
+    assert tool.table(counts).splitlines()[2:] == [
+        "| npy | 10 | 3 | 6 | 1 | 1.0 MiB | 1,234 | 2 |",
+        "| boards | 5 | 5 | 0 | 0 | 2.0 MiB |  | 1 |",
+        "| all | 15 | 8 | 6 | 1 | 2.0 MiB |  | 3 |",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--atheris"], "--atheris needs atheris (pip install 'trm-fast[fuzz]')"),
+        (["--only", "npz"], "no parser 'npz': dataset, npy, "),
+    ],
+)
+def test_what_the_tool_cannot_do_is_one_line(tool, monkeypatch, capsys, words, said):
+    monkeypatch.setattr(sys, "argv", ["fuzz.py", *words])
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert tool.main() == 2
+    error = capsys.readouterr().err
+    assert said in error and error.count("\n") == 1

@@ -9,7 +9,7 @@ import struct
 import pytest
 from fuzz_binary import npy
 from fuzz_inputs import datasets, signed
-from fuzz_judge import judge
+from fuzz_judge import judge, warm
 from fuzz_parsers import BY_NAME
 
 from trm_fast.config import ConfigError
@@ -104,7 +104,7 @@ FOUND = [
 @pytest.mark.parametrize(("name", "files", "said"), FOUND, ids=range(len(FOUND)))
 def test_what_was_found(name, files, said, tmp_path):
     parser = BY_NAME[name]
-    judge(parser, parser.seeds()[0], tmp_path / "in")  # what is imported late, is now
+    warm(parser)
     verdict = judge(parser, files, tmp_path / "in")
     assert verdict.kind == ("refused" if said else "accepted"), verdict
     assert said in verdict.why

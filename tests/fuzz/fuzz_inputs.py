@@ -34,7 +34,7 @@ from fuzz_text import (
 
 from trm_fast.checkpoint import save_checkpoint
 from trm_fast.config import TrainConfig
-from trm_fast.data.dataset import from_arrays
+from trm_fast.data.dataset import PuzzleDataset, PuzzleDatasetConfig, from_arrays
 from trm_fast.data.format import Metadata, PuzzleArrays, write_dataset
 from trm_fast.model import Model
 from trm_fast.overrides import emit_yaml
@@ -100,11 +100,9 @@ def _made(write: Callable[[Path], Any]) -> Files:
 
 
 @cache
-def datasets() -> tuple[Files, ...]:
-    """The official layout, with groups of several puzzles, and as Sudoku; flat; nano-trm's."""
-    rng = np.random.default_rng(3)
-    tokens = rng.integers(0, 6, (6, 16), dtype=np.uint8)
-    grouped = Metadata(0, 0, 0, 6, 16, 5, 2, 1.5, 4, ("all",))
+def _grouped() -> tuple[Metadata, PuzzleArrays]:
+    """Two groups of two puzzles of one or two examples."""
+    tokens = np.random.default_rng(3).integers(0, 6, (6, 16), dtype=np.uint8)
     arrays = PuzzleArrays(
         tokens,
         tokens[:, ::-1].astype(np.int32),
@@ -112,6 +110,37 @@ def datasets() -> tuple[Files, ...]:
         np.array([0, 1, 3, 5, 6], np.int32),
         np.array([0, 2, 4], np.int64),
     )
+    return Metadata(0, 0, 0, 6, 16, 5, 2, 1.5, 4, ("all",)), arrays
+
+
+def grouped_dataset(test: bool) -> PuzzleDataset:
+    """Of these, in batches of two."""
+    config = PuzzleDatasetConfig(
+        seed=1, dataset_paths=(), global_batch_size=2, test_set_mode=test, epochs_per_iter=9
+    )
+    return PuzzleDataset(config, data=_grouped())
+
+
+@cache
+def positions() -> tuple[Files, ...]:
+    """Where training and evaluation stand after their first batch, and before it."""
+    result = []
+    for steps in (0, 1):
+        files = {}
+        for name in ("train", "test"):
+            dataset = grouped_dataset(test=name == "test")
+            for _ in zip(range(steps), dataset, strict=False):
+                pass
+            files[f"{name}.json"] = json.dumps(dataset.state_dict()).encode()
+        result.append(files)
+    return tuple(result)
+
+
+@cache
+def datasets() -> tuple[Files, ...]:
+    """The official layout, with groups of several puzzles, and as Sudoku; flat; nano-trm's."""
+    grouped, arrays = _grouped()
+    tokens = arrays.inputs
 
     def official(root: Path) -> None:
         named = {"train": (grouped, {"all": arrays}), "test": (grouped, {"all": arrays})}

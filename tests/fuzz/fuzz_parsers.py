@@ -87,6 +87,20 @@ def _dataset(folder: Path) -> None:
     read_metadata(folder, "train")
 
 
+def _position(folder: Path) -> None:
+    """Where in its data a run stood, as train_state.pt holds it."""
+    for name in ("train", "test"):
+        try:
+            state = json.loads((folder / f"{name}.json").read_bytes())
+        except (OSError, ValueError, RecursionError):
+            continue
+        dataset = inputs.grouped_dataset(test=name == "test")
+        dataset.load_state_dict(state)
+        for step, _ in enumerate(dataset):
+            if step == 2:
+                break
+
+
 def _npy(folder: Path) -> None:
     read_split(folder, "train")
 
@@ -273,6 +287,7 @@ PARSERS = (
         (DataError,),
         finish=inputs.mostly_signed,
     ),
+    Parser("data position", inputs.positions, _position, (ValueError,)),
     Parser("identifiers", inputs.identifiers, read_identifiers, (DataError,)),
     Parser("Sudoku CSV", inputs.sudoku_csv, _sudoku, (DataError,)),
     Parser("maze CSV", inputs.maze_csv, _mazes, (DataError,)),

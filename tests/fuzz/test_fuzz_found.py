@@ -38,6 +38,14 @@ def grouped(**changes):
     return signed({**GROUPED, "train/dataset.json": json.dumps(said).encode()})
 
 
+def standing(**changes):
+    """A position in training data with something else in it."""
+    files = BY_NAME["data position"].seeds()[1]
+    state = json.loads(files["train.json"])
+    state["position"] |= changes
+    return {"train.json": json.dumps(state).encode()}
+
+
 def listing(name):
     """A data set whose manifest lists one more file."""
     said = json.loads(GROUPED["manifest.json"])
@@ -68,6 +76,11 @@ FOUND = [
     ("dataset", {**NANO, "all__labels.npy": npy(header(()), b"\1")}, "shape (), expected [E, L]"),
     # A product of sizes that overflows was a warning of NumPy's beside the error.
     ("npy", {**FLAT, "all__inputs.npy": npy(header((2**62, 4)), b"")}, "not a readable .npy"),
+    # A place outside of a generator's buffer was believed, and read from.
+    ("data position", standing(rng=" ".join("0" * 10) + " -5 0 0"), "no state of a generator"),
+    ("data position", standing(set=7), "a count out of range"),
+    ("data position", standing(next=1.5), "a count out of range"),
+    ("data position", {"train.json": b'{"iters": 1}'}, "the position in the data is damaged"),
     # Messages that held all of what they complained about.
     ("dataset", grouped(mean_puzzle_examples=LONG), "expected a number >= 0"),
     ("dataset", grouped(vocab_size=LONG), "expected an integer >= 1"),

@@ -28,6 +28,7 @@ from trm_fast.data.format import (
     one_puzzle_per_group,
     read_split,
 )
+from trm_fast.options import show
 
 __all__ = ["Batch", "PuzzleDataset", "PuzzleDatasetConfig", "from_arrays"]
 
@@ -187,15 +188,30 @@ class PuzzleDataset(IterableDataset):  # type: ignore[type-arg]
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from `state`. Raises ValueError if it was taken under another config."""
-        for name, value in state["config"].items():
-            if getattr(self.config, name) != value:
+        """Go on from `state`. Raises ValueError if it was taken under another config, or is no
+        position in this data."""
+        try:
+            then, iters, position = dict(state["config"]), state["iters"], state["position"]
+            counts, texts = [iters], []
+            if position is not None:
+                test = self.config.test_set_mode
+                counts += [position["set"], position["first" if test else "next"]]
+                texts = [] if test else [position["rng"], position["inner"]]
+            whole = all(type(count) is int and 0 <= count < 2**63 for count in counts)
+            if not whole or (position is not None and position["set"] >= len(self._sets)):
+                raise ValueError("a count out of range")
+            for text in texts:
+                _words(text)
+        except (LookupError, TypeError, AttributeError, ValueError) as error:
+            raise ValueError(f"the position in the data is damaged ({show(str(error))})") from None
+        for name, now in self.state_dict()["config"].items():
+            if then.get(name) != now:
                 raise ValueError(
-                    f"data position was saved with {name}={value}, "
-                    f"this run has {name}={getattr(self.config, name)}"
+                    f"data position was saved with {name}={show(then.get(name))}, "
+                    f"this run has {name}={now}"
                 )
-        self._iters = int(state["iters"])
-        self._position = None if state["position"] is None else dict(state["position"])
+        self._iters = iters
+        self._position = None if position is None else dict(position)
         self._resume = self._position is not None
 
     def choices(self) -> Iterator[tuple[str, np.ndarray]]:
@@ -344,8 +360,18 @@ def _state(rng: np.random.Generator) -> str:
     return " ".join(f"{int(word):x}" for word in words)
 
 
-def _set_state(rng: np.random.Generator, text: str) -> None:
+def _words(text: str) -> list[int]:
+    """The numbers in what `_state` returned; ValueError for other text. NumPy does not check where
+    in its buffer a generator is said to stand."""
     words = [int(word, 16) for word in text.split()]
+    most = [2**64 - 1] * 10 + [4, 1, 2**32 - 1]
+    if len(words) != 13 or not all(0 <= w <= m for w, m in zip(words, most, strict=True)):
+        raise ValueError("no state of a generator")
+    return words
+
+
+def _set_state(rng: np.random.Generator, text: str) -> None:
+    words = _words(text)
     rng.bit_generator.state = {
         "bit_generator": "Philox",
         "state": {

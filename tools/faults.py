@@ -1,7 +1,7 @@
 """What happens to real runs, done to a tiny one: the table of `docs/faults.md`.
 
-    python tools/faults.py               # everything, about ten minutes of two cores
-    python tools/faults.py --short       # a few trials of each, as in the tests
+    python tools/faults.py               # everything, half an hour of two busy cores
+    python tools/faults.py --short       # a few trials of most, as in the tests
     python tools/faults.py --only disk   # the faults with that word in their names
 
 Each fault is tried on jobs of their own, which then go on to their end; the end is compared bit by

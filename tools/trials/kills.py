@@ -156,10 +156,10 @@ def signals(bench: Bench, row: Row, count: int) -> None:
         child.signal(number)
         status = child.wait()
         # Before training has begun there is nothing to save, and SIGTERM ends the process as ever;
-        # SIGINT while Python itself starts is Python's to tell of.
+        # SIGINT while Python itself starts or ends is Python's to tell of.
         said, err = child.text(), child.text("err")
-        early = "run folder" not in said
-        allowed = [0, 128 + number, *([-number] if early else [])]
+        early, over = "run folder" not in said, kept == bench.steps
+        allowed = [0, 128 + number, *([-number] if early or over else [])]
         if not said and "KeyboardInterrupt" in err:
             allowed += [1]
         wrong = None if status in allowed else f"status {status}: {err[-300:]}"
@@ -167,5 +167,5 @@ def signals(bench: Bench, row: Row, count: int) -> None:
             wrong = err[-300:]
         # What was saved at the signal stays, and counts among those that `keep` keeps.
         odd, lost = bench.goes_on(job, kept=kept, apart=["steps"])
-        seen = "too late to matter" if status == 0 else "saved and stopped"
+        seen = "too late to matter" if over else "saved and stopped"
         row.add(wrong or odd, lost, "ended before its first step" if early else seen)

@@ -102,3 +102,29 @@ def test_a_bad_loss_stops_the_run_and_keeps_the_last_checkpoint(data, tmp_path, 
     saved = checkpoint.load_checkpoint(checkpoint.resolve(tmp_path))
     assert saved.step == 4
     assert all(value.isfinite().all() for value in saved.model.values())
+
+
+@pytest.mark.parametrize(
+    "forge",
+    [
+        lambda state, weights: state.pop("step"),
+        lambda state, weights: state.update(guard=[]),
+        lambda state, weights: state.update(carries=[3]),
+        lambda state, weights: state.update(optimizers=[]),
+        lambda state, weights: state.update(rng={"cpu": torch.zeros(3, dtype=torch.uint8)}),
+        lambda state, weights: state.update(best=["x", 1]),
+        lambda state, weights: weights.popitem(),
+    ],
+    ids=["step", "guard", "carries", "optimizers", "rng", "best", "weights"],
+)
+def test_a_checkpoint_that_is_whole_and_no_state_of_the_run(data, tmp_path, forge):
+    trainer = make_trainer(make_config(data, steps=2, eval_steps=None), tmp_path / "run")
+    trainer.run()
+    saved = checkpoint.load_checkpoint(tmp_path / "run" / "step_2")
+    state, weights = dict(saved.train_state), dict(saved.model)
+    forge(state, weights)
+    parts = {"model": weights, "ema": saved.ema, "config": saved.config, "train_state": state}
+    forged = checkpoint.save_checkpoint(tmp_path / "forged", 2, **parts)
+    with pytest.raises(checkpoint.CheckpointError, match="is no state of this run") as caught:
+        trainer.resume(forged)
+    assert "\n" not in str(caught.value)

@@ -47,6 +47,7 @@ __all__ = [
     "CheckpointError",
     "list_steps",
     "load_checkpoint",
+    "not_of_this_run",
     "passed_over",
     "prune",
     "read_pointer",
@@ -194,6 +195,11 @@ def load_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     ema = parse_tensors(folder / EMA, data.pop(EMA)) if EMA in data else None
     state = parse_pickle(folder / STATE, data.pop(STATE))
     return Checkpoint(step, model, ema, config, state, folder)
+
+
+def not_of_this_run(path: Path, error: Exception) -> CheckpointError:
+    """What to raise for a checkpoint that matches its manifest and holds something else."""
+    return CheckpointError(f"{path}: is no state of this run: {one_line(error)}")
 
 
 def verify(path: str | os.PathLike[str]) -> int:

@@ -10,7 +10,7 @@ Dims legend: B batch.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -246,7 +246,7 @@ class Trainer:
         state = self.train_step.guard.read()
         if state.skipped > self._skipped:
             self._skipped = state.skipped
-            self._tell(lambda: self.reporter.on_skip(self, state))
+            self.ranks.together(lambda: self.reporter.on_skip(self, state))
         if not state.stopped_at:
             return
         what = f"the loss is {state.loss}"
@@ -300,10 +300,6 @@ class Trainer:
         self._save_once()
         return not self._owes_evaluation()
 
-    def _tell(self, report: Callable[[], None]) -> None:
-        """Whatever fails in telling ends the run in all processes."""
-        self.ranks.together(report)
-
     def _wants_to_stop(self) -> bool:
         """Whether somebody asked one of the processes to stop."""
         return self.ranks.any(self.reporter.wants_to_stop)
@@ -349,7 +345,7 @@ class Trainer:
         _, base = self.train_step.optimizers[-1]
         now = min(self.step, self.total_steps), base, config.lr_warmup_steps
         rate = optim.cosine_schedule(*now, self.total_steps, config.lr_min_ratio)
-        self._tell(lambda: self.reporter.on_step(self, metrics | {"train/lr": rate}))
+        self.ranks.together(lambda: self.reporter.on_step(self, metrics | {"train/lr": rate}))
 
     def _evaluate_and_save(self) -> None:
         """A checkpoint before the evaluation too: it may take hours, and be killed."""
@@ -375,7 +371,7 @@ class Trainer:
             validation, stop = self.validation, self._wants_to_stop
             if not validation.measure(self.model, self.step, stop, max_puzzles):
                 return {}
-        self._tell(lambda: self.reporter.on_evaluation(self, validation.reports))
+        self.ranks.together(lambda: self.reporter.on_evaluation(self, validation.reports))
         return validation.reports
 
     def evaluation_weights(self) -> AbstractContextManager[None]:
@@ -402,7 +398,7 @@ class Trainer:
         whole = self.state_dict()
         path = self.ranks.of_first(lambda: self._write(whole))
         self._saved_at = self.step
-        self._tell(lambda: self.reporter.on_checkpoint(self, path))
+        self.ranks.together(lambda: self.reporter.on_checkpoint(self, path))
         return path
 
     def _write(self, whole: dict[str, Any]) -> Path:
@@ -466,15 +462,25 @@ class Trainer:
         self.ranks.copy_first_(self._weights())
         if self.ema is not None:
             self.ranks.copy_first_(list(self.ema.shadow.values()))
-            self.ema.load_state_dict({"updates": state["ema_updates"], "shadow": self.ema.shadow})
-        self.train_step.load_state_dict(state)
-        self.dataset.load_state_dict(state["dataset"])
-        self.step, self.iteration = state["step"], state["iteration"]
-        self._skipped = state["guard"]["skipped"]
-        self.validation.best = (state["best"][0], state["best"][1]) if state["best"] else None
-        self.validation.at, self._saved_at = state["evaluated_at"], self.step
-        self._seed_dropout()
-        set_random_state(state["rng"], self.device, self.ranks)
+        self.ranks.together(lambda: self._take_up(path, state))
+
+    def _take_up(self, path: Path, state: dict[str, Any]) -> None:
+        """All but weights and average, which are there."""
+        try:
+            if self.ema is not None:
+                own = {"updates": state["ema_updates"], "shadow": self.ema.shadow}
+                self.ema.load_state_dict(own)
+            self.train_step.load_state_dict(state)
+            self.dataset.load_state_dict(state["dataset"])
+            self.step, self.iteration = int(state["step"]), int(state["iteration"])
+            self._skipped = int(state["guard"]["skipped"])
+            best = state["best"]
+            self.validation.best = (float(best[0]), int(best[1])) if best else None
+            self.validation.at, self._saved_at = int(state["evaluated_at"]), self.step
+            self._seed_dropout()
+            set_random_state(state["rng"], self.device, self.ranks)
+        except (LookupError, TypeError, AttributeError, RuntimeError, ValueError) as error:
+            raise checkpoint.not_of_this_run(path, error) from None
 
     def _read(self, path: Path) -> dict[str, Any]:
         """Weights and average into this process; returns the rest."""
@@ -483,7 +489,10 @@ class Trainer:
             raise checkpoint.CheckpointError(
                 f"{path}: the training data is not what it was: {', '.join(changed[:3])}"
             )
-        self.model.load_state_dict(saved.model, strict=True)
-        if self.ema is not None and saved.ema is not None:
-            self.ema.load_merged(saved.ema, saved.train_state["ema_updates"])
+        try:
+            self.model.load_state_dict(saved.model, strict=True)
+            if self.ema is not None and saved.ema is not None:
+                self.ema.load_merged(saved.ema, saved.train_state["ema_updates"])
+        except (LookupError, TypeError, RuntimeError, ValueError) as error:
+            raise checkpoint.not_of_this_run(path, error) from None
         return saved.train_state

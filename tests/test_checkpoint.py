@@ -197,7 +197,9 @@ def test_a_damaged_last_falls_back_to_the_newest_intact_step(tmp_path):
         resolve(tmp_path / "step_11")
     for step in (1, 2):
         (tmp_path / f"step_{step}" / "manifest.json").write_text("{}")
-    with pytest.raises(CheckpointError, match="no readable checkpoint: .*step_11"):
+    with pytest.raises(
+        CheckpointError, match=r"no readable checkpoint: .*step_11.*; nor any of the 3"
+    ):
         resolve(tmp_path)
     with pytest.raises(CheckpointError, match=r"no readable checkpoint \(no step_N folder\)"):
         resolve(tmp_path / "missing")
@@ -247,3 +249,9 @@ def test_weights_are_read_from_safetensors_and_odd_files_refused(tmp_path):
     with pytest.raises(CheckpointError, match="step_3: cannot be written: Is a directory"):
         write_official(folder, contents(3)["model"])
     assert verify(folder) == 3 and ".step_3.tmp" not in names(tmp_path)
+
+
+def test_whoever_may_read_one_file_may_read_all(tmp_path):
+    save(tmp_path, 1)
+    modes = {path.stat().st_mode for path in (tmp_path / "step_1").iterdir()}
+    assert len(modes) == 1

@@ -93,6 +93,9 @@ def test_lines_count_the_steps_since_the_line_before(here, capfd, monkeypatch):
     said = capfd.readouterr().out
     assert "damaged (7 bytes, not " in said and "; taking step_6\n" in said
     assert "finished    12 steps, 6 of them now, " in said
+    (folder / "step_12" / "model.safetensors").write_bytes(b"damaged")
+    assert run(f"resume={folder}", "log_interval=5") == 0
+    assert "; taking step_6\n" in capfd.readouterr().out
 
 
 def test_the_last_line_of_a_run_by_epochs(here):

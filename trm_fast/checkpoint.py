@@ -138,6 +138,9 @@ def _write_files(
     if ema is not None:
         safetensors.torch.save_file(separate(ema), folder / EMA, metadata)
     (folder / CONFIG).write_text(config + "\n", encoding="utf-8")
+    for name in (MODEL, EMA):  # safetensors lets nobody else read what it writes
+        if (folder / name).exists():
+            shutil.copymode(folder / CONFIG, folder / name)
     with open(folder / STATE, "wb") as file:
         torch.save(state, file)
     files = {}
@@ -235,7 +238,8 @@ def resolve(path: str | os.PathLike[str], which: str = "last") -> Path:
             return folder
         except CheckpointError as error:
             reasons.append(str(error))
-    found = f": {reasons[0]}" if reasons else " (no step_N folder)"
+    others = f"; nor any of the {len(reasons) - 1} others" if len(reasons) > 1 else ""
+    found = f": {reasons[0]}{others}" if reasons else " (no step_N folder)"
     raise CheckpointError(f"{run}: no readable checkpoint{found}")
 
 

@@ -110,6 +110,8 @@ def _load(options: argparse.Namespace) -> Loaded:
             onnx_file.needed()
     except ExportError as error:
         raise CommandError(USAGE, error) from None
+    if options.steps is not None and "solve" not in options.graphs:
+        raise CommandError(USAGE, "--steps is for the graph solve; the graph step is one step")
     if Path(options.folder).is_file():
         raise CommandError(USAGE, f"{options.folder}: is a file; a folder was expected")
     products = {True: "int8", False: "none", None: None}[options.int8]

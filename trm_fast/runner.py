@@ -185,6 +185,7 @@ def train(config: TrainConfig) -> int:
     try:
         asked = asked_for()
         ranks = join(asked, asked.device(pick_device(config.device)))
+        ranks.together(lambda: config.local_batch_size(ranks.world))
         ranks.in_turn(lambda: _check_machine(config))
         with_data = ranks.in_turn(lambda: _with_data(config, ranks))
         lost = "what came after the last checkpoint is not saved"
@@ -248,11 +249,15 @@ def _with_data(config: TrainConfig, ranks: Ranks) -> TrainConfig:
     root = Path("data", f"{puzzle}-mini-{config.generate}")
     began = time.monotonic()
     noun = {"sudoku": "boards", "maze": "mazes"}[puzzle]
-    if not root.exists():
+    before = root.stat().st_ino if root.exists() else None
+    if before is None:
         tell(f"data        generating {config.generate:,} {noun}")
     make = {"sudoku": default_job_data, "maze": maze_job_data}[puzzle]
     make(root, seed=0, train_boards=config.generate)
-    tell(f"data        {root}, {config.generate} training {noun}, {time.monotonic() - began:.1f} s")
+    again = before not in (None, root.stat().st_ino)
+    why = ", made again: what was there was damaged or of another request" if again else ""
+    seconds = time.monotonic() - began
+    tell(f"data        {root}, {config.generate} training {noun}, {seconds:.1f} s{why}")
     project = config.project_name or f"{puzzle.capitalize()}-mini"
     return config.replace({"data_paths": [str(root)], "project_name": project})
 
@@ -358,7 +363,10 @@ def _run_locked(
 def _conclude(trainer: Trainer, spot: Place, seconds: float, finished: bool) -> None:
     """The last words of a run that came to its end, or was stopped."""
     if not finished:
-        say(f"stopped at step {trainer.step}; everything is saved. Go on with:")
+        several = " the same command under the launcher, or in one process" * (
+            trainer.ranks.world > 1
+        )
+        say(f"stopped at step {trainer.step}; everything is saved. Go on with{several}:")
         say(f"  {program()} -m trm_fast.train resume={spot.run_dir}")
         return
     summarize(trainer, seconds, spot.resume_step or 0)
@@ -400,7 +408,8 @@ def _announce(trainer: Trainer, spot: Place) -> None:
     parameters = sum(p.numel() for p in trainer.model.parameters())
     say(f"run folder  {spot.run_dir}")
     if spot.resume_from is not None:
-        if spot.config.resume == "auto" and (fault := passed_over(spot.resume_from)):
+        asked = Path(spot.config.resume).name
+        if asked != spot.resume_from.name and (fault := passed_over(spot.resume_from)):
             say(f"going on    {fault}")
         begins = "measured again" if trainer.finished else "a new run_name= starts anew"
         ends = ", the end of the run" if trainer.finished else ""

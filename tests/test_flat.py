@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from trm_fast.ema import EMA
-from trm_fast.flat import ALIGNMENT, joined, lay_out
+from trm_fast.flat import ALIGNMENT, bits_sum, joined, lay_out
 from trm_fast.optim import AdamATan2
 
 SHAPES = [(3, 5), (1,), (64,), (2, 3, 4)]
@@ -102,3 +102,23 @@ def test_updated_as_one_as_each_alone(together):
         assert ema.updates == 4
     for one, alone in zip(*found, strict=True):  # PyTorch's atan2 of odd ends rounds otherwise
         torch.testing.assert_close(one, alone, rtol=1e-6, atol=1e-7)
+
+
+def test_a_sum_over_all_bits(monkeypatch):
+    tensors = [
+        torch.arange(10.0).view(2, 5).t(),
+        torch.tensor([1, -2], dtype=torch.int8),
+        torch.tensor([True, False]),
+        torch.ones(3, dtype=torch.bfloat16),
+        torch.tensor(0.5, dtype=torch.float64),
+    ]
+    whole = bits_sum(tensors)
+    assert bits_sum([t.clone() for t in tensors]) == whole and 0 <= whole < 1 << 62
+    for index, t in enumerate(tensors):
+        other = t.clone()
+        first = other.view(-1) if other.is_contiguous() else other[0]
+        first[:1] = ~first[:1] if t.dtype == torch.bool else first[:1] + 1
+        changed = [*tensors[:index], other, *tensors[index + 1 :]]
+        assert bits_sum(changed) != whole, index
+    monkeypatch.setattr("trm_fast.flat.CHUNK", 3)
+    assert bits_sum(tensors) == bits_sum([t.clone() for t in tensors])

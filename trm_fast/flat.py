@@ -15,6 +15,7 @@ from torch import Tensor
 
 __all__ = ["bits_sum", "joined", "lay_out"]
 
+CHUNK = 1 << 24  # elements
 ALIGNMENT = 256  # bytes: what allocators give, so that no kernel takes a slower path for a view
 
 
@@ -69,6 +70,7 @@ def bits_sum(tensors: Sequence[Tensor]) -> int:
     whole = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     total = 0
     for t in tensors:
-        bits = t.detach().contiguous().view(whole[t.element_size()])
-        total = (total * 31 + int(bits.sum(dtype=torch.int64))) % (1 << 62)
+        bits = t.detach().reshape(-1).view(whole[t.element_size()])
+        for part in bits.split(CHUNK):  # a sum in a wider dtype may copy what it adds up
+            total = (total * 31 + int(part.sum(dtype=torch.int64))) % (1 << 62)
     return total

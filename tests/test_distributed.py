@@ -171,7 +171,7 @@ def assert_agreed(first, second):
 
 @pytest.mark.parametrize("world", [2, 4])
 def test_processes_make_the_step_of_one(data, tmp_path, world):
-    names = CONFIGS if world == 2 else ("float32",)
+    names = CONFIGS if world == 2 else ("float32", "float64")
     settings = {"global_batch_size": 8, "ema": False}
     configs = {name: make_config(data, **settings, **CONFIGS[name]) for name in names}
     wanted = all_steps(SINGLE, configs)

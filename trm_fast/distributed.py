@@ -274,9 +274,8 @@ def join(ranks: Ranks, device: torch.device) -> Ranks:
 
 def _store(ranks: Ranks) -> dist.Store:
     """Where the processes read each other's addresses."""
-    store: dist.Store = next(rendezvous("env://", ranks.rank, ranks.world, timeout=DEVICE_TIMEOUT))[
-        0
-    ]
+    met = next(rendezvous("env://", ranks.rank, ranks.world, timeout=DEVICE_TIMEOUT))
+    store: dist.Store = met[0]
     return dist.PrefixStore(_start(store, ranks), store)
 
 

@@ -1,8 +1,9 @@
 """One optimizer step on the device: no shape depends on data, and the host waits for nothing.
 
 Owns the step and all that changes with it: batch, carries, gradients, schedule, the guard against
-gradients that are not finite, metrics. On NVIDIA GPUs the whole of it is one CUDA graph; elsewhere
-the same code runs call by call, so that its exactness is tested there. Imported by trainer. The
+gradients that are not finite, metrics. On NVIDIA GPUs the whole of it is one CUDA graph, with
+several processes two and what they exchange between them; elsewhere the same code runs call by
+call, so that its exactness is tested there. Imported by trainer. The
 order of operations is that of the official loop (arXiv 2510.04871, Algorithm 3): count the step,
 forward, loss / global batch, backward, learning rate, optimizers, EMA.
 

@@ -12,6 +12,7 @@ from trm_fast.config import ModelConfig, from_preset
 from trm_fast.data.dataset import from_arrays
 from trm_fast.data.format import write_dataset
 from trm_fast.model import Model
+from trm_fast.puzzle_kind import kind_of
 
 CELLS, VOCAB, DEPTH = 16, 6, 3
 SOLVED = "1234341221434321"
@@ -48,6 +49,12 @@ def tiny_model(seed: int = 0, **changes: Any) -> Model:
         for parameter in model.parameters():
             parameter.normal_(0, 0.6)
     return model.eval()
+
+
+def with_given(model: Model, inputs: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """What `predict` makes of a model's own tokens [N, L]: those that the puzzle gives in place."""
+    given = kind_of(model.config).given(inputs)
+    return torch.where(given, inputs.long(), tokens.long())
 
 
 def boards(count: int, seed: int = 0, cells: int = CELLS, vocab: int = VOCAB) -> np.ndarray:

@@ -72,7 +72,7 @@ def test_rs_weights_compute_what_the_rust_code_computes(tmp_path, start):
     assert (q == -5).all() and saved.step == 40
     assert model.config.halt_max_steps == 1
     # One supervision step is what its code calls a forward: predict runs no more of them.
-    answers = predict(model, TOKENS.int(), steps=model.config.halt_max_steps)
+    answers = predict(model, TOKENS.int(), depth=model.config.halt_max_steps)
     assert torch.equal(answers.tokens.long(), torch.from_numpy(got).argmax(-1))
 
 

@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # Each row may import the rows above it; members of one row do not import each other.
 ORDER = [
-    ["console", "options", "names"],
+    ["console", "options", "names", "answers"],
     ["model_config", "presets"],
     ["config", "symmetry", "philox"],
     ["overrides"],
@@ -32,7 +32,7 @@ ORDER = [
     ["data.maze_generator", "data.maze_source"],
     ["data.sudoku", "data.maze", "data.arc", "data.feed"],
     ["rules"],
-    ["data"],
+    ["data", "puzzle_kind"],
     ["ops", "flat", "capture", "puzzle_rows"],
     ["distributed"],
     ["gradient_sum", "random_state"],
@@ -58,6 +58,10 @@ ORDER = [
     ["losses", "optimizers", "ema", "inference_step"],
     ["optim"],
     ["checkpoint", "viz", "progress"],
+    ["reasoning"],
+    ["lanes"],
+    ["rollouts"],
+    ["selectors"],
     ["inference", "arc_voting"],
     ["evaluators"],
     ["interop"],

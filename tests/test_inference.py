@@ -5,13 +5,13 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import torch
-from answering import CELLS, DEPTH, VOCAB, boards, tiny_config, tiny_model
+from answering import CELLS, DEPTH, VOCAB, boards, tiny_config, tiny_model, with_given
 
 from trm_fast.data.dataset import PuzzleDataset, PuzzleDatasetConfig, from_arrays
 from trm_fast.data.format import IGNORE_LABEL_ID
 from trm_fast.inference import evaluate, predict, supervision_steps
 from trm_fast.losses import LOSSES
-from trm_fast.recursion import Carry, State
+from trm_fast.recursion import Carry, State, take_new_data
 from trm_fast.rules import sudoku_rules
 
 SOLVED = np.array([int(c) for c in "1234341221434321"])
@@ -39,16 +39,20 @@ class Scripted(torch.nn.Module):
         self.config = config or tiny_config(halt_max_steps=len(preds))
         self.inner = torch.nn.Module()
         self.inner.device = torch.device("cpu")
+        self.q_threshold = None
 
     def initial_carry(self, batch):
         size = len(batch["inputs"])
         nothing = State(torch.zeros(size), torch.zeros(size))
-        return Carry(nothing, torch.zeros(size, dtype=torch.int32), torch.ones(size), dict(batch))
+        steps, halted = torch.zeros(size, dtype=torch.int32), torch.ones(size, dtype=torch.bool)
+        return Carry(nothing, steps, halted, {name: t.clone() for name, t in batch.items()})
 
     def forward(self, carry, batch):
-        step, ids = int(carry.steps[0]), batch["puzzle_identifiers"].long()
+        carry.current_data = take_new_data(carry.halted, batch, carry.current_data)
+        step, ids = carry.steps.long(), carry.current_data["puzzle_identifiers"].long()
+        step = torch.where(carry.halted, 0, step)
         logits = torch.nn.functional.one_hot(self.preds[step, ids], VOCAB).float() * 5
-        carry.steps = carry.steps + 1
+        carry.steps = step.int() + 1
         return carry, {"logits": logits, "q_halt_logits": self.q[step, ids]}
 
 
@@ -265,24 +269,26 @@ def test_predict_chooses_the_last_step_or_the_highest_q(script, size):
     model = Scripted(preds, q)
     ids = torch.arange(6)
     last = predict(model, torch.as_tensor(inputs), ids, select="last", batch_size=size)
-    assert torch.equal(last.tokens, torch.as_tensor(preds[-1]))
+    written = with_given(model, torch.as_tensor(inputs), torch.as_tensor(preds[-1]))
+    assert torch.equal(last.tokens, written)
     assert last.step.tolist() == [3] * 6
     assert last.q.numpy() == pytest.approx(q[-1])
     best = predict(model, torch.as_tensor(inputs), ids, batch_size=size)
     steps = q.argmax(0)
     assert steps[1] == 0  # a tie between steps 1 and 2: the earliest
     assert best.step.tolist() == (steps + 1).tolist()
-    assert np.array_equal(best.tokens.numpy(), preds[steps, np.arange(6)])
+    tokens = torch.as_tensor(preds[steps, np.arange(6)])
+    assert torch.equal(best.tokens, with_given(model, torch.as_tensor(inputs), tokens))
     assert best.q.numpy() == pytest.approx(q.max(0))
 
 
 def test_predict_depth_and_mode():
     model = tiny_model().train()
     inputs = torch.as_tensor(boards(3))
-    answers = predict(model, inputs, steps=5, select="last")
+    answers = predict(model, inputs, depth=5, select="last")
     assert model.training
     *_, out = supervision_steps(model.eval(), as_batch(boards(3)), 5)
-    assert torch.equal(answers.tokens, out.preds)
+    assert torch.equal(answers.tokens, with_given(model, inputs, out.preds))
     assert answers.tokens.dtype == torch.int64
     assert answers.step.tolist() == [5, 5, 5]
     assert predict(model, inputs, select="last").step.tolist() == [DEPTH] * 3
@@ -297,13 +303,17 @@ def test_predict_nothing():
 @pytest.mark.parametrize(
     ("inputs", "select", "said"),
     [
-        (torch.ones(2, 16), "best_q", r"inputs must be integers, got torch.float32"),
-        (torch.ones(2, 16) > 0, "best_q", r"inputs must be integers, got torch.bool"),
-        (torch.ones(2, 15).int(), "best_q", r"inputs must be \[N, 16\], got \[2, 15\]"),
-        (torch.ones(16).int(), "best_q", r"inputs must be \[N, 16\], got \[16\]"),
-        (torch.full((1, 16), VOCAB), "best_q", r"tokens must be in 0\.\.5"),
-        (torch.full((1, 16), -1), "best_q", r"tokens must be in 0\.\.5"),
-        (torch.ones(1, 16).int(), "first", "select must be 'last' or 'best_q', got 'first'"),
+        (torch.ones(2, 16), "q", r"inputs must be integers, got torch.float32"),
+        (torch.ones(2, 16) > 0, "q", r"inputs must be integers, got torch.bool"),
+        (torch.ones(2, 15).int(), "q", r"inputs must be \[N, 16\], got \[2, 15\]"),
+        (torch.ones(16).int(), "q", r"inputs must be \[N, 16\], got \[16\]"),
+        (torch.full((1, 16), VOCAB), "q", r"tokens must be in 0\.\.5"),
+        (torch.full((1, 16), -1), "q", r"tokens must be in 0\.\.5"),
+        (
+            torch.ones(1, 16).int(),
+            "first",
+            "select must be one of last, q, mode, .*valid, got 'first'",
+        ),
     ],
 )
 def test_predict_refuses(inputs, select, said):
@@ -314,7 +324,7 @@ def test_predict_refuses(inputs, select, said):
 @pytest.mark.parametrize("steps", [0, -1])
 def test_no_supervision_steps_is_an_error(steps):
     batch = as_batch([SOLVED + 1], [SOLVED + 1])
-    with pytest.raises(ValueError, match=f"steps must be at least 1, got {steps}"):
-        predict(tiny_model(), batch["inputs"], steps=steps)
+    with pytest.raises(ValueError, match=f"depth must be a whole number from 1 to .*, got {steps}"):
+        predict(tiny_model(), batch["inputs"], depth=steps)
     with pytest.raises(ValueError, match="steps must be at least 1"):
         evaluate(tiny_model(), [("all", batch, 1)], steps=steps)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from answering import boards, tiny_model
+from answering import boards, tiny_model, with_given
 
 from trm_fast import onnx_file, quantize
 from trm_fast.inference import predict, supervision_steps
@@ -50,8 +50,8 @@ def test_steps_and_a_solve_are_the_model(changes, products):
             given |= {"halted": torch.zeros(4, dtype=torch.bool)} if shape else {}
         found = Solve(step, shape, 3)(solve_given)
     assert torch.equal(found["preds"], torch.stack(preds, 1))
-    best = predict(model, inputs, batch["puzzle_identifiers"], steps=3)
-    assert torch.equal(found["answer"], best.tokens.int())
+    best = predict(model, inputs, batch["puzzle_identifiers"], depth=3)
+    assert torch.equal(with_given(model, batch["inputs"], found["answer"]), best.tokens)
     assert torch.equal(found["q_halt_logits"].amax(1), best.q)
 
 

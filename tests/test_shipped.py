@@ -46,7 +46,7 @@ def test_it_solves_what_it_says_it_solves(nowhere):
     shares = []
     for clues, key in (((36, 50), "easy"), ((28, 32), "medium")):
         boards, grids = generate(100, clues=clues, seed=4711)
-        answers = predict(model, torch.from_numpy(boards.astype(np.int32)) + 1, steps=16)
+        answers = predict(model, torch.from_numpy(boards.astype(np.int32)) + 1, depth=16)
         shares.append(float((answers.tokens.numpy() == grids + 1).all(1).mean()))
         assert shares[-1] > said[f"{key}, best q of 16 steps"] - 0.15
     assert shares[0] > 0.9 and shares[1] > 0.6
@@ -92,7 +92,7 @@ class FromModel:
 
     def run(self, names, feed):
         inputs = torch.from_numpy(feed["inputs"])
-        answers = predict(self._model, inputs, steps=16)
+        answers = predict(self._model, inputs, depth=16)
         assert feed["inputs"].dtype == np.int32
         return answers.tokens.int().numpy(), None, np.tile(answers.q.numpy()[:, None], (1, 16))
 

@@ -11,20 +11,28 @@ Dims legend: B batch, L puzzle tokens, M supervision steps.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, field
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from trm_fast.answers import Answers, Frame
 from trm_fast.data.format import IGNORE_LABEL_ID
 from trm_fast.distributed import SINGLE, Ranks
 from trm_fast.inference_step import StepOutput, borrowed
+from trm_fast.lanes import Puzzles
 from trm_fast.losses import LOSSES
 from trm_fast.model import Model
+from trm_fast.puzzle_kind import PuzzleKind, kind_of
+from trm_fast.reasoning import Reasoning, reasoning_of
+from trm_fast.rollouts import Record, Rollouts, puzzles_at_once
 from trm_fast.rules import Rules
+from trm_fast.selectors import choose, keeps_rules
 
 Observer = Callable[[str, dict[str, Tensor]], None]
 
@@ -205,9 +213,7 @@ def evaluate(
     device = model.inner.device
     depth = _depth(model, steps)
     tallies: dict[str, _Tally] = {}
-    was_training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         for name, batch, _ in batches:
             tally = tallies.setdefault(name, _Tally(depth, loss_type, rules, cuda_graph))
             rows = (batch["labels"] != IGNORE_LABEL_ID).any(-1).nonzero().squeeze(-1)
@@ -222,20 +228,9 @@ def evaluate(
                     parts.append(outputs[key].cpu())
                 if observe is not None:
                     observe(name, outputs)
-    finally:
-        model.train(was_training)
     if not tallies:
         raise ValueError("there is nothing to evaluate: the data has no puzzles")
     return {name: tally.report(ranks) for name, tally in tallies.items()}
-
-
-@dataclass(frozen=True)
-class Answers:
-    """Answers to N puzzles: tokens [N, L] int64, q [N] float32, 1-based step [N] int64 each."""
-
-    tokens: Tensor
-    q: Tensor
-    step: Tensor
 
 
 def predict(
@@ -243,66 +238,154 @@ def predict(
     inputs: Tensor,
     puzzle_identifiers: Tensor | None = None,
     *,
-    steps: int | None = None,
-    select: str = "best_q",
+    reasoning: Reasoning | str | None = None,
     batch_size: int = 256,
+    numbers: Tensor | None = None,
+    **settings: Any,
 ) -> Answers:
     """Answer puzzles given as tokens.
 
     Args:
         model: put into evaluation mode, and back as it was.
         inputs: [N, L] int, on any device.  puzzle_identifiers: [N] int; None is the blank one.
-        steps: supervision steps; None is the model's halt_max_steps.
-        select: "last", or "best_q" for the answer of the step with the highest halting logit.
-        batch_size: boards at a time.
+        reasoning: how, or the name of a preset; None is one rollout of the model's own depth and
+            its answer of highest q.
+        batch_size: rollouts side by side; changes speed and memory, not what is drawn.
+        numbers: [N] int64 in [0, 2**32), by which random numbers are drawn; None is 0, 1, ...
+        settings: fields of `Reasoning`, in place of those of `reasoning`.
 
     Raises:
-        ValueError: a wrong dtype or shape, another `select`, or steps < 1.
+        ValueError: a wrong dtype or shape, or a setting that is wrong or not for this model.
     """
-    config = model.config
-    given = {"inputs": inputs, "puzzle_identifiers": puzzle_identifiers}
+    puzzles = _puzzles(model, inputs, puzzle_identifiers, numbers)
+    plan = plan_for(model, reasoning, **settings)
+    parts = [
+        _answers(puzzles.inputs[rows].cpu(), record, plan, kind_of(model.config))
+        for rows, record in records(model, puzzles, plan, batch_size)
+    ]
+    columns = zip(*(vars(part).values() for part in parts), strict=True)
+    return Answers(*(torch.cat(column) for column in columns))
+
+
+def watch(
+    model: Model,
+    inputs: Tensor,
+    puzzle_identifiers: Tensor | None = None,
+    *,
+    reasoning: Reasoning | str | None = None,
+    batch_size: int = 256,
+    **settings: Any,
+) -> Iterator[Frame]:
+    """Answer one puzzle, inputs [1, L], and see every step; arguments and errors as `predict`.
+
+    The model is in evaluation mode until the last frame; whoever stops looking stops the work.
+    """
+    puzzles = _puzzles(model, inputs, puzzle_identifiers, None)
+    if len(puzzles.inputs) != 1:
+        raise ValueError(f"one puzzle is watched at a time, got {len(puzzles.inputs)}")
+    return _frames(model, puzzles, plan_for(model, reasoning, **settings), batch_size)
+
+
+def _frames(model: Model, puzzles: Puzzles, plan: Reasoning, width: int) -> Iterator[Frame]:
+    kind, k = kind_of(model.config), plan.rollouts
+    tokens = puzzles.inputs.cpu().long().repeat(k, 1)
+    certainty = kind.given(tokens).float()
+    q, steps = torch.full((k,), -torch.inf), torch.zeros(k, dtype=torch.int64)
+    running = torch.ones(k, dtype=torch.bool)
+    with evaluating(model):
+        rollouts = Rollouts(model, kind, puzzles, plan, width, _deadline(plan), watched=True)
+        held: Frame | None = None
+        for number, seen in enumerate(rollouts.run(), 1):
+            if held is not None:
+                yield held
+            rows = torch.from_numpy(seen.items)
+            assert seen.said.certainty is not None
+            tokens[rows] = seen.said.tokens.cpu()
+            certainty[rows] = seen.said.certainty.cpu()
+            q[rows] = seen.said.q.cpu()
+            steps[rows] = torch.from_numpy(seen.taken)
+            running[rows] = torch.from_numpy(seen.going_on)
+            now = [t.clone() for t in (tokens, certainty, q, steps, running)]
+            held = Frame(number, now[0], now[1], now[2], now[3], now[4])
+        answer = _answers(puzzles.inputs.cpu(), rollouts.record(), plan, kind)
+        if held is None:
+            held = Frame(0, tokens, certainty, q, steps, running)
+        yield replace(held, running=torch.zeros_like(running), answer=answer)
+
+
+def plan_for(model: Model, reasoning: Reasoning | str | None = None, **settings: Any) -> Reasoning:
+    """The reasoning that `predict` would follow, everything filled in; arguments and errors as
+    there."""
+    kind = kind_of(model.config)
+    return reasoning_of(reasoning, kind, settings).resolved(model.config, kind, model.q_threshold)
+
+
+def records(
+    model: Model, puzzles: Puzzles, plan: Reasoning, batch_size: int
+) -> Iterator[tuple[slice, Record]]:
+    """Run the rollouts of all puzzles, as many as memory for their records allows at a time; yields
+    which puzzles, and what was said of them."""
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    deadline, kind = _deadline(plan), kind_of(model.config)
+    at_once = puzzles_at_once(plan, puzzles.inputs.shape[1])
+    with evaluating(model):
+        for start in range(0, max(len(puzzles.inputs), 1), at_once):
+            rows = slice(start, start + at_once)
+            part = Puzzles(*(t[rows] for t in vars(puzzles).values()))
+            rollouts = Rollouts(model, kind, part, plan, batch_size, deadline)
+            for _ in rollouts.run():
+                pass
+            yield rows, rollouts.record()
+
+
+def _deadline(plan: Reasoning) -> float | None:
+    return None if plan.budget is None else time.monotonic() + plan.budget
+
+
+@contextmanager
+def evaluating(model: Model) -> Iterator[None]:
+    """In evaluation mode, and back as it was."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
+def _answers(inputs: Tensor, record: Record, plan: Reasoning, kind: PuzzleKind) -> Answers:
+    valid = None
+    if plan.select == "valid" and kind.rules is not None:
+        valid = keeps_rules(record, inputs, kind.rules)
+    choice = choose(record, plan, valid)
+    tokens = torch.where(choice.step.unsqueeze(-1) > 0, choice.of(record.tokens), inputs).long()
+    passes = record.steps.sum(-1)
+    return Answers(tokens, choice.q, choice.step, choice.rollout, passes, choice.confidence)
+
+
+def _puzzles(
+    model: Model, inputs: Tensor, identifiers: Tensor | None, numbers: Tensor | None
+) -> Puzzles:
+    """On the model's device, checked."""
+    config, count = model.config, len(inputs)
+    given = {"inputs": inputs, "puzzle_identifiers": identifiers, "numbers": numbers}
     for name, t in given.items():
         if t is not None and (t.is_floating_point() or t.is_complex() or t.dtype == torch.bool):
             raise ValueError(f"{name} must be integers, got {t.dtype}")
+        if t is not None and name != "inputs" and t.shape != (count,):
+            raise ValueError(f"{name} must be [{count}], got {list(t.shape)}")
     if inputs.dim() != 2 or inputs.shape[1] != config.seq_len:
         raise ValueError(f"inputs must be [N, {config.seq_len}], got {list(inputs.shape)}")
     if inputs.numel() and not 0 <= int(inputs.min()) <= int(inputs.max()) < config.vocab_size:
         raise ValueError(f"tokens must be in 0..{config.vocab_size - 1}")
-    if select not in ("last", "best_q"):
-        raise ValueError(f"select must be 'last' or 'best_q', got {select!r}")
-    if puzzle_identifiers is None:
-        puzzle_identifiers = torch.zeros(len(inputs), dtype=torch.int32)
     device = model.inner.device
-    depth = _depth(model, steps)
-    was_training = model.training
-    model.eval()
-    parts = []
-    try:
-        for start in range(0, len(inputs), batch_size):
-            rows = slice(start, start + batch_size)
-            batch = {
-                "inputs": inputs[rows].to(device, torch.int32),
-                "puzzle_identifiers": puzzle_identifiers[rows].to(device, torch.int32),
-            }
-            parts.append(_answer(model, batch, depth, select == "best_q"))
-    finally:
-        model.train(was_training)
-    if not parts:
-        empty = torch.zeros(0, dtype=torch.int64)
-        return Answers(empty.view(0, config.seq_len), torch.zeros(0), empty)
-    return Answers(*(torch.cat(column).cpu() for column in zip(*parts, strict=True)))
-
-
-@torch.inference_mode()
-def _answer(
-    model: Model, batch: dict[str, Tensor], depth: int, by_q: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    size = len(batch["inputs"])
-    with borrowed(model, size) as step:
-        step.start(batch)
-        for _ in range(depth):
-            out = step.run()
-        if by_q:
-            best = step.best
-            return best.tokens[:size].clone(), best.q[:size].clone(), best.step[:size].clone()
-    return out.preds, out.q, torch.full_like(out.preds[:, 0], depth)
+    if identifiers is None:
+        identifiers = torch.zeros(count, dtype=torch.int32)
+    if numbers is None:
+        numbers = torch.arange(count)
+    return Puzzles(
+        inputs.to(device, torch.int32),
+        identifiers.to(device, torch.int32),
+        numbers.to(device, torch.int64),
+    )

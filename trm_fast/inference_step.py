@@ -21,10 +21,11 @@ from torch.func import functional_call
 
 from trm_fast.capture import Capture
 from trm_fast.model import Model
+from trm_fast.recursion import named
 
 __all__ = ["InferenceStep", "StepOutput", "borrowed", "padded_size"]
 
-KEPT = 4  # steps of one model that wait to be used again
+KEPT = 6  # steps of one model that wait to be used again
 
 
 @dataclass
@@ -34,19 +35,6 @@ class StepOutput:
     preds: Tensor
     q: Tensor
     logits: Tensor
-
-
-@dataclass
-class Best:
-    """The answer of the step with the highest q so far, the earliest of several.
-
-    Attributes:
-        tokens: [N, L] int64.  q: [N] float32, where NaN counts as -inf.  step: 1-based, [N] int64.
-    """
-
-    tokens: Tensor
-    q: Tensor
-    step: Tensor
 
 
 def padded_size(batch: int) -> int:
@@ -64,7 +52,7 @@ class InferenceStep:
         size: N.  cuda_graph: False never captures.
 
     Attributes:
-        best: over the steps since `start`, of all N items.
+        size: N.
     """
 
     def __init__(self, model: Model, size: int, cuda_graph: bool = True) -> None:
@@ -75,13 +63,7 @@ class InferenceStep:
             "puzzle_identifiers": torch.zeros(size, dtype=torch.int32, device=device),
         }
         self._carry = model.initial_carry(self._data)
-        self._size, self._used = size, size
-        self._number = torch.zeros((), dtype=torch.int64, device=device)
-        self.best = Best(
-            torch.zeros(size, length, dtype=torch.int64, device=device),
-            torch.zeros(size, device=device),
-            torch.zeros(size, dtype=torch.int64, device=device),
-        )
+        self.size, self._used = size, size
         self._output: StepOutput | None = None
         self._capture = Capture(self._run, device, cuda_graph)
         self._weights = _places(model) if self.captures else ()
@@ -104,25 +86,62 @@ class InferenceStep:
     def start(self, batch: dict[str, Tensor]) -> None:
         """Take new puzzles, "inputs" [B, L] int, "puzzle_identifiers" [B] int, B <= N; and the
         weights as they are now."""
-        model = self._model()
-        assert model is not None, "the model is gone"
-        masters = dict(model.named_parameters())
-        for name, copy in self._rounded.items():
-            copy.copy_(masters[name])
+        self._refresh()
         self._used = len(batch["inputs"])
         for name, place in self._data.items():
             place[: self._used].copy_(batch[name])
             place[self._used :].zero_()
         self._carry.halted.fill_(True)
         self._carry.steps.zero_()
-        self._number.zero_()
+
+    def _refresh(self) -> None:
+        model = self._model()
+        assert model is not None, "the model is gone"
+        masters = dict(model.named_parameters())
+        for name, copy in self._rounded.items():
+            copy.copy_(masters[name])
+
+    def restart(
+        self, items: Tensor, batch: dict[str, Tensor], states: dict[str, Tensor] | None = None
+    ) -> None:
+        """Other puzzles, one for each of the `items` [M] int64 in place of what they worked on.
+
+        `states` [M, S, D] by name are what they start from; None is the model's own beginning.
+        """
+        for name, place in self._data.items():
+            place[items] = batch[name].to(place.dtype)
+        self._carry.halted[items] = states is None
+        if states is not None:
+            for name, state in named(self._carry.inner_carry).items():
+                state[items] = states[name]
+            for name, place in self._carry.current_data.items():
+                place[items] = batch[name].to(place.dtype)
+            self._carry.steps[items] = 0
+
+    def go_on_from(self, other: InferenceStep, items: Tensor) -> None:
+        """Take over the `items` [B] int64 of another step of the model, B <= N, as they stand."""
+        self._refresh()
+        self._used = len(items)
+        theirs, mine = other._carry, self._carry
+        pairs = [(theirs.steps, mine.steps), (theirs.halted, mine.halted)]
+        pairs += [(other._data[name], place) for name, place in self._data.items()]
+        pairs += [(theirs.current_data[n], place) for n, place in mine.current_data.items()]
+        states = named(theirs.inner_carry)
+        pairs += [(states[n], state) for n, state in named(mine.inner_carry).items()]
+        for source, place in pairs:
+            place[: self._used] = source[items]
+
+    def states(self) -> dict[str, Tensor]:
+        """The states [N, S, D] that the next step starts from, by name, to be changed in place; of
+        items that `restart` left at the model's own beginning, any content."""
+        return named(self._carry.inner_carry)
 
     def run(self) -> StepOutput:
         """The next supervision step; the tensors are the caller's."""
         self._capture()
         assert self._output is not None
         found, rows = self._output, slice(self._used)
-        if not self.captures and self._used == self._size:
+        if not self.captures and self._used == self.size:
             return found
         return StepOutput(
             found.preds[rows].clone(), found.q[rows].clone(), found.logits[rows].clone()
@@ -135,19 +154,12 @@ class InferenceStep:
         carry, outputs = functional_call(model, self._rounded, (self._carry, self._data))
         carry.halted = torch.zeros_like(carry.halted)
         logits, q = outputs["logits"], outputs["q_halt_logits"]
-        preds = logits.argmax(-1)
-        self._number.add_(1)
-        best, known = self.best, torch.where(q.isnan(), -torch.inf, q)
-        better = (known > best.q) | (self._number == 1)
-        best.tokens.copy_(torch.where(better.unsqueeze(-1), preds, best.tokens))
-        best.step.copy_(torch.where(better, self._number, best.step))
-        best.q.copy_(torch.where(better, known, best.q))
         if self.captures:
             self._carry.copy_(carry)
         else:
             self._carry = carry
         # A graph's own tensors: every replay writes them again.
-        self._output = StepOutput(preds, q, logits)
+        self._output = StepOutput(logits.argmax(-1), q, logits)
 
 
 _free: weakref.WeakKeyDictionary[Model, list[InferenceStep]] = weakref.WeakKeyDictionary()
@@ -178,7 +190,7 @@ def _take(model: Model, size: int) -> InferenceStep | None:
     """One that waits, if there is one of this size; those that fit no more are dropped."""
     with _lock:
         waiting = [step for step in _free.get(model, []) if step.fits(model)]
-        found = next((step for step in waiting if step._size == size), None)
+        found = next((step for step in waiting if step.size == size), None)
         _free[model] = [step for step in waiting if step is not found]
     return found
 

@@ -12,7 +12,7 @@ V vocabulary.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from importlib import import_module
 from os import PathLike
 from pathlib import Path
@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from trm_fast.answers import Answers, Frame
 from trm_fast.backends import Choice
 from trm_fast.config import ModelConfig
 from trm_fast.gated_mlp import GatedMLP
@@ -177,7 +178,11 @@ class InnerModel(Served):
         y = states[0]
         logits = linear(y, self.lm_head.weight.to(y.dtype))[:, self.config.prefix_len :]
         readout = y[:, 0] if self.config.q_readout == "first" else y.mean(dim=1)
-        q = linear(readout, self.q_head.weight.to(y.dtype), self.q_head.bias.to(y.dtype)).float()
+        weight, bias = self.q_head.weight.to(y.dtype), self.q_head.bias.to(y.dtype)
+        if torch.is_grad_enabled() or y.dtype != torch.float32:
+            q = linear(readout, weight, bias).float()
+        else:  # row by row: a product of matrices rounds otherwise for other batches
+            q = (readout.unsqueeze(1) * weight).sum(-1) + bias
         q_continue = q[..., 1] if self.config.q_logits == 2 else None
         names = self.variant.initial
         new = state_of({n: state.detach() for n, state in zip(names, states, strict=True)})
@@ -196,12 +201,15 @@ class Model(nn.Module):
 
     Attributes:
         config: the checked configuration.  inner: one supervision step.  ops: its operations.
+        q_threshold: the q logit above which its answers are trusted, as fitted on other puzzles;
+            None where none was.
     """
 
     def __init__(self, config_dict: Mapping[str, Any] | ModelConfig) -> None:
         super().__init__()
         given = config_dict
         self.config = given if isinstance(given, ModelConfig) else ModelConfig.from_dict(given)
+        self.q_threshold: float | None = None
         gated = self.config.kind == "gated_mlp"
         self.inner = GatedMLP(self.config) if gated else InnerModel(self.config)
 
@@ -290,6 +298,19 @@ class Model(nn.Module):
             raise ValueError("compute_target_q needs q_logits=2, the model has 1")
         return torch.sigmoid(torch.where(last, q_halt, torch.maximum(q_halt, q_continue)))
 
+    def predict(
+        self, inputs: Tensor, puzzle_identifiers: Tensor | None = None, **how: Any
+    ) -> Answers:
+        """Answers to puzzles, tokens [N, L] int; see `inference.predict`, whose keywords it takes:
+        model.predict(inputs, rollouts=16, select="mode"), reasoning="ptrm", ..."""
+        return _later("inference").predict(self, inputs, puzzle_identifiers, **how)
+
+    def watch(
+        self, inputs: Tensor, puzzle_identifiers: Tensor | None = None, **how: Any
+    ) -> Iterator[Frame]:
+        """The frames of answering one puzzle, tokens [1, L] int; see `inference.watch`."""
+        return _later("inference").watch(self, inputs, puzzle_identifiers, **how)
+
     @classmethod
     def from_pretrained(
         cls,
@@ -302,7 +323,7 @@ class Model(nn.Module):
     ) -> Model:
         """A trained model from a run, a folder of `save_pretrained`, a file of another project or
         the hub, on the CPU, in evaluation mode; see `pretrained.from_pretrained`."""
-        return _pretrained().from_pretrained(
+        return _later("pretrained").from_pretrained(
             source, weights=weights, config=config, file=file, revision=revision
         )
 
@@ -310,15 +331,15 @@ class Model(nn.Module):
         self, folder: str | PathLike[str], *, card: Card | None = None, step: int = 0
     ) -> Path:
         """Write config.json, model.safetensors and README.md; see `pretrained.save_pretrained`."""
-        return _pretrained().save_pretrained(self, folder, card, step)
+        return _later("pretrained").save_pretrained(self, folder, card, step)
 
     def push_to_hub(
         self, repo: str, *, card: Card | None = None, private: bool = False, step: int = 0
     ) -> str:
         """Send those files to the hub, as owner/name; see `pretrained.push_to_hub`."""
-        return _pretrained().push_to_hub(self, repo, card, private=private, step=step)
+        return _later("pretrained").push_to_hub(self, repo, card, private=private, step=step)
 
 
-def _pretrained() -> Any:
-    """The module that reads and writes models, which stands after this one and imports it."""
-    return import_module("trm_fast.pretrained")
+def _later(module: str) -> Any:
+    """A module that stands after this one and imports it."""
+    return import_module(f"trm_fast.{module}")

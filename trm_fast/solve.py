@@ -53,7 +53,7 @@ BROKEN = 1
 """Exit status when at least one answer breaks the rules."""
 
 RUNS = "checkpoints"
-SELECT = {"best-q": "best_q", "last": "last"}
+SELECT = {"best-q": "q", "last": "last"}
 
 
 @dataclass(frozen=True)
@@ -267,7 +267,7 @@ def _answer(
     answers = predict(
         loaded.model,
         torch.from_numpy(cells if mazes else cells + 1),
-        steps=supervision_depth(loaded, options.steps),
+        depth=supervision_depth(loaded, options.steps),
         select=SELECT[options.select],
         batch_size=options.batch_size,
     )

@@ -24,7 +24,9 @@ __all__ = [
     "DIHEDRAL_INVERSE",
     "BoxShape",
     "SudokuSymmetry",
+    "TokenSymmetry",
     "box_shape",
+    "dihedral_cells",
     "dihedral_transform",
     "grid_invariant",
     "invert_permutation",
@@ -124,6 +126,26 @@ class SudokuSymmetry:
         return SudokuSymmetry(invert_permutation(self.cells), invert_permutation(self.digits))
 
 
+@dataclass(frozen=True)
+class TokenSymmetry:
+    """N symmetries of tokens, one per board, in torch: new cell i holds the renamed old cell.
+
+    cells [N, L] int64: new cell i holds what was in old cell cells[i];
+    values [N, V] int64: token v becomes values[v].
+    """
+
+    cells: torch.Tensor
+    values: torch.Tensor
+
+    def apply(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Images of tokens [N, L], their dtype kept; negatives stay."""
+        return _take(tokens, self.cells, self.values)
+
+    def inverse(self) -> TokenSymmetry:
+        """The symmetries that undo these: s.inverse().apply(s.apply(t)) == t."""
+        return TokenSymmetry(invert_permutation(self.cells), invert_permutation(self.values))
+
+
 def _after_zero(rows: Array) -> Array:
     if isinstance(rows, torch.Tensor):
         return torch.nn.functional.pad(rows, (1, 0))
@@ -219,6 +241,12 @@ def dihedral_transform(grids: Array, tid: int) -> Array:
         return result.flip(-1) if mirror else result
     result = np.rot90(grids, turns, (-2, -1))
     return result[..., ::-1] if mirror else result
+
+
+def dihedral_cells(side: int, device: torch.device | None = None) -> torch.Tensor:
+    """int64 [8, side * side]: cell i of image `tid` holds what was in cell [tid, i]."""
+    places = torch.arange(side * side, device=device).view(side, side)
+    return torch.stack([dihedral_transform(places, tid).reshape(-1) for tid in range(8)])
 
 
 def random_color_maps(

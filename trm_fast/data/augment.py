@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from trm_fast.philox import Draws, integers, uniform
-from trm_fast.symmetry import dihedral_transform, sudoku_symmetries_of, sudoku_words
+from trm_fast.symmetry import dihedral_cells, sudoku_symmetries_of, sudoku_words
 
 __all__ = ["AUGMENTATIONS", "augmentation_words", "dihedral_augment", "hand_back", "sudoku_augment"]
 
@@ -55,10 +55,8 @@ def dihedral_augment(inputs: Tensor, labels: Tensor, draws: Draws) -> tuple[Tens
     side = isqrt(cells)
     if side * side != cells:
         raise ValueError(f"boards of {cells} tokens are not square")
-    # Row k: where each cell of the image by symmetry k was before.
-    places = torch.arange(cells, device=inputs.device).view(side, side)
-    images = torch.stack([dihedral_transform(places, k).reshape(cells) for k in range(8)])
-    came_from = images[integers(draws.words(SYMMETRY)[:, 0], 0, 8)]
+    chosen = integers(draws.words(SYMMETRY)[:, 0], 0, 8)
+    came_from = dihedral_cells(side, inputs.device)[chosen]
     return inputs.gather(1, came_from), labels.gather(1, came_from)
 
 

@@ -191,8 +191,8 @@ def answers(session: Session, mixer: str, batch: int) -> Rows:
         def solve(step: InferenceStep = step) -> Tensor:
             step.start({key: boards[key] for key in ("inputs", "puzzle_identifiers")})
             for _ in range(config.halt_max_steps):
-                step.run()
-            return step.best.tokens.cpu()
+                out = step.run()
+            return out.preds.cpu()
 
         with torch.inference_mode(), switch(pdl) if switch else nullcontext():
             found.append(solve())

@@ -68,6 +68,20 @@ CONFIGS = {
     "float32": {},
     "float64": {"arch__forward_dtype": "float64", "arch__backend": "reference"},
     "parts": {"grad_accum": 2, "augment": "sudoku"},
+    "noise": {
+        "arch__damping": 0.9,
+        "arch__noise": 0.1,
+        "arch__random_init": True,
+        "depth_stages": ["0.2:1x1"],
+        "arch__forward_dtype": "float64",
+        "arch__backend": "reference",
+    },
+    "latents": {
+        "arch__latents": 3,
+        "grad_accum": 2,
+        "arch__forward_dtype": "float64",
+        "arch__backend": "reference",
+    },
     "hrm": {
         "arch__name": "hrm",
         "arch__H_layers": 1,

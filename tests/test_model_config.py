@@ -73,6 +73,10 @@ def test_model_config_defaults_are_official_and_ours_are_off():
         "vector_gates": False,
         "cell_attention": False,
         "dropout": 0.0,
+        "damping": 1.0,
+        "noise": 0.0,
+        "random_init": False,
+        "latents": 1,
         "backend": "auto",
         "policy": "auto",
         "quantize": "none",
@@ -113,7 +117,7 @@ def test_model_config_is_lenient_like_pydantic():
 
 INTS = ["batch_size", "seq_len", "num_puzzle_identifiers", "vocab_size", "H_cycles", "L_cycles"]
 INTS += ["L_layers", "hidden_size", "num_heads", "halt_max_steps", "intermediate_multiple"]
-INTS += ["intermediate_size", "token_intermediate_size"]
+INTS += ["intermediate_size", "token_intermediate_size", "latents"]
 
 
 @pytest.mark.parametrize("key", INTS)
@@ -140,6 +144,10 @@ def test_model_config_counts_may_be_zero_not_negative(key):
         ("rope_theta", float("inf"), "rope_theta must be a number > 0, got inf"),
         ("halt_exploration_prob", 1.1, "halt_exploration_prob must be a number in [0, 1], got 1.1"),
         ("dropout", 1.0, "dropout must be a number in [0, 1), got 1.0"),
+        ("damping", 0, "damping must be a number in (0, 1], got 0"),
+        ("damping", 1.1, "damping must be a number in (0, 1], got 1.1"),
+        ("noise", -0.1, "noise must be a number >= 0, got -0.1"),
+        ("random_init", 2, "random_init must be true or false, got 2"),
         ("dropout", None, "dropout must be a number in [0, 1), got None"),
         ("mlp_t", "maybe", "mlp_t must be true or false, got 'maybe'"),
         ("mlp_t", 2, "mlp_t must be true or false, got 2"),

@@ -17,6 +17,8 @@ CASES = [
     ({**MIXING, **ROWS}, "none"),
     ({**MIXING, "q_logits": 1, "q_readout": "mean"}, "int8"),
     ({"pos_encodings": "learned", "forward_dtype": "bfloat16"}, "none"),
+    ({"damping": 0.9, "noise": 0.1, "random_init": True}, "int8"),
+    ({"latents": 3, **MIXING}, "none"),
     ({"name": "trm_singlez"}, "int8"),
     ({"name": "trm_hier6"}, "none"),
     ({"name": "hrm", "H_layers": 1, **MIXING}, "int8"),

@@ -26,10 +26,11 @@ from trm_fast.ema import EMA
 from trm_fast.flat import lay_out
 from trm_fast.losses import ACTLossHead, MetricSums
 from trm_fast.model import Model
+from trm_fast.noise import WORDS, starts
 from trm_fast.philox import Draws, integers, uniform
 from trm_fast.recursion import Exploration
 from trm_fast.splits import dataset_config, open_splits
-from trm_fast.train_step import EXPLORATION, TrainStep
+from trm_fast.train_step import EXPLORATION, STATES, TrainStep
 
 MLP = {
     "arch__mlp_t": True,
@@ -61,6 +62,9 @@ VARIANTS = {
         "augment": "sudoku",
     },
     "baseline": {"arch__name": "transformers_baseline", "arch__H_layers": 2, "arch__q_logits": 2},
+    "noise": {"arch__damping": 0.95, "arch__noise": 0.01, "arch__random_init": True, "ema": False},
+    "stages": {"depth_stages": ["0.5:1x1"], "step_loss_decay": 0.7, "arch__L_cycles": 2},
+    "latents": {"arch__latents": 3, "grad_accum": 2, **MLP},
 }
 STEPS = 12
 
@@ -79,8 +83,8 @@ def settings(data, variant, **changes):
 def head_of(trainer):
     torch.manual_seed(trainer.config.seed)
     config, model = trainer.config, Model(trainer.model_config).train()
-    boxes = config.constraint_boxes
-    return ACTLossHead(model, config.arch.loss_type, config.constraint_weight, boxes)
+    own = config.constraint_weight, config.constraint_boxes, config.step_loss_decay
+    return ACTLossHead(model, config.arch.loss_type, *own)
 
 
 class PlainLoop:
@@ -102,7 +106,9 @@ class PlainLoop:
         config, rows = self.config, torch.arange(self.config.global_batch_size)
         fading = config.curriculum * self.total
         counts = augmentation_words(batch["inputs"].shape[1], config.augment, self.step < fading)
-        draws = Draws(config.seed, torch.tensor(self.step), rows, {EXPLORATION: 2, **counts})
+        counts = {EXPLORATION: 2, STATES: WORDS, **counts}
+        draws = Draws(config.seed, torch.tensor(self.step), rows, counts)
+        self.model.inner.cycles = config.cycles(self.step, self.total)
         if config.augment != "none":
             change = AUGMENTATIONS[config.augment]
             batch["inputs"], batch["labels"] = change(batch["inputs"], batch["labels"], draws)
@@ -111,6 +117,7 @@ class PlainLoop:
             batch["inputs"] = hand_back(batch["inputs"], batch["labels"], fraction, draws)
         words = draws.words(EXPLORATION)
         drawn = uniform(words[:, 0]), integers(words[:, 1], 2, config.arch.halt_max_steps + 1)
+        drawn = *drawn, starts(draws.words(STATES))
         ids, gradients, loss = [], [], 0.0
         for index, part in enumerate(rows.chunk(config.grad_accum)):
             mine = {name: value[part] for name, value in batch.items()}
@@ -122,7 +129,7 @@ class PlainLoop:
             (one / config.global_batch_size).backward()
             self.sums.add(metrics)
             loss += one.item()
-            if config.grad_accum > 1:
+            if config.grad_accum > 1 and config.arch.puzzle_emb_ndim:
                 emb = self.model.puzzle_emb
                 ids.append(emb.local_ids[: len(part)].clone())
                 gradients.append(emb.local_weights.grad[: len(part)].clone())
@@ -231,8 +238,8 @@ def test_replayed_without_python_it_is_the_same(data, tmp_path, variant, backend
             assert_same(state(plain), state(step))
             if number == STEPS:
                 break
-    fades = VARIANTS[variant].get("curriculum", 0)  # another variant: captured anew
-    assert replayed == (6 if fades else STEPS - 4)
+    # Another variant of the step is captured anew.
+    assert replayed == {"mlp-sudoku": 6, "stages": 5}.get(variant, STEPS - 4)
 
 
 def test_a_resumed_step_is_captured_anew(data, tmp_path, monkeypatch):

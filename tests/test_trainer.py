@@ -26,6 +26,7 @@ from trm_fast.interop import write_official
 from trm_fast.losses import ACTLossHead
 from trm_fast.model import Model
 from trm_fast.trainer import for_device
+from trm_fast.training_data import train_dataset
 
 
 @pytest.fixture
@@ -123,7 +124,9 @@ def test_steps_are_those_of_the_official_loop(data, tmp_path):
     """Step counted first, loss / batch, rates of the schedule, rows then weights, then the EMA."""
     config = make_config(data, steps=5)
     trainer = make_trainer(config, tmp_path)
-    batches = [batch for _, batch, _ in trainer._train_dataset()][:5]
+    batches = [
+        batch for _, batch, _ in train_dataset(trainer.config, trainer.splits, trainer.ranks)
+    ][:5]
     torch.manual_seed(config.seed)
     model = Model(trainer.model_config).train()
     head = ACTLossHead(model, config.arch.loss_type)

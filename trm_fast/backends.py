@@ -134,6 +134,10 @@ def _choose(
     rows = {row.backend: row for row in ROWS if row.op == op}
     if op == "deep_recursion" and config is not None and config.kind != "trm":
         return rows["reference"], f"unused: arch={config.kind} is composed of the others"
+    if op == "deep_recursion" and config is not None and config.mixes_states:
+        return rows[
+            "reference"
+        ], "damping and noise come between its passes: composed of the others"
     reasons: list[str] = []
     for backend in BACKENDS if name == "auto" else (name, "reference"):
         row = rows.get(backend)

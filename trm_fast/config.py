@@ -52,13 +52,14 @@ DEFAULT_PRESET = "sudoku-mini"
 LOSS_HEAD = "losses@ACTLossHead"
 # Keys that the official code does not have.
 BEYOND_OFFICIAL = """
-    preset generate generate_puzzle augment curriculum grad_accum steps seeds max_skipped optimizer
-    muon_lr weight_decay_on grad_clip constraint_weight constraint_boxes ema_warmup eval_steps
-    eval_max_puzzles eval_batch_size eval_steps_max resume load_identifiers save_interval keep
-    official log_interval logger device threads compile profile cuda_graph
+    preset generate generate_puzzle augment curriculum depth_stages grad_accum steps seeds
+    max_skipped optimizer muon_lr weight_decay_on grad_clip step_loss_decay constraint_weight
+    constraint_boxes ema_warmup eval_steps eval_max_puzzles eval_batch_size eval_steps_max resume
+    load_identifiers save_interval keep official log_interval logger device threads compile profile
+    cuda_graph
     arch.loss_type arch.intermediate_size arch.token_intermediate_size arch.intermediate_multiple
     arch.q_readout arch.q_logits arch.semantics arch.vector_gates arch.cell_attention arch.dropout
-    arch.backend arch.policy arch.quantize
+    arch.damping arch.noise arch.random_init arch.latents arch.backend arch.policy arch.quantize
 """
 Plain = str | int | float | bool | None
 ALIASES = {
@@ -122,6 +123,10 @@ class TrainConfig:
         "part of the run over which solution cells are handed back, fading out", 0.0, low=0, high=1
     )
 
+    depth_stages: tuple[str, ...] = option(
+        "cycles H x L until that part of the run: [0.3:1x2, 0.6:2x4]; then those of arch", ()
+    )
+
     global_batch_size: int = option("boards per step on all processes", 768, low=1, section="Steps")
     grad_accum: int = option("parts that a batch is worked off in, to save memory", 1, low=1)
     epochs: int = option("visits of each puzzle group; sets the number of steps", 100000, low=1)
@@ -149,6 +154,13 @@ class TrainConfig:
     beta2: float = option("decay of the mean of its square", 0.95, low=0, high=1, open=")")
     muon_lr: float = option("learning rate of the matrices with optimizer=muon", 0.02, low=0)
     grad_clip: float = option("largest norm of the gradient; 0 = no limit", 0.0, low=0)
+    step_loss_decay: float = option(
+        "weight of the cells' loss in a supervision step, of that in the one before",
+        1.0,
+        low=0,
+        high=1,
+        open="(",
+    )
     constraint_weight: float = option(
         "Sudoku: weight of a loss on rows, columns and boxes that hold a digit twice", 0.0, low=0
     )
@@ -268,8 +280,39 @@ class TrainConfig:
             )
         if self.official and self.arch.kind == "gated_mlp":
             raise ConfigError("official=true is for the official code's networks, not gated_mlp")
+        self._check_depth()
         if self.freeze_weights and self.arch.puzzle_emb_ndim == 0:
             raise ConfigError("freeze_weights=true needs arch.puzzle_emb_ndim > 0, got 0")
+
+    def _check_depth(self) -> None:
+        arch, before = self.arch, 0.0
+        if self.official and (arch.damping < 1 or arch.latents > 1):
+            raise ConfigError(
+                "official=true is for networks that the official code has: it needs "
+                f"arch.damping=1 and arch.latents=1, got {arch.damping} and {arch.latents}"
+            )
+        if self.depth_stages and arch.kind in ("gated_mlp", "transformers_baseline"):
+            raise ConfigError(f"depth_stages is for recursions of H x L cycles, not {arch.kind}")
+        for text in self.depth_stages:
+            part, H, L = depth_stage(text)
+            if not before < part < 1:
+                raise ConfigError(
+                    f"depth_stages must name growing parts of the run between 0 and 1, got "
+                    f"{show(list(self.depth_stages))}"
+                )
+            if not (1 <= H <= arch.H_cycles and 1 <= L <= arch.L_cycles):
+                raise ConfigError(
+                    f"depth_stages must be within arch.H_cycles x arch.L_cycles = "
+                    f"{arch.H_cycles}x{arch.L_cycles}, got {H}x{L}"
+                )
+            before = part
+
+    def cycles(self, step: int, total_steps: int) -> tuple[int, int]:
+        """H and L cycles of optimizer step `step`, 1-based, of `total_steps`."""
+        for part, H, L in map(depth_stage, self.depth_stages):
+            if step <= round(part * total_steps):
+                return H, L
+        return self.arch.H_cycles, self.arch.L_cycles
 
     def to_dict(self) -> dict[str, Any]:
         """All keys, `arch` nested, ready for JSON; `from_dict` gives an equal configuration."""
@@ -366,6 +409,14 @@ class TrainConfig:
         arch = {k: v for k, v in result["arch"].items() if f"arch.{k}" not in ours}
         loss = {"name": LOSS_HEAD, "loss_type": self.arch.loss_type}
         return {**result, "arch": {"loss": loss, **arch}}
+
+
+def depth_stage(text: str) -> tuple[float, int, int]:
+    """Part of the run, H and L cycles of a text like "0.3:1x2"; ConfigError for any other."""
+    found = re.fullmatch(r" *(0?\.[0-9]{1,9}) *: *([0-9]{1,4}) *x *([0-9]{1,4}) *", text)
+    if found is None:
+        raise ConfigError(f"depth_stages must be texts like 0.3:1x2, got {show(text)}")
+    return float(found[1]), int(found[2]), int(found[3])
 
 
 def option_fields() -> dict[str, dataclasses.Field[Any]]:

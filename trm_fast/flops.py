@@ -134,9 +134,15 @@ def step_flops(
         forward, both = gated_flops(config, batch)
         return both if step == "train" else forward
     forward, both = recursion_flops(config, batch, scores_again)
+    if step == "train" and config.latents > 1:
+        # All latents go forward; of the winner the last cycle is made once more, with gradients.
+        both = config.latents * forward + forward // config.H_cycles + both - forward
     tokens, width = config.total_len * config.vocab_size + config.q_logits, config.hidden_size
     heads = 2 * (batch or config.batch_size) * width * tokens
     if step == "train":
+        if config.latents > 1:  # which answers are compared by the losses of their cells
+            scale = 2 * (batch or config.batch_size) * width * config.total_len
+            both += config.latents * scale * config.vocab_size
         return both + 3 * heads
     return (forward + heads) * (config.halt_max_steps if step == "solve" else 1)
 

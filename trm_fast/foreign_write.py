@@ -46,13 +46,23 @@ class Parcel:
         loss_type: str = "stablemax_cross_entropy",
     ) -> None:
         self.config, self.step, self.loss_type = config, step, loss_type
-        self.weights = {name.removeprefix("inner."): v for name, v in weights.items()}
-        self.raw = {name.removeprefix("inner."): v for name, v in raw.items()}
+        if config.damping < 1:
+            raise ConfigError(
+                f"cannot be written for others: they have no damping, this model {config.damping}"
+            )
+        self.weights, self.raw = _plain_names(weights), _plain_names(raw)
 
     @property
     def arch(self) -> str:
         """The network, by the name of its official file."""
         return self.config.kind
+
+
+def _plain_names(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Without what only training reads: the initial values of further latents."""
+    names = {name.removeprefix("inner."): value for name, value in weights.items()}
+    names.pop("L_init_more", None)
+    return names
 
 
 def _refuse(format: str, why: str) -> ConfigError:

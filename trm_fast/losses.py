@@ -112,6 +112,8 @@ class ACTLossHead(nn.Module):
         loss_type: a name in `LOSSES`.
         constraint_weight: of `constraint_loss` beside it; 0 leaves that out.
         constraint_boxes: whether boxes count there too.
+        step_decay: weight of the cells' loss in a supervision step, of that in the one before; the
+            first has weight 1. Metrics are without it (arXiv 2511.08653, lambda = 0.7).
 
     Raises:
         ValueError: an unknown loss_type.
@@ -123,8 +125,10 @@ class ACTLossHead(nn.Module):
         loss_type: str,
         constraint_weight: float = 0.0,
         constraint_boxes: bool = True,
+        step_decay: float = 1.0,
     ) -> None:
         super().__init__()
+        self.step_decay = step_decay
         self.constraint_weight, self.constraint_boxes = constraint_weight, constraint_boxes
         if loss_type not in LOSSES:
             hint = did_you_mean(loss_type, LOSSES)
@@ -135,6 +139,13 @@ class ACTLossHead(nn.Module):
     def initial_carry(self, batch: dict[str, Tensor]) -> Any:
         """The model's carry for batches shaped as this one."""
         return self.model.initial_carry(batch)  # type: ignore[operator]
+
+    def _per_item(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Mean loss of the cells with labels, logits [N, L, V] and labels [N, L] -> [N]."""
+        mask = labels != IGNORE_LABEL_ID
+        ops = getattr(self.model, "ops", None)
+        per_token = self.loss_fn(logits, labels, valid_mask=mask, ops=ops)
+        return (per_token / mask.sum(-1, keepdim=True).clamp_min(1)).sum(-1)
 
     def forward(
         self,
@@ -157,8 +168,10 @@ class ACTLossHead(nn.Module):
             [, q_continue_loss] [, constraint_loss], scalars; the outputs asked for; whether all
             items halted.
         """
-        draws = {} if drawn is None else {"drawn": drawn}
-        carry, outputs = self.model(carry=carry, batch=batch, **draws)
+        given: dict[str, Any] = {} if drawn is None else {"drawn": drawn}
+        if self.training and getattr(getattr(self.model, "config", None), "latents", 1) > 1:
+            given["losses"] = self._per_item
+        carry, outputs = self.model(carry=carry, batch=batch, **given)
         labels = carry.current_data["labels"]
         q_halt = outputs["q_halt_logits"]
         with torch.no_grad():
@@ -172,11 +185,15 @@ class ACTLossHead(nn.Module):
         per_token = self.loss_fn(
             outputs["logits"], labels, valid_mask=mask, ops=getattr(self.model, "ops", None)
         )
-        lm_loss = (per_token / divisor).sum()
+        per_token = per_token / divisor
+        lm_loss = per_token.sum()
         q_loss = F.binary_cross_entropy_with_logits(
             q_halt, solved.to(q_halt.dtype), reduction="sum"
         )
         metrics |= {"lm_loss": lm_loss.detach(), "q_halt_loss": q_loss.detach()}
+        if self.step_decay < 1:
+            weights = self.step_decay ** (carry.steps - 1).to(per_token.dtype)
+            lm_loss = (per_token.sum(-1) * weights).sum()
         if "target_q_continue" in outputs:
             continue_loss = F.binary_cross_entropy_with_logits(
                 outputs["q_continue_logits"], outputs["target_q_continue"], reduction="sum"

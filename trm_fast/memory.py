@@ -201,6 +201,9 @@ def step_bytes(config: ModelConfig, batch: int, policy: str, engine: str = "refe
     rows = config.num_puzzle_identifiers * config.puzzle_emb_ndim
     state = config.total_len * config.hidden_size
     per_item = _WORST[engine](config, policy)
+    if config.latents > 1:  # all go forward before one goes back
+        forward = config.latents * (6 * state + saved_elements(config, "save"))
+        per_item = max(per_item, forward) + (config.latents - 1) * state
     loss = 8 * config.seq_len * config.vocab_size * 5  # stablemax in float64
     casts = config.passes[1] / config.blocks if engine == "reference" else 1
     casts = 1 if policy == "recompute" else casts

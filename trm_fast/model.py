@@ -12,7 +12,7 @@ V vocabulary.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from importlib import import_module
 from os import PathLike
 from pathlib import Path
@@ -22,11 +22,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from trm_fast import noise
 from trm_fast.answers import Answers, Frame
 from trm_fast.backends import Choice
 from trm_fast.config import ModelConfig
 from trm_fast.gated_mlp import GatedMLP
 from trm_fast.hub import Card
+from trm_fast.latents import competed
 from trm_fast.layers import (
     Embedding,
     HaltingHead,
@@ -48,7 +50,9 @@ from trm_fast.recursion import (
 )
 from trm_fast.reference import linear
 from trm_fast.served import Served
-from trm_fast.variants import VARIANTS
+from trm_fast.variants import VARIANTS, Damped, Run, States
+
+Losses = Callable[[Tensor, Tensor], Tensor]
 
 
 class InnerModel(Served):
@@ -75,6 +79,11 @@ class InnerModel(Served):
         # Drawn in the forward dtype: dtype and order of the draws decide the initial weights.
         for name in self.variant.initial.values():
             setattr(self, name, nn.Buffer(self._initial_state()))
+        if config.latents > 1:  # of the further ones, [K - 1, D]
+            more = [self._initial_state() for _ in range(config.latents - 1)]
+            self.L_init_more = nn.Buffer(torch.stack(more))
+        # H and L cycles of training steps, where they are not the model's own.
+        self.cycles: tuple[int, int] | None = None
         self.serve()
 
     def _initial_state(self) -> Tensor:
@@ -89,17 +98,34 @@ class InnerModel(Served):
         """Something of the states' device and dtype."""
         return next(iter(self._initial().values()))
 
+    @property
+    def competes(self) -> bool:
+        """Whether items have several latents now: z_L is [B, K, S, D]."""
+        return self.training and self.config.latents > 1
+
     def empty_carry(self, batch_size: int) -> AnyState:
-        """Uninitialised states [batch_size, S, D]: the first step overwrites all of them."""
+        """Uninitialised states [batch_size, S, D]: the first step overwrites all of them. While
+        training with several latents there are K of z_L, [batch_size, K, S, D]."""
         self.policy(batch_size)
         shape = (batch_size, self.config.total_len, self.config.hidden_size)
-        return state_of({name: value.new_empty(shape) for name, value in self._initial().items()})
+        states = {name: value.new_empty(shape) for name, value in self._initial().items()}
+        if self.competes:
+            many = (batch_size, self.config.latents, *shape[1:])
+            states["z_L"] = states["z_L"].new_empty(many)
+        return state_of(states)
 
     def reset_carry(self, reset_flag: Tensor, carry: AnyState) -> AnyState:
         """States of flagged items [B] bool back at their initial values."""
-        flag, states = reset_flag.view(-1, 1, 1), named(carry)
-        initial = self._initial().items()
-        return state_of({name: torch.where(flag, value, states[name]) for name, value in initial})
+        initial = self._initial()
+        return state_of(
+            {n: self._restarted(reset_flag, initial[n], s) for n, s in named(carry).items()}
+        )
+
+    def _restarted(self, flag: Tensor, value: Tensor, state: Tensor) -> Tensor:
+        """A state, [B, S, D] or [B, K, S, D], with flagged items at its initial value [D]."""
+        if state.dim() == 4:
+            value = torch.cat([value[None], self.L_init_more])[:, None]
+        return torch.where(flag.view(-1, *(1,) * (state.dim() - 1)), value, state)
 
     def _prefix(self, identifiers: Tensor) -> Tensor | None:
         """Puzzle rows as P tokens [B, P, D], zero-padded; zeros where there is no embedding."""
@@ -121,10 +147,12 @@ class InnerModel(Served):
         config = self.config
         # int8 is for answers; fp8 for every cycle without a gradient.
         trains = self.training or torch.is_grad_enabled()
+        own = config.H_cycles, config.L_cycles
+        H_cycles, L_cycles = self.cycles if self.training and self.cycles else own
         quantize = "none" if trains and config.quantize == "int8" else config.quantize
         return Recursion(
-            config.H_cycles,
-            config.L_cycles,
+            H_cycles,
+            L_cycles,
             config.num_heads,
             config.rms_norm_eps,
             self.policy(batch),
@@ -133,11 +161,17 @@ class InnerModel(Served):
         )
 
     def _begin(
-        self, carry: AnyState, batch: dict[str, Tensor], halted: Tensor
+        self,
+        carry: AnyState,
+        batch: dict[str, Tensor],
+        halted: Tensor,
+        streams: Tensor | None = None,
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """The question and the states, those of halted items at their initial values."""
         states, initial = list(named(carry).values()), list(self._initial().values())
+        apart = states[1:] if self.competes else states[2:]
         # The operation sets two states; where there is one it does so twice, further ones follow.
+        states = states[: len(states) - len(apart)]
         x, *first = self.ops.embed_reset(
             batch["inputs"].to(torch.int32),
             self._prefix(batch["puzzle_identifiers"]),
@@ -150,12 +184,33 @@ class InnerModel(Served):
             initial[:2][-1],
             math.sqrt(self.config.hidden_size),
         )
+        values = initial[len(states) :]
+        further = (self._restarted(halted, i, s) for i, s in zip(values, apart, strict=True))
+        begun = (*first[: len(states)], *further)
+        if streams is None or not self.config.random_init:
+            return x, begun
         flag = halted.view(-1, 1, 1)
-        further = (torch.where(flag, i, s) for i, s in zip(initial[2:], states[2:], strict=True))
-        return x, (*first[: len(states)], *further)
+        drawn = (noise.truncated_normal(streams, n, state) for n, state in enumerate(begun))
+        return x, tuple(torch.where(flag, new, s) for new, s in zip(drawn, begun, strict=True))
+
+    def _run(self, streams: Tensor | None) -> Run:
+        """The order in which the network is applied."""
+        config = self.config
+        if not config.mixes_states:
+            return self.variant.run
+        # The first fields are those of random initial states.
+        return Damped(config.damping, config.noise, streams, field=config.states)
+
+    def _logits(self, y: Tensor) -> Tensor:
+        return linear(y, self.lm_head.weight.to(y.dtype))[:, self.config.prefix_len :]
 
     def forward(
-        self, carry: AnyState, batch: dict[str, Tensor], halted: Tensor | None = None
+        self,
+        carry: AnyState,
+        batch: dict[str, Tensor],
+        halted: Tensor | None = None,
+        streams: Tensor | None = None,
+        losses: Losses | None = None,
     ) -> tuple[AnyState, Tensor, tuple[Tensor, Tensor | None]]:
         """One supervision step.
 
@@ -163,6 +218,9 @@ class InnerModel(Served):
             carry: states [B, S, D]; of items that `halted` flags, any content.
             batch: "inputs" [B, L] int, "puzzle_identifiers" [B] int.
             halted: items to start anew, [B] bool; None for none.
+            streams: of random states and noise, [B] int64; None for neither.
+            losses: with several latents, what the lowest of wins: (logits [N, L, V],
+                batch["labels"] [N, L]) -> [N].
 
         Returns:
             The new states without gradient, logits [B, L, V] in the forward dtype, and the
@@ -171,12 +229,23 @@ class InnerModel(Served):
         inputs = batch["inputs"]
         if halted is None:
             halted = torch.zeros(len(inputs), dtype=torch.bool, device=inputs.device)
-        x, states = self._begin(carry, batch, halted)
+        x, states = self._begin(carry, batch, halted, streams)
         stacks = [getattr(self, name).weights() for name in self.variant.networks]
-        settings = self._recursion(len(inputs))
-        states = self.variant.run(self.ops, x, states, stacks, self._rotary(), settings)
+        settings, run, rotary = self._recursion(len(inputs)), self._run(streams), self._rotary()
+
+        def cycles(x: Tensor, states: States, r: Recursion) -> States:
+            return run(self.ops, x, states, stacks, rotary, r)
+
+        if self.competes:
+            assert losses is not None, "ACTLossHead says which latent wins"
+            labels = batch["labels"].repeat_interleave(self.config.latents, 0)
+            shape = len(inputs), self.config.latents
+            judge = lambda y: losses(self._logits(y), labels).view(shape)  # noqa: E731
+            states = competed(cycles, x, states, settings, judge)
+        else:
+            states = cycles(x, states, settings)
         y = states[0]
-        logits = linear(y, self.lm_head.weight.to(y.dtype))[:, self.config.prefix_len :]
+        logits = self._logits(y)
         readout = y[:, 0] if self.config.q_readout == "first" else y.mean(dim=1)
         weight, bias = self.q_head.weight.to(y.dtype), self.q_head.bias.to(y.dtype)
         if torch.is_grad_enabled() or y.dtype != torch.float32:
@@ -243,6 +312,7 @@ class Model(nn.Module):
         batch: dict[str, Tensor],
         drawn: Exploration | None = None,
         compute_target_q: bool | None = None,
+        losses: Losses | None = None,
     ) -> tuple[Carry, dict[str, Tensor]]:
         """One supervision step of every item; halted ones take their row of `batch` first.
 
@@ -250,10 +320,11 @@ class Model(nn.Module):
             carry: of `initial_carry` or of the step before.
             batch: "inputs" [B, L] int32, "puzzle_identifiers" [B] int32, and whatever else
                 should travel with the items ("labels" [B, L]).
-            drawn: the random numbers of halting in training; None draws them from PyTorch's
-                generator, as the official code does.
+            drawn: the random numbers of training; None draws them from PyTorch's generator, as the
+                official code does.
             compute_target_q: whether to make "target_q_continue" in training; None is what the
                 official trainer does with this network.
+            losses: of `ACTLossHead`, for training with several latents; as `InnerModel.forward`.
 
         Returns:
             The next carry and the outputs: "logits" [B, L, V] in the forward dtype,
@@ -264,7 +335,10 @@ class Model(nn.Module):
         """
         config = self.config
         data = take_new_data(carry.halted, batch, carry.current_data)
-        state, logits, (q_halt, q_continue) = self.inner(carry.inner_carry, data, carry.halted)
+        extra = self._of_training(carry.halted, drawn, losses) if self.training else {}
+        state, logits, (q_halt, q_continue) = self.inner(
+            carry.inner_carry, data, carry.halted, **extra
+        )
         outputs = {"logits": logits, "q_halt_logits": q_halt}
         if q_continue is not None:
             outputs["q_continue_logits"] = q_continue
@@ -290,6 +364,24 @@ class Model(nn.Module):
                 if wanted:
                     outputs["target_q_continue"] = self._continue_target(state, data, last)
         return Carry(state, steps, halted, data), outputs
+
+    def _of_training(
+        self, halted: Tensor, drawn: Exploration | None, losses: Losses | None
+    ) -> dict[str, Any]:
+        """What else the network is given in training, for the options that want it."""
+        if self.config.latents > 1:
+            if losses is None:
+                raise ValueError(
+                    f"latents={self.config.latents} is trained through ACTLossHead, which says "
+                    "which of them wins"
+                )
+            return {"losses": losses}
+        if not self.config.draws_states:
+            return {}
+        if drawn is None or drawn.streams is None:
+            words = torch.randint(1 << 32, (len(halted), noise.WORDS), device=halted.device)
+            return {"streams": noise.starts(words)}
+        return {"streams": drawn.streams}
 
     def _continue_target(self, state: AnyState, data: dict[str, Tensor], last: Tensor) -> Tensor:
         """What going on is worth: the better Q of the next step; only halting's on the last."""

@@ -122,6 +122,22 @@ class _Network:
         "gated_mlp: a state for each cell, and attention among them, instead of one for all", False
     )
     dropout: float = option("dropout inside the block", 0.0, low=0, high=1, open=")")
+    damping: float = option(
+        "trm: part of an updated state that is the network's; the rest stays",
+        1.0,
+        low=0,
+        high=1,
+        open="(",
+    )
+    noise: float = option(
+        "trm: deviation of the noise that every update of a state gets in training", 0.0, low=0
+    )
+    random_init: bool = option(
+        "trm: boards in training start from random states, drawn anew each time", False
+    )
+    latents: int = option(
+        "trm: latents of a board in training; the one with the lowest loss learns", 1, low=1
+    )
     backend: str = option(
         "implementation of the fused operations; what it lacks runs on the reference",
         "auto",
@@ -174,6 +190,7 @@ class _Network:
             )
         if arch == "transformers_baseline" and self.mlp_t:
             raise ConfigError(f"{arch} has no token MLP: {pre}mlp_t must be false")
+        self._check_depth_options()
         if arch == "gated_mlp":
             if self.cell_attention and self.hidden_size % self.num_heads:
                 raise ConfigError(
@@ -191,6 +208,30 @@ class _Network:
                     raise ConfigError(
                         f"{arch} needs {pre}{key}={str(value).lower()}, got {getattr(self, key)}"
                     )
+
+    def _check_depth_options(self) -> None:
+        pre, off = self.PREFIX, {"damping": 1.0, "noise": 0.0, "random_init": False, "latents": 1}
+        for key, value in off.items():
+            if getattr(self, key) != value and self.kind != "trm":
+                raise ConfigError(f"{pre}{key} is for arch=trm, got arch={self.kind}")
+        if self.latents > 1:
+            apart = {"noise": 0.0, "random_init": False, "dropout": 0.0, "no_ACT_continue": True}
+            for key, value in apart.items():
+                if getattr(self, key) != value:
+                    raise ConfigError(
+                        f"{pre}latents={self.latents} needs {pre}{key}={str(value).lower()}, "
+                        f"got {str(getattr(self, key)).lower()}"
+                    )
+
+    @property
+    def mixes_states(self) -> bool:
+        """Whether an updated state is more than what the network makes: damped, or with noise."""
+        return self.damping < 1 or self.noise > 0
+
+    @property
+    def draws_states(self) -> bool:
+        """Whether training draws states, or noise for them."""
+        return self.random_init or self.noise > 0
 
     @property
     def kind(self) -> str:

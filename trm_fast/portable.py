@@ -104,9 +104,14 @@ def plain_model(model: Model, products: str = "none", dtype: str = "float32") ->
         quantize=products,
         dropout=0.0,
         batch_size=1,
+        noise=0.0,  # these three are of training
+        random_init=False,
+        latents=1,
     )
     plain = Model(config)
-    plain.load_state_dict({name: t.cpu() for name, t in model.state_dict().items()})
+    weights = {name: t.cpu() for name, t in model.state_dict().items()}
+    weights.pop("inner.L_init_more", None)
+    plain.load_state_dict(weights)
     return plain.eval().requires_grad_(False)
 
 

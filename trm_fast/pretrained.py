@@ -252,6 +252,7 @@ def _bounded(config: ModelConfig, state: Mapping[str, Tensor]) -> None:
         "H_cycles": (config.H_cycles, DEEPEST),
         "L_cycles": (config.L_cycles, DEEPEST),
         "halt_max_steps": (config.halt_max_steps, DEEPEST),
+        "latents": (config.latents, DEEPEST),
         "H_cycles * L_cycles * halt_max_steps": (
             config.H_cycles * config.L_cycles * config.halt_max_steps,
             _PASSES,

@@ -22,7 +22,8 @@ class State:
 
     Attributes:
         z_H: answer state y, [B, S, D] in the forward dtype.
-        z_L: latent state z, [B, S, D] in the forward dtype.
+        z_L: latent state z, [B, S, D] in the forward dtype; with `latents` K > 1, [B, K, S, D] in
+            training.
     """
 
     z_H: Tensor
@@ -131,10 +132,12 @@ def take_new_data(
 
 @dataclass
 class Exploration:
-    """What `halting` draws: uniform [B] float32 in [0, 1), least [B] int in 2..max_steps."""
+    """What a training step draws for a model: for `halting`, uniform [B] float32 in [0, 1) and
+    least [B] int in 2..max_steps; for its states, streams [B] int64, of `noise.starts`."""
 
     uniform: Tensor
     least: Tensor
+    streams: Tensor | None = None
 
 
 def halting(

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from trm_fast import optim
+from trm_fast import noise, optim
 from trm_fast.capture import Capture
 from trm_fast.config import TrainConfig
 from trm_fast.data.augment import AUGMENTATIONS, augmentation_words, hand_back
@@ -35,7 +35,8 @@ from trm_fast.rules import blank_token
 
 __all__ = ["TrainStep"]
 
-EXPLORATION = 0  # purpose of draws; those of data.augment come after it
+# Purposes of draws; those of data.augment lie between them.
+EXPLORATION, STATES = 0, 3
 
 
 class TrainStep:
@@ -142,7 +143,9 @@ class TrainStep:
         self._count.fill_(step)
         self._hands_back = step < self.config.curriculum * self.total_steps
         self.sums.steps += 1
-        self._capture(self._hands_back, plain)
+        # Other cycles are other work: a graph of it is captured anew, a compiled step compiled.
+        self.model.inner.cycles = self.config.cycles(step, self.total_steps)
+        self._capture((self._hands_back, self.model.inner.cycles), plain)
         if self.ranks.world > 1:
             self._exchange()
             self._capture_update(plain=plain)
@@ -194,7 +197,10 @@ class TrainStep:
         config, batch = self.config, self.feed.batch()
         inputs, labels = batch["inputs"], batch["labels"]
         counts = augmentation_words(inputs.shape[1], config.augment, self._hands_back)
-        draws = Draws(config.seed, self._count, self._rows, {EXPLORATION: 2, **counts})
+        counts = {EXPLORATION: 2, **counts}
+        if self.model_config.draws_states:
+            counts[STATES] = noise.WORDS
+        draws = Draws(config.seed, self._count, self._rows, counts)
         if config.augment != "none":
             inputs, labels = AUGMENTATIONS[config.augment](inputs, labels, draws)
         if self._hands_back:
@@ -203,6 +209,8 @@ class TrainStep:
         words = draws.words(EXPLORATION)
         most = self.model_config.halt_max_steps
         drawn = Exploration(uniform(words[:, 0]), integers(words[:, 1], 2, most + 1))
+        if STATES in counts:
+            drawn.streams = noise.starts(draws.words(STATES))
         return batch | {"inputs": inputs, "labels": labels}, drawn
 
     def _backward(self, batch: dict[str, Tensor], drawn: Exploration) -> tuple[Tensor, Tensor]:
@@ -221,7 +229,11 @@ class TrainStep:
                 return_keys=(),
                 carry=self.carries[index],
                 batch=part,
-                drawn=Exploration(drawn.uniform[rows], drawn.least[rows]),
+                drawn=Exploration(
+                    drawn.uniform[rows],
+                    drawn.least[rows],
+                    None if drawn.streams is None else drawn.streams[rows],
+                ),
             )
             loss = loss / self.config.global_batch_size
             if index + 1 == self.config.grad_accum and not self._capture.captures:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,22 +23,27 @@ from torch import Tensor
 from trm_fast import backends, checkpoint, memory, optim
 from trm_fast.config import TrainConfig
 from trm_fast.data.dataset import PuzzleDataset
-from trm_fast.data.feed import Feed, resident_bytes
+from trm_fast.data.feed import Feed
 from trm_fast.distributed import SINGLE, Ranks
 from trm_fast.ema import EMA
 from trm_fast.flat import bits_sum
 from trm_fast.flops import step_flops
 from trm_fast.inference import SetReport
-from trm_fast.interop import load_weights, trained_puzzles
+from trm_fast.interop import load_weights
 from trm_fast.loading import pick_device
 from trm_fast.losses import ACTLossHead
 from trm_fast.model import Model
 from trm_fast.optim import GuardState
-from trm_fast.profiling import StepProfile
-from trm_fast.puzzle_rows import read_identifiers
+from trm_fast.profiling import WARM_UP, StepProfile
 from trm_fast.random_state import random_state, set_random_state
-from trm_fast.splits import Splits, dataset_config
+from trm_fast.splits import Splits
 from trm_fast.train_step import TrainStep
+from trm_fast.training_data import (
+    epochs_per_iteration,
+    kept_on_device,
+    puzzle_names,
+    train_dataset,
+)
 from trm_fast.validation import Validation
 
 
@@ -126,6 +132,7 @@ class Trainer:
                 config.arch.loss_type,
                 config.constraint_weight,
                 config.constraint_boxes,
+                config.step_loss_decay,
             ),
             feed,
             self.total_steps,
@@ -167,58 +174,33 @@ class Trainer:
         model = Model(self.model_config).to(self.device).train()
         if config.load_checkpoint and anew and ranks.first:  # the others get them from the first
             try:
-                self.kept_rows = load_weights(model, config.load_checkpoint, self._names())
+                rows = self.model_config.num_puzzle_identifiers
+                names = puzzle_names(config, self.splits, rows)
+                self.kept_rows = load_weights(model, config.load_checkpoint, names)
             except ValueError as error:
                 raise ValueError(f"load_checkpoint: {error}") from error
-        dataset = self._train_dataset()
-        return model, dataset, Feed(dataset, self.device, self._resident(dataset))
-
-    # Data
-
-    def _names(self) -> tuple[list[str], list[str]] | None:
-        """With load_identifiers: the names of the puzzles of load_checkpoint, and of this run's."""
-        given, start = self.config.load_identifiers, self.config.load_checkpoint
-        if given is None or start is None:
-            return None
-        if len(self.splits.paths) != 1:
-            raise ValueError("load_identifiers is for runs on one data directory")
-        own = read_identifiers(self.splits.paths[0])
-        if len(own) != self.model_config.num_puzzle_identifiers:
-            raise ValueError(f"{len(own)} identifiers in {self.splits.paths[0]}: the rows are more")
-        return trained_puzzles(start) if given == "auto" else read_identifiers(given), own
-
-    def _epochs_per_iteration(self) -> int:
-        """Epochs drawn at once: the evaluation interval, which decides the official order."""
-        config = self.config
-        if config.steps is None:
-            return config.eval_interval or config.epochs
-        # An iteration drops its short last batch: make it many batches long for tiny data.
-        return max(1, math.ceil(16 * config.global_batch_size / self.splits.train.total_groups))
-
-    def _train_dataset(self) -> PuzzleDataset:
-        epochs = self._epochs_per_iteration()
-        visit = dataset_config(self.config, self.splits.paths, epochs, test=False, ranks=self.ranks)
-        return PuzzleDataset(visit)
+        dataset = train_dataset(config, self.splits, ranks)
+        return model, dataset, Feed(dataset, self.device, kept_on_device(dataset, self.device))
 
     def _new_profile(self) -> StepProfile:
         config, model_config = self.config, self.model_config
-        useful = step_flops(model_config, "train", model_config.batch_size)
         profile = StepProfile(
             self.run_dir,
             self.device,
             getattr(torch, model_config.forward_dtype),
-            useful,
+            self._useful_flops(),
             counted=not config.compile,
             tell=lambda line: self.reporter.on_profile(self, line),
         )
         profile.done = not (config.profile and self.ranks.first)
         return profile
 
-    def _resident(self, dataset: PuzzleDataset) -> bool:
-        """Whether the data is kept on the device: on GPUs, where it takes a small part of it."""
-        if self.device.type == "cpu":
-            return False
-        return resident_bytes(dataset) < memory.free_bytes(self.device) / 8
+    def _useful_flops(self) -> int:
+        """Of a step that a profile begun now would record: other stages have other cycles."""
+        seen = min(self.step + WARM_UP + 1, self.total_steps)
+        H, L = self.config.cycles(seen, self.total_steps)
+        staged = replace(self.model_config, H_cycles=H, L_cycles=L)
+        return step_flops(staged, "train", staged.batch_size)
 
     @property
     def ema(self) -> EMA | None:
@@ -271,6 +253,7 @@ class Trainer:
         """
         if self._owes_evaluation() or (self.finished and not self.validation.reports):
             self._evaluate_and_save()
+        self._profile.useful = self._useful_flops()
         with self._profile:
             return self._run()
 
@@ -326,7 +309,8 @@ class Trainer:
         """Whether all steps, or all epochs, are done (`total_steps` only estimates the latter)."""
         if self.config.steps:
             return self.step >= self.total_steps
-        return self.iteration >= self.config.epochs // self._epochs_per_iteration()
+        drawn = epochs_per_iteration(self.config, self.splits.train.total_groups)
+        return self.iteration >= self.config.epochs // drawn
 
     def _evaluates_by_epoch(self) -> bool:
         config = self.config

@@ -4,7 +4,7 @@ Owns what tells them apart: their states, initial values and networks under the 
 and the order in which the networks are applied. TRM's order is one operation, `deep_recursion`;
 the others are composed of the smaller ones here. Imported by `model.py`.
 Sources: Jolicoeur-Martineau 2025 (arXiv 2510.04871), Algorithm 3 and the ablations of section 5;
-Wang et al. 2025 (HRM, arXiv 2506.21734), section 2.
+Wang et al. 2025 (HRM, arXiv 2506.21734), section 2; damping and noise: EqR (arXiv 2605.21488).
 
 Dims legend: B batch, S tokens incl. prefix, D width.
 """
@@ -19,6 +19,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from trm_fast import noise
 from trm_fast.ops import BlockWeights, Ops, Recursion, Rotary
 from trm_fast.reference import free_network, laid_out, tracked_network
 
@@ -110,6 +111,53 @@ def _two_networks(networks: Networks, ops: Ops, x: Tensor, states: States, r: Re
     for _ in range(r.L_cycles):
         z = latent(ops.inject(z, y, x))
     return answer(y + z), z
+
+
+class Damped:
+    """TRM's order of passes, where every update keeps a part of the state before it and adds noise:
+    (1 - share) * state + share * network(state + rest) + deviation * normal.
+
+    Args:
+        share: in (0, 1].  deviation: of the noise.
+        streams: [B] int64, of `noise.starts`; None for no noise.  field: the first of them to take;
+            every update takes the next.
+    """
+
+    def __init__(
+        self, share: float, deviation: float = 0.0, streams: Tensor | None = None, field: int = 0
+    ) -> None:
+        self.share, self.deviation = share, deviation
+        self.streams = streams if deviation else None
+        self.field = field
+
+    def __call__(
+        self,
+        ops: Ops,
+        x: Tensor,
+        states: States,
+        stacks: Sequence[Sequence[BlockWeights]],
+        rotary: Rotary | None,
+        r: Recursion,
+    ) -> States:
+        y, z = _composed(self._cycle, False, ops, x, states, stacks, rotary, r)
+        return y, z.detach()
+
+    def _cycle(
+        self, networks: Networks, ops: Ops, x: Tensor, states: States, r: Recursion
+    ) -> States:
+        (network,), (y, z) = networks, states
+        for _ in range(r.L_cycles):
+            z = self._updated(z, network(ops.inject(z, y, x)))
+        return self._updated(y, network(y + z)), z
+
+    def _updated(self, state: Tensor, new: Tensor) -> Tensor:
+        if self.share < 1:
+            new = torch.add((1 - self.share) * state, new, alpha=self.share)
+        if self.streams is None:
+            return new
+        drawn = noise.normal(self.streams, self.field, new)
+        self.field += 1
+        return torch.add(new, drawn, alpha=self.deviation)
 
 
 def _plain(networks: Networks, ops: Ops, x: Tensor, states: States, r: Recursion) -> States:

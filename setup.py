@@ -94,6 +94,7 @@ setup(
     package_dir={"trm_fast": "trm_fast", "trm_fast.kernels": "kernels", **csrc_packages},
     package_data={
         "trm_fast": ["py.typed", "shipped/*"],
+        "trm_fast.demo": ["page/*"],
         **dict.fromkeys(csrc_packages, CSRC_FILES),
     },
     cmdclass={"build_py": BuildPy, "bdist_wheel": Wheel},

@@ -72,6 +72,9 @@ ORDER = [
     ["loading", "puzzles", "runs", "portable"],
     ["agreement", "onnx_file"],
     ["mazes", "splits", "profiling"],
+    ["board_view"],
+    ["board_image"],
+    ["watching"],
     ["train_step", "training_data", "validation"],
     ["trainer"],
     ["summary"],
@@ -94,8 +97,13 @@ ORDER = [
     ["suite.stages"],
     ["suite"],
     ["train", "evaluate", "solve", "convert", "export", "info"],
+    ["demo.work"],
+    ["demo.server"],
+    ["demo.command"],
+    ["demo"],
     ["__init__"],
     ["__main__"],
+    ["demo.__main__"],
 ]
 RANK = {name: rank for rank, row in enumerate(ORDER) for name in row}
 # Names that any module may take from the package itself, whose __init__ loads the rest lazily.

@@ -111,8 +111,10 @@ def test_packages_are_mapped_into_trm_fast(tmp_path):
     assert "py.typed" in files
     shipped = {f"shipped/{p.name}" for p in (ROOT / "trm_fast" / "shipped").iterdir()}
     assert {f for f in files if f.startswith("shipped")} == shipped and len(shipped) == 3
+    page = {f"demo/page/{p.name}" for p in (ROOT / "trm_fast/demo/page").iterdir()}
+    assert {f for f in files if f.startswith("demo/page")} == page and "demo/page/app.js" in page
     (listed,) = tmp_path.glob("*.egg-info/SOURCES.txt")  # what an sdist has
-    assert {f"trm_fast/{name}" for name in shipped} <= set(listed.read_text().splitlines())
+    assert {f"trm_fast/{name}" for name in shipped | page} <= set(listed.read_text().splitlines())
     assert not any(f.startswith("_lib") for f in files), "compiled without being asked"
 
 

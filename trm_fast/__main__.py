@@ -20,6 +20,7 @@ COMMANDS = {
     "train": ("trm_fast.train", "train a model; with no arguments, the default 9x9 Sudoku job"),
     "evaluate": ("trm_fast.evaluate", "measure a checkpoint on a data directory or a CSV file"),
     "solve": ("trm_fast.solve", "answer puzzles given as arguments, in a file or on stdin"),
+    "demo": ("trm_fast.demo.command", "a local page: watch a model think, step by step"),
     "data": ("", "build a data set: trm-fast data sudoku ..."),
     "convert": ("trm_fast.convert", "models from and to the formats of other projects"),
     "export": ("trm_fast.export", "write a model as ONNX and torch.export graphs"),

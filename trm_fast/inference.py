@@ -274,13 +274,14 @@ def watch(
     *,
     reasoning: Reasoning | str | None = None,
     batch_size: int = 256,
+    numbers: Tensor | None = None,
     **settings: Any,
 ) -> Iterator[Frame]:
     """Answer one puzzle, inputs [1, L], and see every step; arguments and errors as `predict`.
 
     The model is in evaluation mode until the last frame; whoever stops looking stops the work.
     """
-    puzzles = _puzzles(model, inputs, puzzle_identifiers, None)
+    puzzles = _puzzles(model, inputs, puzzle_identifiers, numbers)
     if len(puzzles.inputs) != 1:
         raise ValueError(f"one puzzle is watched at a time, got {len(puzzles.inputs)}")
     return _frames(model, puzzles, plan_for(model, reasoning, **settings), batch_size)

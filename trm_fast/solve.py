@@ -13,6 +13,7 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,7 @@ from trm_fast.puzzles import (
     with_clues,
 )
 from trm_fast.rules import maze_side, sudoku_side
+from trm_fast.watching import add_options, is_watched, watched
 
 __all__ = ["main", "newest_run"]
 
@@ -172,6 +174,7 @@ def _parser() -> Parser:
         default="best-q",
         help="answer of the step with the highest halting logit, or of the last (default: best-q)",
     )
+    add_options(parser)
     parser.add_shared()
     return parser
 
@@ -264,7 +267,8 @@ def _answer(
 ) -> list[Solved] | list[SolvedMaze]:
     cells = np.stack([puzzle.cells for puzzle in puzzles]).astype(np.int32)
     mazes = isinstance(puzzles[0], Maze)
-    answers = predict(
+    asking = partial(watched, options=options) if is_watched(options) else predict
+    answers = asking(
         loaded.model,
         torch.from_numpy(cells if mazes else cells + 1),
         depth=supervision_depth(loaded, options.steps),

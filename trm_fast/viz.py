@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -194,4 +195,4 @@ def side_by_side(boards: Sequence[str], titles: Sequence[str] = (), gap: int = 4
 
 
 def _visible(text: str) -> int:
-    return len(text.replace(BOLD, "").replace(PLAIN, ""))
+    return len(re.sub("\033\\[[0-9;]*m", "", text))

@@ -1,0 +1,195 @@
+// Frames as they come and afterwards: played, scrubbed, drawn.
+
+import { draw, palette } from "./board.js";
+import { drawCurves } from "./chart.js";
+
+const $ = (id) => document.getElementById(id);
+const sigmoid = (q) => 1 / (1 + Math.exp(-q));
+const signed = (q) => (q === null ? "none" : `${q >= 0 ? "+" : "−"}${Math.abs(q).toFixed(2)}`);
+
+export class Player {
+  constructor() {
+    this.frames = [];
+    this.at = 0;
+    this.answer = null;
+    this.chosen = null; // a rollout that was clicked; null follows the best
+    this.timer = null;
+    $("scrub").addEventListener("input", () => { this.pause(); this.show(Number($("scrub").value)); });
+    $("play").addEventListener("click", () => this.toggle());
+    const again = () => this.show(this.at);
+    window.matchMedia("(prefers-color-scheme: dark)").addEventListener("change", again);
+    new ResizeObserver(again).observe($("boards"));
+    if (window.matchMedia("(prefers-reduced-motion: reduce)").matches) $("speed").value = "0";
+  }
+
+  /** Begin with a puzzle; depth and rollouts as the server says them. */
+  start(puzzle, { depth, rollouts }) {
+    this.pause();
+    Object.assign(this, { puzzle, depth, frames: [], at: 0, answer: null, chosen: null });
+    this.cards = Array.from({ length: rollouts }, (_, index) => this.card(index));
+    $("rollouts").replaceChildren(...this.cards.map((card) => card.button));
+    $("boards").classList.toggle("single", rollouts === 1);
+    $("rollouts").hidden = rollouts === 1;
+    $("rollouts").classList.toggle("few", rollouts <= 4);
+    for (const id of ["player", "boards", "curve-box"]) $(id).hidden = false;
+    $("legend").hidden = puzzle.kind === "arc";
+    $("verdict").hidden = true;
+    $("text-box").hidden = true;
+    $("scrub").max = 0;
+    this.play();
+  }
+
+  card(index) {
+    const button = document.createElement("button");
+    button.type = "button";
+    const canvas = document.createElement("canvas");
+    const said = document.createElement("span"), check = document.createElement("span");
+    said.className = "said";
+    button.append(canvas, said, check);
+    button.addEventListener("click", () => {
+      this.chosen = this.chosen === index ? null : index;
+      this.show(this.at);
+    });
+    return { button, canvas, said, check };
+  }
+
+  /** A frame: rollouts that did not move are null, and stay as they were. */
+  add(frame) {
+    const before = this.frames.at(-1)?.rollouts || [];
+    frame.rollouts = frame.rollouts.map((state, index) => state || before[index] || null);
+    this.frames.push(frame);
+    $("scrub").max = this.last;
+    if (Number($("speed").value) === 0) this.show(this.last);
+  }
+
+  /** The end: {cells, q, step, rollout, valid, words, ...}; an answer is one more frame. */
+  finish(answer) {
+    this.answer = answer;
+    $("scrub").max = this.last;
+    const rollout = this.frames[0].rollouts.length > 1 ? `rollout ${answer.rollout + 1}, ` : "";
+    const sure = answer.q === null ? "" : `, confidence ${sigmoid(answer.q).toFixed(3)}`;
+    const passes = `${answer.passes} pass${answer.passes === 1 ? "" : "es"} of the network`;
+    const verdict = $("verdict");
+    verdict.textContent = `Answer: ${answer.words} (${rollout}step ${answer.step}, q ${signed(answer.q)}${sure}; ${passes})`;
+    verdict.className = `verdict ${answer.valid === null ? "" : answer.valid ? "good" : "bad"}`;
+    verdict.hidden = false;
+    $("answer").textContent = answer.line;
+    $("text-box").hidden = false;
+    if (Number($("speed").value) === 0) this.show(this.last);
+  }
+
+  /** Index of the last picture: the answer follows the frames. */
+  get last() {
+    return Math.max(0, this.frames.length - 1 + (this.answer ? 1 : 0));
+  }
+
+  play() {
+    clearTimeout(this.timer);
+    this.playing = true;
+    $("play").textContent = "❚❚";
+    $("play").setAttribute("aria-label", "Pause");
+    const next = () => {
+      const speed = Number($("speed").value);
+      if (this.frames.length) {
+        const begun = this.drawn ? this.at + 1 : 0;
+        if (begun <= this.last) this.show(speed ? begun : this.last);
+        else if (this.answer) { this.pause(); return; }
+      }
+      this.timer = setTimeout(next, speed ? 1000 / speed : 50);
+    };
+    this.drawn = false;
+    next();
+  }
+
+  pause() {
+    clearTimeout(this.timer);
+    this.playing = false;
+    $("play").textContent = "▶";
+    $("play").setAttribute("aria-label", "Play");
+  }
+
+  toggle() {
+    if (this.playing) { this.pause(); return; }
+    if (this.at < this.last) { const at = this.at; this.play(); this.show(at); } else this.play();
+  }
+
+  /** Draw the picture at an index. */
+  show(at) {
+    if (!this.frames.length) return;
+    this.at = at;
+    this.drawn = true;
+    const ended = this.answer && at >= this.frames.length;
+    const frame = this.frames[Math.min(at, this.frames.length - 1)];
+    const large = this.shown(frame, ended);
+    const state = ended && large === this.answer.rollout
+      ? { ...this.answer, sure: this.sureOf(this.answer) } : frame.rollouts[large];
+    const colours = palette();
+    draw($("large"), this.puzzle, state, colours);
+    $("large").setAttribute("aria-label", this.spoken(state));
+    $("large-caption").textContent = this.caption(large, state, ended && state.passes);
+    if (frame.rollouts.length > 1) {
+      frame.rollouts.forEach((one, index) => this.showCard(index, one, large, ended, colours));
+    }
+    $("scrub").value = at;
+    $("where").textContent = ended ? "the answer" : `frame ${at + 1} of ${this.frames.length}`;
+    const seen = this.frames.slice(0, at + 1);
+    const now = { rollout: large, step: state ? state.step : 0 };
+    drawCurves($("curve"), seen, this.depth, now, ended ? this.answer : null);
+  }
+
+  /** Which rollout is large: the chosen one, the answer's, else that of highest q. */
+  shown(frame, ended) {
+    if (this.chosen !== null) return this.chosen;
+    if (ended) return this.answer.rollout;
+    const running = frame.rollouts.map((state, index) => ({ state, index })).filter((one) => one.state);
+    const q = (one) => (one.state.q === null ? -Infinity : one.state.q);
+    return running.reduce((best, one) => (q(one) > q(best) ? one : best), running[0] || { index: 0 }).index;
+  }
+
+  sureOf(answer) {
+    const found = this.frames.map((frame) => frame.rollouts[answer.rollout])
+      .find((state) => state && state.step === answer.step);
+    return found ? found.sure : null;
+  }
+
+  showCard(index, state, large, ended, colours) {
+    const card = this.cards[index];
+    const answered = ended && index === this.answer.rollout;
+    const shown = answered ? { ...this.answer, sure: this.sureOf(this.answer) } : state;
+    draw(card.canvas, this.puzzle, shown, colours);
+    card.button.setAttribute("aria-pressed", String(index === large));
+    card.button.classList.toggle("chosen", Boolean(answered));
+    card.said.textContent = shown ? `${index + 1}: step ${shown.step}, q ${signed(shown.q)}` : `${index + 1}: not begun`;
+    card.check.textContent = answered ? `the answer, ${this.check(shown)}` : this.check(shown);
+    card.check.className = `check ${!shown || shown.valid === null ? "" : shown.valid ? "good" : "bad"}`;
+  }
+
+  check(state) {
+    if (!state || state.valid === null) return "";
+    if (state.valid) return this.puzzle.kind === "arc" ? "right" : "✓ keeps the rules";
+    const count = state.broken.length;
+    if (this.puzzle.kind === "arc" || !count) return `✗ ${this.puzzle.kind === "arc" ? "not right" : "not solved"}`;
+    return `✗ ${count} cell${count === 1 ? "" : "s"} break${count === 1 ? "s" : ""} rules`;
+  }
+
+  caption(index, state, isAnswer) {
+    const many = this.frames[0].rollouts.length > 1;
+    const name = many ? `Rollout ${index + 1}` : "The board";
+    if (!state) return `${name}: not begun`;
+    const sure = state.q === null ? "" : `, confidence ${sigmoid(state.q).toFixed(3)}`;
+    return `${name} ${isAnswer ? "answers with" : "at"} step ${state.step} of ${this.depth}: q ${signed(state.q)}${sure}; ${state.words}`;
+  }
+
+  spoken(state) {
+    if (!state) return "a board that is not begun";
+    const side = this.puzzle.side;
+    const rows = [];
+    for (let row = 0; row < Math.min(this.puzzle.window[0], 12); row += 1) {
+      const cells = state.cells.slice(row * side, row * side + this.puzzle.window[1]);
+      rows.push(cells.map((token) => this.puzzle.kind === "sudoku" ? (token > 1 ? token - 1 : "blank")
+        : this.puzzle.kind === "maze" ? ["nothing", "wall", "open", "start", "goal", "path"][token]
+          : token > 1 ? token - 2 : "nothing").join(" "));
+    }
+    return `Board, row by row: ${rows.join("; ")}`;
+  }
+}

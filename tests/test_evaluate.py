@@ -283,7 +283,7 @@ def test_bare_lines_get_their_labels_from_the_solver(measure, tmp_path):
     [
         (("--jsno",), 2, "unrecognized arguments: --jsno; see --help"),
         (("--max-puzzles", "0"), 2, "argument --max-puzzles: '0' is not a whole number from 1 to"),
-        (("--steps", "-1"), 2, "argument --steps: '-1' is not a whole number from 1 to"),
+        (("--steps", "-1"), 2, "argument --depth/--steps: '-1' is not a whole number from 1 to"),
         (("--batch-size", "x"), 2, "argument --batch-size: 'x' is not a whole number from 1 to"),
         (("--weights", "both"), 2, "argument --weights: invalid choice: 'both'"),
         (("--device", "tpu"), 2, "device must be auto, cpu, cuda, cuda:N or mps, got 'tpu'"),

@@ -120,7 +120,7 @@ def test_options_as_json(ask, run, arguments, want):
     assert told["checkpoint"] == str(run / "step_7")
     assert told["optimizer_step"] == 7
     assert told["weights"] == ("raw" if want["seed"] == 7 else "ema")
-    assert told["select"] == ("best-q" if want.get("best", True) else "last")
+    assert told["reasoning"]["select"] == ("q" if want.get("best", True) else "last")
     assert told["supervision_steps"] == want.get("depth", DEPTH)
     for number, (puzzle, shown) in enumerate(zip(puzzles, told["answers"], strict=True), 1):
         answer, confidence, step = expected(puzzle, **want)
@@ -213,7 +213,7 @@ def test_the_newest_run_is_the_default(ask, tmp_path, monkeypatch):
         (
             (SOLVED, "--steps", "0"),
             2,
-            "argument --steps: '0' is not a whole number from 1 to 999999999; see --help",
+            "argument --depth/--steps: '0' is not a whole number from 1 to 999999999; see --help",
         ),
         (
             (SOLVED, "--batch-size", "1e3"),

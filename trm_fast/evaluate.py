@@ -9,8 +9,8 @@ from __future__ import annotations
 import argparse
 import json
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from trm_fast.data.dataset import PuzzleDataset, PuzzleDatasetConfig, from_array
 from trm_fast.data.format import DataError
 from trm_fast.data.sudoku_source import read_puzzles
 from trm_fast.distributed import Elsewhere, RankLost, Ranks, asked_for, join, leave
+from trm_fast.evaluate_rollouts import calibrated, draw, gathered, measured, set_lines
 from trm_fast.evaluators import Evaluators, score_line
 from trm_fast.inference import SetReport, evaluate
 from trm_fast.loading import (
@@ -35,6 +36,8 @@ from trm_fast.loading import (
     supervision_depth,
 )
 from trm_fast.puzzle_rows import puzzles_of
+from trm_fast.reasoning_options import add_reasoning, asked_reasoning, is_asked, share
+from trm_fast.reasoning_report import ReasoningReport
 from trm_fast.rules import rules_of
 from trm_fast.symmetry import box_shape
 
@@ -64,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         ranks = _joined(options)
         loaded = ranks.in_turn(lambda: load_or_stop(options.checkpoint, options))
         source, evaluators = ranks.together(lambda: _prepared(options, loaded, ranks))
-        reports = _measure(options, loaded, source, evaluators, ranks)
+        reports = _reports(options, loaded, source, evaluators, ranks)
         votes = evaluators.gathered(ranks.control)
         scores = ranks.together(lambda: _scores(options, evaluators, votes, ranks))
         leave()
@@ -82,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         voted = scores | evaluators.counts
         say(json.dumps(_document(options, loaded, source, reports) | voted, indent=2))
     else:
-        say(_text(loaded, source, reports))
+        say(_text(options, loaded, source, reports))
         if scores:
             say(f"\n{score_line(scores, evaluators.unanswered)}")
     return 0
@@ -137,7 +140,58 @@ def _parser() -> Parser:
         "--submission", metavar="FILE", help="write the answers to an ARC data set's test inputs"
     )
     parser.add_shared()
+    add_reasoning(parser)
+    parser.add_argument(
+        "--abstain",
+        type=share,
+        metavar="C",
+        help="how many answers have a confidence of at least C, and how many of them are right",
+    )
+    parser.add_argument(
+        "--calibrate",
+        type=share,
+        nargs="?",
+        const=0.99,
+        metavar="ACCURACY",
+        help="fit the q threshold to these boards, so that so many answers above it are right, and "
+        "keep it with the checkpoint (default: 0.99); measure on others",
+    )
+    parser.add_argument(
+        "--plot", metavar="FILE", help="draw accuracy against depth and rollouts, a PNG"
+    )
     return parser
+
+
+def _reports(
+    options: argparse.Namespace,
+    loaded: Loaded,
+    source: Source,
+    evaluators: Evaluators,
+    ranks: Ranks,
+) -> dict[str, SetReport] | dict[str, ReasoningReport]:
+    """The measures of each set: of rollouts where they are asked for, else of every step."""
+    asks = is_asked(options) or options.plot or options.abstain is not None
+    if not asks and options.calibrate is None:
+        return _measure(options, loaded, source, evaluators, ranks)
+    observe = evaluators.begin(source.dataset.directories)
+    sets = gathered(source.dataset, options.max_puzzles, ranks)
+    _check_boards({name: sum(ranks.numbers(len(s.inputs))) for name, s in sets.items()}, source)
+    if options.calibrate is not None:
+        calibrated(options, loaded, sets, source.names, ranks)
+    reports = measured(options, loaded, sets, observe, ranks)
+    if options.plot and ranks.first:
+        fault = draw(reports, asked_reasoning(options, loaded), options.plot)
+        if fault is not None:
+            raise CommandError(USAGE, fault)
+    return reports
+
+
+def _check_boards(counts: Mapping[str, int], source: Source) -> None:
+    empty = [name for name, count in counts.items() if not count]
+    if empty:
+        raise CommandError(
+            UNREADABLE, f"{', '.join(source.names)}: no labelled boards in set {empty[0]}"
+        )
 
 
 def _source(options: argparse.Namespace, loaded: Loaded, ranks: Ranks) -> Source:
@@ -262,17 +316,18 @@ def _measure(
         )
     except ValueError as error:  # no boards at all
         raise CommandError(UNREADABLE, f"{', '.join(source.names)}: {error}") from None
-    empty = [name for name, report in reports.items() if not report.puzzles]
-    if empty:
-        raise CommandError(
-            UNREADABLE, f"{', '.join(source.names)}: no labelled boards in set {empty[0]}"
-        )
+    _check_boards({name: report.puzzles for name, report in reports.items()}, source)
     return reports
 
 
 def _document(
-    options: argparse.Namespace, loaded: Loaded, source: Source, reports: dict[str, SetReport]
+    options: argparse.Namespace,
+    loaded: Loaded,
+    source: Source,
+    reports: dict[str, SetReport] | dict[str, ReasoningReport],
 ) -> dict[str, Any]:
+    plain = all(isinstance(report, SetReport) for report in reports.values())
+    plan = asked_reasoning(options, loaded)
     return {
         "checkpoint": str(loaded.folder),
         "step": loaded.step,
@@ -282,7 +337,8 @@ def _document(
         "split": source.split,
         "other_puzzles": _other_puzzles(loaded, source),
         "max_puzzles": options.max_puzzles,
-        "supervision_steps": supervision_depth(loaded, options.steps),
+        "supervision_steps": supervision_depth(loaded, options.steps) if plain else plan.depth,
+        "reasoning": None if plain else asdict(plan),
         "sets": {name: report.to_dict() for name, report in reports.items()},
     }
 
@@ -303,7 +359,12 @@ def _other_puzzles(loaded: Loaded, source: Source) -> bool | None:
     return None if None in found else False
 
 
-def _text(loaded: Loaded, source: Source, reports: dict[str, SetReport]) -> str:
+def _text(
+    options: argparse.Namespace,
+    loaded: Loaded,
+    source: Source,
+    reports: dict[str, SetReport] | dict[str, ReasoningReport],
+) -> str:
     split = f" ({source.split} split)" if source.split else ""
     lines = [
         f"checkpoint  {loaded.folder}",
@@ -317,7 +378,11 @@ def _text(loaded: Loaded, source: Source, reports: dict[str, SetReport]) -> str:
     if loaded.model.config.quantize != "none":
         lines.append(f"products    {loaded.model.config.quantize}")
     for name, report in reports.items():
-        lines += ["", *_set_lines(name, report)]
+        if isinstance(report, SetReport):
+            lines += ["", *_set_lines(name, report)]
+        else:
+            plan = asked_reasoning(options, loaded)
+            lines += ["", *set_lines(name, report, plan, options.abstain)]
     return "\n".join(lines)
 
 

@@ -151,7 +151,12 @@ class Parser(argparse.ArgumentParser):
     def add_model(self) -> None:
         """The options of every command that runs a model: which weights, how many steps."""
         self.add_argument(
-            "--steps", type=positive, metavar="M", help="supervision steps (default: the run's own)"
+            "--depth",
+            "--steps",
+            dest="steps",
+            type=positive,
+            metavar="D",
+            help="supervision steps (default: the run's own)",
         )
         self.add_argument(
             "--weights",

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trm_fast import hub
+from trm_fast import hub, thresholds
 from trm_fast.checkpoint import load_checkpoint, passed_over, read_pointer, resolve
 from trm_fast.config import ConfigError, TrainConfig
 from trm_fast.durable import (
@@ -161,6 +161,7 @@ def _fetched(repo: str, file: str | None, revision: str | None) -> Path:
         hub.fetch(repo, beside, revision, optional=True)
         return path
     hub.download(repo, CONFIG, revision)
+    hub.fetch(repo, thresholds.FILE, revision, optional=True)
     return hub.download(repo, MODEL, revision).parent
 
 
@@ -308,6 +309,10 @@ def build(
     broken = next((name for name, t in state.items() if not torch.isfinite(t).all()), None)
     if broken is not None:
         raise CheckpointError(f"{place}: {chosen} weights are not finite in {broken}")
+    kept = thresholds.beside(place)
+    if kept is not None:
+        model.q_threshold, fault = thresholds.kept_threshold(kept, saved.step, chosen)
+        saved.notes.extend([fault] if fault else [])
     return model.eval(), chosen
 
 
@@ -341,7 +346,8 @@ def from_pretrained(
 def save_pretrained(
     model: Model, folder: str | os.PathLike[str], card: Card | None = None, step: int = 0
 ) -> Path:
-    """Write config.json, model.safetensors and the model card README.md; returns the folder.
+    """Write config.json, model.safetensors and the model card README.md, and q_threshold.json where
+    the model has one; returns the folder.
 
     Args:
         model: on any device.
@@ -367,6 +373,11 @@ def _write_folder(model: Model, target: Path, card: Card | None, step: int, titl
     write_tensors(target / MODEL, model.state_dict(), metadata)
     write_text(target / CONFIG, json.dumps(config, indent=2) + "\n")
     write_text(target / README, text)
+    kept = target / thresholds.FILE
+    if model.q_threshold is None:
+        kept.unlink(missing_ok=True)
+    else:  # weights are written once, and read back as raw ones
+        thresholds.keep_threshold(kept, step, "raw", {"threshold": model.q_threshold})
     return target
 
 

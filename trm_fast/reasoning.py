@@ -48,8 +48,8 @@ class Reasoning:
         depth: supervision steps of a rollout; None is the model's halt_max_steps.
         rollouts: K, of each puzzle.
         by: what makes rollouts differ: a "symmetry" of the puzzle, undone in the answer (rollout 0
-            sees the puzzle as it is), "noise", or "init" for random initial states; None is what
-            `noise` and `init` say, or else symmetry.
+            sees the puzzle as it is), "noise", or "init", which makes the first states random;
+            None is what `noise` and `init` say, or else symmetry.
         noise: standard deviation of what is added to states before every step.
         noise_on: the states it is added to.
         init: "random" starts from truncated normals of deviation 1 for each token and channel.
@@ -112,8 +112,6 @@ class Reasoning:
     def _check_together(self) -> None:
         if self.by == "noise" and not self.noise:
             raise ValueError("rollouts by noise need noise above 0, got noise=0")
-        if self.by == "init" and self.init != "random":
-            raise ValueError("rollouts by init need init='random', got init='fixed'")
         if self.schedule == "sequential" and self.select not in STOPPING:
             raise ValueError(
                 "schedule='sequential' stops at the first good answer: select must be first-q or "
@@ -144,9 +142,10 @@ class Reasoning:
             by = "noise" if self.noise else "init" if self.init == "random" else "symmetry"
         if self.noise:
             noisy_states(config, self.noise_on)
-        if self.init == "random" and not VARIANTS[config.kind].initial:
+        init = "random" if by == "init" else self.init
+        if init == "random" and not VARIANTS[config.kind].initial:
             raise ValueError(f"init='random' is for networks with states, {config.kind} has none")
-        differs = bool(self.noise) or self.init == "random"
+        differs = bool(self.noise) or init == "random"
         if by == "symmetry" and self.rollouts > 1:
             if kind.symmetries == 0:
                 raise ValueError(
@@ -165,6 +164,7 @@ class Reasoning:
             self,
             depth=config.halt_max_steps if self.depth is None else self.depth,
             by=by,
+            init=init,
             threshold=THRESHOLD if limit is None else limit,
         )
 

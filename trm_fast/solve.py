@@ -12,7 +12,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,6 @@ from trm_fast.loading import (
     Loaded,
     Parser,
     load_or_stop,
-    supervision_depth,
 )
 from trm_fast.mazes import Maze, looks_like_mazes, maze_rows, parse_mazes, verdict, with_walls
 from trm_fast.pretrained import SHIPPED
@@ -46,32 +45,87 @@ from trm_fast.puzzles import (
     parse_text,
     with_clues,
 )
+from trm_fast.reasoning import Reasoning
+from trm_fast.reasoning_options import add_reasoning, asked_reasoning, is_asked, share
 from trm_fast.rules import maze_side, sudoku_side
 from trm_fast.watching import add_options, is_watched, watched
 
 __all__ = ["main", "newest_run"]
 
 BROKEN = 1
-"""Exit status when at least one answer breaks the rules."""
+"""Exit status when at least one answer breaks the rules or is withheld."""
 
 RUNS = "checkpoints"
-SELECT = {"best-q": "q", "last": "last"}
+
+
+@dataclass(frozen=True)
+class Found:
+    """Where an answer comes from, and how sure the model is of it.
+
+    Attributes:
+        plan: how the model was asked.
+        confidence: see `Answers`.  step: 1-based, 0 where none was made.
+        rollout: 1-based.  passes: supervision steps of all rollouts.
+        abstain: the confidence below which there is no answer.
+    """
+
+    plan: Reasoning
+    confidence: float
+    step: int
+    rollout: int
+    passes: int
+    abstain: float
+
+    @property
+    def withheld(self) -> str:
+        """Why there is no answer, or ""."""
+        if not self.step:
+            return "no answer: the time was up before a step was made"
+        if self.confidence < self.abstain:
+            return f"no answer: {self.text()}, below {self.abstain:g}"
+        return ""
+
+    def text(self) -> str:
+        """How sure, and at what cost."""
+        if self.plan.select == "mode":
+            sure = f"{self.confidence:.3f} of the votes"
+        else:
+            sure = f"halting confidence {self.confidence:.3f} at step {self.step}"
+        if self.plan.rollouts == 1:
+            return sure
+        return f"{sure} of rollout {self.rollout}, {self.passes} passes"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Ready for JSON."""
+        return {
+            "confidence": self.confidence,
+            "step": self.step,
+            "rollout": self.rollout,
+            "passes": self.passes,
+            "abstained": bool(self.withheld),
+        }
 
 
 @dataclass(frozen=True)
 class Solved:
-    """One answer: digits [L] with the clues kept, the broken units, sigmoid(q), 1-based step."""
+    """One answer: digits [L] with the clues kept, the broken units, where it comes from."""
 
     puzzle: Puzzle
     cells: np.ndarray
     breach: Breach
-    confidence: float
-    step: int
+    found: Found
+
+    @property
+    def good(self) -> bool:
+        """Whether there is an answer and it keeps the rules."""
+        return not self.breach and not self.found.withheld
 
     def text(self) -> str:
         """One line, an empty line, the rows, and what to think of it."""
+        if self.found.withheld:
+            return self.found.withheld
         verdict = f"breaks the rules in {self.breach}" if self.breach else "valid"
-        judged = f"{verdict}; halting confidence {self.confidence:.3f} at step {self.step}"
+        judged = f"{verdict}; {self.found.text()}"
         return f"{board_line(self.cells)}\n\n{board_rows(self.cells)}\n\n{judged}"
 
     def to_dict(self) -> dict[str, Any]:
@@ -79,44 +133,47 @@ class Solved:
         return {
             "place": self.puzzle.place,
             "puzzle": self.puzzle.text,
-            "answer": board_line(self.cells),
-            "valid": not self.breach,
+            "answer": None if self.found.withheld else board_line(self.cells),
+            "valid": self.good,
             "broken": {
                 "rows": list(self.breach.rows),
                 "columns": list(self.breach.columns),
                 "boxes": list(self.breach.boxes),
             },
-            "confidence": self.confidence,
-            "step": self.step,
+            **self.found.to_dict(),
         }
 
 
 @dataclass(frozen=True)
 class SolvedMaze:
-    """One answer: tokens [L] with the maze kept, what is wrong or "", sigmoid(q), 1-based step."""
+    """One answer: tokens [L] with the maze kept, what is wrong or "", where it comes from."""
 
     puzzle: Maze
     cells: np.ndarray
     breach: str
-    confidence: float
-    step: int
+    found: Found
+
+    @property
+    def good(self) -> bool:
+        """Whether there is an answer and it is right."""
+        return not self.breach and not self.found.withheld
 
     def text(self) -> str:
         """The rows, and what to think of it."""
+        if self.found.withheld:
+            return self.found.withheld
         said = self.breach or verdict(self.puzzle.cells, self.cells)[1]
-        judged = f"{said}; halting confidence {self.confidence:.3f} at step {self.step}"
-        return f"{maze_rows(self.cells)}\n\n{judged}"
+        return f"{maze_rows(self.cells)}\n\n{said}; {self.found.text()}"
 
     def to_dict(self) -> dict[str, Any]:
         """Ready for JSON."""
         return {
             "place": self.puzzle.place,
             "puzzle": maze_rows(self.puzzle.cells).split("\n"),
-            "answer": maze_rows(self.cells).split("\n"),
-            "valid": not self.breach,
+            "answer": None if self.found.withheld else maze_rows(self.cells).split("\n"),
+            "valid": self.good,
             "broken": self.breach or None,
-            "confidence": self.confidence,
-            "step": self.step,
+            **self.found.to_dict(),
         }
 
 
@@ -138,7 +195,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except CommandError as error:
         say(f"trm-fast solve: {error}", err=True)
         return error.status
-    return BROKEN if any(answer.breach for answer in answers) else 0
+    broken = sum(not answer.good for answer in answers)
+    if broken and not is_asked(options) and sys.stderr.isatty():
+        say(
+            f"{broken} of {len(answers)} not solved: --preset restarts looks at symmetric images "
+            "of a puzzle until the model is sure of one",
+            err=True,
+        )
+    return BROKEN if broken else 0
 
 
 def _parser() -> Parser:
@@ -169,13 +233,14 @@ def _parser() -> Parser:
         "--unsafe-load", action="store_true", help="no effect: nothing in a file is ever run"
     )
     parser.add_argument(
-        "--select",
-        choices=tuple(SELECT),
-        default="best-q",
-        help="answer of the step with the highest halting logit, or of the last (default: best-q)",
+        "--abstain",
+        type=share,
+        metavar="C",
+        help="give no answer where the confidence is below C, from 0 to 1 (default: 0)",
     )
     add_options(parser)
     parser.add_shared()
+    add_reasoning(parser)
     return parser
 
 
@@ -268,26 +333,28 @@ def _answer(
     cells = np.stack([puzzle.cells for puzzle in puzzles]).astype(np.int32)
     mazes = isinstance(puzzles[0], Maze)
     asking = partial(watched, options=options) if is_watched(options) else predict
+    plan = asked_reasoning(options, loaded)
     answers = asking(
         loaded.model,
         torch.from_numpy(cells if mazes else cells + 1),
-        depth=supervision_depth(loaded, options.steps),
-        select=SELECT[options.select],
+        reasoning=plan,
         batch_size=options.batch_size,
     )
     tokens = answers.tokens.numpy()
-    confidence, steps = torch.sigmoid(answers.q.double()).tolist(), answers.step.tolist()
+    columns = (answers.confidence, answers.step, answers.rollout + 1, answers.passes)
+    facts = list(zip(*(column.tolist() for column in columns), strict=True))
     solved: list[Any] = []
     asked: list[Any] = list(puzzles)
     for index, puzzle in enumerate(asked):
-        judged = confidence[index], steps[index]
+        sure, step, rollout, passes = facts[index]
+        found = Found(plan, sure, step, rollout, passes, options.abstain or 0.0)
         if isinstance(puzzle, Maze):
             path = with_walls(tokens[index], puzzle.cells)
             right, words = verdict(puzzle.cells, path)
-            solved.append(SolvedMaze(puzzle, path, "" if right else words, *judged))
+            solved.append(SolvedMaze(puzzle, path, "" if right else words, found))
         else:
             digits = with_clues(tokens[index] - 1, puzzle.cells)
-            solved.append(Solved(puzzle, digits, breaches(digits), *judged))
+            solved.append(Solved(puzzle, digits, breaches(digits), found))
     return solved
 
 
@@ -296,13 +363,14 @@ def _shown(
 ) -> str:
     if not options.json:
         return "\n\n".join(answer.text() for answer in answers)
+    plan = asked_reasoning(options, loaded)
     document = {
         "checkpoint": str(loaded.folder),
         "optimizer_step": loaded.step,
         "weights": loaded.weights,
         "quantize": loaded.model.config.quantize,
-        "select": options.select,
-        "supervision_steps": supervision_depth(loaded, options.steps),
+        "supervision_steps": plan.depth,
+        "reasoning": asdict(plan),
         "answers": [answer.to_dict() for answer in answers],
     }
     return json.dumps(document, indent=2)

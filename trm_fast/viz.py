@@ -1,7 +1,8 @@
-"""Pictures of a run: its learning curve as an image, its boards as text.
+"""Pictures of a run: its curves as images, its boards as text.
 
-Owns `learning_curve.png` (matplotlib, from the `viz` extra, imported only when drawing) and the
-text form of a board. May be imported by trainer and the command modules; imports symmetry.
+Owns `learning_curve.png` and the curves of an evaluation (matplotlib, from the `viz` extra,
+imported only when drawing) and the text form of a board. May be imported by trainer and the command
+modules; imports symmetry.
 """
 
 from __future__ import annotations
@@ -10,12 +11,13 @@ import math
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from trm_fast.symmetry import box_shape
 
-__all__ = ["format_board", "learning_curve", "side_by_side"]
+__all__ = ["Curve", "accuracy_curves", "format_board", "learning_curve", "side_by_side"]
 
 BOLD, PLAIN = "\033[1m", "\033[0m"
 ACCURACY = "exact_accuracy"
@@ -62,6 +64,11 @@ def learning_curve(
     accuracy_axes.set_ylim(-2, 102)
     accuracy_axes.set_xlabel("step")
     figure.suptitle(title)
+    return _saved(figure, target)
+
+
+def _saved(figure: Any, target: Path) -> str | None:
+    """The picture as a PNG, replaced atomically; or one line saying why there is none."""
     temp = target.with_name(f".{target.name}.tmp")
     try:
         figure.savefig(temp, format="png", metadata={"Software": None})
@@ -70,6 +77,61 @@ def learning_curve(
         temp.unlink(missing_ok=True)
         return f"{target.name} is not drawn: {error.strerror or error}"
     return None
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Shares in percent against what is on the x axis, and what each place costs in passes."""
+
+    at: Sequence[int]
+    percent: Sequence[float]
+    passes: Sequence[float]
+    dashed: bool = False
+
+
+def accuracy_curves(
+    panels: Mapping[str, Mapping[str, Curve]], path: str | os.PathLike[str], title: str = ""
+) -> str | None:
+    """Draw accuracy, and above every point its cost, into a PNG.
+
+    Args:
+        panels: by the words on its x axis, the curves of a panel by name.
+        path: the file, replaced atomically.  title: above the panels.
+
+    Returns:
+        None, or one line saying why there is no picture.
+    """
+    target = Path(path)
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        return f'{target.name} is not drawn: pip install "trm-fast[viz]"'
+    figure = Figure(figsize=(5.5 * len(panels), 4.5), dpi=110, layout="constrained")
+    FigureCanvasAgg(figure)
+    for axes, (words, curves) in zip(
+        figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True
+    ):
+        for name, curve in curves.items():
+            style = ":" if curve.dashed else "-"
+            axes.plot(curve.at, curve.percent, style, marker="o", markersize=4, label=name)
+            for x, y, cost in zip(curve.at, curve.percent, curve.passes, strict=True):
+                if not curve.dashed:
+                    axes.annotate(
+                        f"{cost:.3g}", (x, y), (6, -12), textcoords="offset points",
+                        ha="center", fontsize=7, alpha=0.7,
+                    )  # fmt: skip
+        axes.set_xscale("log", base=2)
+        ticks = sorted({x for curve in curves.values() for x in curve.at})
+        axes.set_xticks(ticks, [str(x) for x in ticks], fontsize=8)
+        axes.minorticks_off()
+        axes.set_ylim(-6, 104)
+        axes.set_xlabel(words)
+        axes.set_ylabel("boards right, %; small: passes a board")
+        axes.grid(True, alpha=0.3)
+        axes.legend(loc="lower right")
+    figure.suptitle(title)
+    return _saved(figure, target)
 
 
 def _curves(rows: Sequence[Mapping[str, Any]], metric: str) -> dict[str, list[tuple[int, float]]]:

@@ -1,0 +1,255 @@
+"""`trm-fast evaluate` where it is asked for rollouts: what is measured, printed, drawn and fitted.
+
+Owns these parts of the command; the numbers are `reasoning_report.py`'s. Imported by `evaluate.py`
+only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from trm_fast.console import say
+from trm_fast.data.dataset import PuzzleDataset
+from trm_fast.data.format import IGNORE_LABEL_ID
+from trm_fast.distributed import Ranks
+from trm_fast.loading import MODEL, USAGE, CommandError, Loaded
+from trm_fast.puzzle_kind import kind_of
+from trm_fast.reasoning import PRESETS, Reasoning
+from trm_fast.reasoning_options import asked_reasoning
+from trm_fast.reasoning_report import Labelled, Point, ReasoningReport, Risk, measure, traces
+from trm_fast.thresholds import beside, fit_threshold, keep_threshold, said_of
+from trm_fast.viz import Curve, accuracy_curves
+
+__all__ = ["calibrated", "draw", "gathered", "measured", "set_lines"]
+
+SHOWN_LOGITS = (0, 1, 2, 3, 4, 5, 6)  # confidences that get a row
+
+
+def gathered(dataset: PuzzleDataset, max_puzzles: int | None, ranks: Ranks) -> dict[str, Labelled]:
+    """The labelled puzzles of each set that this process has, numbered through all processes."""
+    parts: dict[str, list[dict[str, Tensor]]] = {}
+    seen: dict[str, int] = {}
+    for name, batch, _ in dataset:
+        rows = (batch["labels"] != IGNORE_LABEL_ID).any(-1).nonzero().squeeze(-1)
+        sizes = ranks.numbers(len(rows))
+        before = seen.setdefault(name, 0)
+        first = before + sum(sizes[: ranks.rank])
+        seen[name] = before + sum(sizes)
+        if max_puzzles is not None:
+            rows = rows[: max(0, max_puzzles - first)]
+        numbers = torch.arange(first, first + len(rows))
+        found = {key: batch[key][rows].cpu() for key in ("inputs", "labels", "puzzle_identifiers")}
+        parts.setdefault(name, []).append(found | {"numbers": numbers})
+    whole = {
+        name: {key: torch.cat([part[key] for part in found]) for key in found[0]}
+        for name, found in parts.items()
+    }
+    return {
+        name: Labelled(t["inputs"], t["labels"], t["puzzle_identifiers"], t["numbers"])
+        for name, t in whole.items()
+    }
+
+
+def measured(
+    options: argparse.Namespace,
+    loaded: Loaded,
+    sets: Mapping[str, Labelled],
+    observe: Callable[[str, Mapping[str, Tensor]], None],
+    ranks: Ranks,
+) -> dict[str, ReasoningReport]:
+    """Raises ValueError for a set without a labelled puzzle."""
+    plan = asked_reasoning(options, loaded)
+    found = {}
+    for name, puzzles in sets.items():
+
+        def told(outputs: Mapping[str, Tensor], name: str = name) -> None:
+            observe(name, outputs)
+
+        found[name] = measure(
+            loaded.model,
+            puzzles,
+            plan,
+            batch_size=options.batch_size,
+            ranks=ranks,
+            observe=told,
+            abstain=options.abstain,
+        )
+    return found
+
+
+def calibrated(
+    options: argparse.Namespace,
+    loaded: Loaded,
+    sets: Mapping[str, Labelled],
+    names: tuple[str, ...],
+    ranks: Ranks,
+) -> None:
+    """Fit the threshold to all puzzles, say what was found, give it to the model and keep it.
+
+    Raises:
+        CommandError: more than one process, nothing to fit to, or it cannot be kept.
+    """
+    if ranks.world > 1:
+        raise CommandError(USAGE, "--calibrate is for one process")
+    plan = _restarts(options, loaded)
+    found = [traces(loaded.model, puzzles, plan, options.batch_size) for puzzles in sets.values()]
+    q, right = (torch.cat(parts) for parts in zip(*found, strict=True))
+    try:
+        fit = fit_threshold(q, right, options.calibrate)
+    except ValueError as error:
+        raise CommandError(USAGE, error) from None
+    chosen = fit.chosen
+    loaded.model.q_threshold = chosen.threshold
+    lines = [
+        f"q threshold fitted on {fit.puzzles} boards of {', '.join(names)}: {plan.rollouts} "
+        f"rollouts of {plan.depth} steps one after another",
+        f"  {'threshold':>9}{'answered':>11}{'of them right':>15}{'all right':>11}{'passes':>9}",
+    ]
+    for c in fit.candidates:
+        if c == chosen or (c.threshold >= 0 and c.threshold % 1 == 0):
+            mark = "  <- chosen" if c == chosen else ""
+            lines.append(
+                f"  {c.threshold:>9.2f}{100 * c.answered:>9.2f} %{100 * c.accuracy:>13.2f} %"
+                f"{100 * c.exact:>9.2f} %{c.passes:>9.1f}{mark}"
+            )
+    if not fit.reached:
+        lines.append(f"  none reaches {fit.target:.1%}: the most accurate is taken")
+    path = beside(loaded.folder)
+    say("\n".join(lines), err=options.json)
+    if path is None:
+        say(
+            f"not kept: {loaded.folder} is one file; give --threshold {chosen.threshold:g}",
+            err=True,
+        )
+        return
+    known = {"rollouts": plan.rollouts, "depth": plan.depth, "by": plan.by, "data": list(names)}
+    try:
+        keep_threshold(path, loaded.step, loaded.weights, said_of(fit) | known)
+    except ValueError as error:
+        raise CommandError(MODEL, error) from None
+    say(f"  kept in {path}\n", err=options.json)
+
+
+def _restarts(options: argparse.Namespace, loaded: Loaded) -> Reasoning:
+    """The rollouts to fit to: those asked for, or else restarts where symmetries are known."""
+    options = argparse.Namespace(**vars(options))
+    known = kind_of(loaded.model.config).name in PRESETS["restarts"]
+    if options.rollouts is None and options.preset is None and known:
+        options.preset = "restarts"
+    plan = asked_reasoning(options, loaded)
+    return replace(plan, select="q", halt="never", schedule="parallel", budget=None)
+
+
+def set_lines(
+    name: str, report: ReasoningReport, plan: Reasoning, abstain: float | None
+) -> list[str]:
+    """One set: the answers that count, the selectors, both curves, and confidence."""
+    noun = "board" if report.puzzles == 1 else "boards"
+    runs = "1 rollout" if plan.rollouts == 1 else f"{plan.rollouts} rollouts by {plan.by}"
+    lines = [
+        f"set {name}: {report.puzzles} {noun}, {runs}, up to {plan.depth} steps each{_how(plan)}",
+        f"  {'exact':<14}{_percent(report.exact)}   by {plan.select}{_knows(plan)}",
+        f"  {'cell accuracy':<14}{_percent(report.cell)}",
+    ]
+    if report.valid is not None:
+        lines.append(f"  {'valid':<14}{_percent(report.valid)}")
+    lines += [
+        f"  {'passes':<14}{report.passes:>8.1f}     a board, at most {report.passes_max}",
+        f"  {'seconds':<14}{report.seconds:>8.4f}     a board, by its passes at most "
+        f"{report.seconds_max:.4f}",
+        "",
+        "  of the same steps, without the rules" + " " * 8 + "with them",
+    ]
+    names, values = list(report.selectors), list(report.selectors.values())
+    head = "".join(f"{select:>11}" for select in names)
+    row = "".join(f"{_percent(value):>11}" for value in values)
+    known = report.rule is not None
+    lines += [head + (f"{'any valid':>13}" if known else "")]
+    lines += [row + (f"{_percent(report.rule):>13}" if known else "")]
+    of = "the first rollout" if plan.schedule == "sequential" else "all rollouts"
+    if plan.rollouts == 1:
+        of = "the rollout"
+    lines += ["", *_curve_lines(f"steps of {of}", report.by_depth, plan, known)]
+    if plan.rollouts > 1 and report.by_rollouts:
+        lines += ["", *_curve_lines("rollouts", report.by_rollouts, plan, known)]
+    return lines + ["", *_risk_lines(report, abstain)]
+
+
+def _how(plan: Reasoning) -> str:
+    words = []
+    if plan.schedule == "sequential":
+        words.append("one after another")
+    if plan.noise:
+        words.append(f"noise {plan.noise:g} on {plan.noise_on}")
+    if plan.init == "random" and plan.by != "init":
+        words.append("random first states")
+    if plan.halt != "never":
+        words.append(f"halting by {plan.halt}")
+    if plan.halt == "q" or plan.select == "first-q":
+        words.append(f"q above {plan.threshold:g}")
+    if plan.budget is not None:
+        words.append(f"{plan.budget:g} seconds in all")
+    return "".join(f", {word}" for word in words)
+
+
+def _knows(plan: Reasoning) -> str:
+    return ", which knows the rules" if plan.select == "valid" else ""
+
+
+def _curve_lines(of: str, points: list[Point], plan: Reasoning, known: bool) -> list[str]:
+    head = f"  {of:<28}{plan.select:>10}" + (f"{'any valid':>12}" if known else "")
+    lines = [f"{head}{'passes':>10}{'seconds':>10}"]
+    for point in points:
+        rule = f"{_percent(point.rule):>12}" if known else ""
+        lines.append(
+            f"  {point.at:<28}{_percent(point.exact):>10}{rule}{point.passes:>10.1f}"
+            f"{point.seconds:>10.4f}"
+        )
+    return lines
+
+
+def _risk_lines(report: ReasoningReport, abstain: float | None) -> list[str]:
+    lines = [f"  {'confidence at least':<28}{'answered':>10}{'right':>12}"]
+    shown = [1 / (1 + math.exp(-logit)) for logit in SHOWN_LOGITS]
+    lines += [_risk_line(risk) for risk in report.risk if risk.confidence in shown]
+    if abstain is not None:
+        asked = min(report.risk, key=lambda risk: abs(risk.confidence - abstain))
+        lines.append(_risk_line(asked) + "   <- --abstain")
+    return lines
+
+
+def _risk_line(risk: Risk) -> str:
+    right = _percent(risk.accuracy) if risk.accuracy is not None else "-"
+    return f"  {risk.confidence:<28.3f}{_percent(risk.answered):>10}{right:>12}"
+
+
+def _percent(value: float | None) -> str:
+    return "" if value is None else f"{100 * value:.2f} %"
+
+
+def draw(reports: Mapping[str, ReasoningReport], plan: Reasoning, path: str) -> str | None:
+    """Both curves of every set as a PNG; one line where that cannot be."""
+
+    def panel(points: Callable[[ReasoningReport], list[Point]]) -> dict[str, Curve]:
+        found = {}
+        for name, report in reports.items():
+            places = points(report)
+            if not places:
+                continue
+            at, passes = [p.at for p in places], [p.passes for p in places]
+            found[f"{name}: {plan.select}"] = Curve(at, [100 * p.exact for p in places], passes)
+            if report.rule is not None:
+                rule = [100 * (p.rule or 0.0) for p in places]
+                found[f"{name}: any valid"] = Curve(at, rule, passes, dashed=True)
+        return found
+
+    panels = {"supervision steps": panel(lambda report: report.by_depth)}
+    if plan.rollouts > 1:
+        panels["rollouts"] = panel(lambda report: report.by_rollouts)
+    return accuracy_curves({k: v for k, v in panels.items() if v}, path, f"select: {plan.select}")

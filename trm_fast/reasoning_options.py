@@ -1,0 +1,86 @@
+"""The options by which a command asks a model, and what they mean.
+
+Owns them for `evaluate` and `solve`; the settings themselves are `reasoning.py`'s. Imported by the
+command modules.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from typing import Any
+
+from trm_fast.inference import plan_for
+from trm_fast.loading import USAGE, CommandError, Loaded, supervision_depth
+from trm_fast.puzzle_kind import kind_of
+from trm_fast.reasoning import CHOICES, PRESETS, Reasoning, reasoning_of
+
+__all__ = ["add_reasoning", "asked_reasoning", "is_asked", "share"]
+
+
+def share(text: str) -> float:
+    """argparse type: a number in [0, 1]."""
+    value = float(text)
+    if not 0 <= value <= 1:
+        raise ValueError
+    return value
+
+
+def add_reasoning(parser: argparse.ArgumentParser) -> None:
+    """Add the options; `--depth` is one that every command with a model has."""
+    group = parser.add_argument_group("reasoning")
+
+    def add(name: str, words: str, kind: Callable[[str], Any] = str, metavar: str = "X") -> None:
+        choices = CHOICES.get(_field(name))
+        shown: dict[str, Any] = {"choices": choices} if choices else {"metavar": metavar}
+        group.add_argument(f"--{name}", type=kind, help=words, dest=name, **shown)
+
+    group.add_argument("--preset", choices=tuple(PRESETS), help="settings of a published method")
+    add("rollouts", "runs over each puzzle (default: 1)", int, "K")
+    add("rollouts-by", "what makes them differ (default: what is given below, or else symmetry)")
+    add("noise", "deviation of what is added to the states before every step", float, "SIGMA")
+    add("noise-on", "states it is added to (default: z_L)")
+    add("init", "first states: the model's own, or random ones (default: fixed)")
+    add("entry", "answer that stands for a rollout (default: best-q)")
+    add("select", "answer that counts; `valid` knows the rules, no other does (default: q)")
+    add("halt", "what ends a rollout early (default: never)")
+    add("schedule", "rollouts at once, or one after another until first-q or valid finds an answer")
+    add("threshold", "q logit above which an answer is trusted (default: the model's)", float, "Q")
+    add("tolerance", "how still the logits of a fixed point are (default: 0.01)", float, "T")
+    add("seed", "of all random numbers (default: 0)", int, "N")
+    add("budget", "end after so many seconds with what is there", float, "SECONDS")
+
+
+NAMES = (
+    *("rollouts", "rollouts-by", "noise", "noise-on", "init", "entry", "select", "halt"),
+    *("schedule", "threshold", "tolerance", "seed", "budget"),
+)
+
+
+def _field(name: str) -> str:
+    return "by" if name == "rollouts-by" else name.replace("-", "_")
+
+
+def asked_reasoning(options: argparse.Namespace, loaded: Loaded) -> Reasoning:
+    """The reasoning that the options ask of a model, everything filled in.
+
+    Without `--depth` it is the preset's, or else what the run was evaluated with.
+
+    Raises:
+        CommandError: with status USAGE.
+    """
+    values = vars(options)
+    changes = {_field(name): values[name] for name in NAMES if values[name] is not None}
+    model = loaded.model
+    try:
+        given = reasoning_of(options.preset, kind_of(model.config), changes)
+        if options.steps is not None or given.depth is None:
+            changes["depth"] = supervision_depth(loaded, options.steps)
+        return plan_for(model, options.preset, **changes)
+    except ValueError as error:
+        raise CommandError(USAGE, error) from None
+
+
+def is_asked(options: argparse.Namespace) -> bool:
+    """Whether any of these options was given."""
+    return any(vars(options)[name] is not None for name in (*NAMES, "preset"))

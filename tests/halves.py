@@ -11,7 +11,7 @@ from pathlib import Path
 
 PYTEST = [sys.executable, "-m", "pytest"]
 BESIDE = ["ops", "fuzz", "test_distributed.py", "test_distributed_run.py", "test_torchrun.py"]
-BESIDE += ["test_export.py", "test_faults.py"]
+BESIDE += ["test_export.py", "test_faults.py", "test_demo_page.py"]
 
 
 def main() -> int:

@@ -50,6 +50,7 @@ def test_constraints_satisfy_the_requirements():
     lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
     pins = [line for line in lines if line and not line.startswith("#")]
     more = ["atheris==3.0.0", "onnx==1.23.2", "onnxscript==0.7.2", "onnxruntime==1.32.0"]
+    more += ["playwright==1.65.2"]
     assert pins == ["torch==2.13.0", "triton==3.6.0", "numpy<2.4", *more]
 
 

@@ -35,6 +35,7 @@ from trm_fast.options import printable
 __all__ = ["DemoServer", "Limits", "serve"]
 
 LOOPBACK = "127.0.0.1"
+NO_HTTP = "this is no request of HTTP/1.0 or HTTP/1.1"
 TYPES = {
     "css": "text/css; charset=utf-8",
     "html": "text/html; charset=utf-8",
@@ -172,8 +173,10 @@ class DemoServer(ThreadingHTTPServer):
 
 class _Handler(BaseHTTPRequestHandler):
     server: DemoServer
-    server_version = f"trm_fast/{__version__}"
-    sys_version = ""
+
+    def version_string(self) -> str:
+        """What stands in the header Server."""
+        return f"trm_fast/{__version__}"
 
     def setup(self) -> None:
         super().setup()
@@ -192,6 +195,8 @@ class _Handler(BaseHTTPRequestHandler):
                 self.send_error(HTTPStatus.REQUEST_URI_TOO_LONG)
             elif self.parse_request():
                 self._answered()
+            elif not self._begun:  # an empty line
+                self.send_error(HTTPStatus.BAD_REQUEST)
         except TimeoutError:
             self._late()
         except ConnectionError:
@@ -214,7 +219,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _route(self) -> None:
         if self.request_version == "HTTP/0.9":
-            raise _Refused(400, "HTTP/1.0 or HTTP/1.1 is needed")
+            raise _Refused(400, NO_HTTP)
         hosts = self.headers.get_all("Host") or []
         if len(hosts) != 1 or hosts[0].strip().lower() not in self.server.hosts:
             raise _Refused(421, f"this is {self.server.url}, another host was asked for")
@@ -362,12 +367,12 @@ class _Handler(BaseHTTPRequestHandler):
 
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
         """What the base class finds wrong with a request, as one line."""
-        line = message or HTTPStatus(code).phrase
-        status = 400 if code in (501, 505) else code
+        status = 400 if code in (501, 505) else int(code)
+        line = NO_HTTP if status == 400 else HTTPStatus(code).phrase
         with contextlib.suppress(ConnectionError):
             self.requestline = getattr(self, "requestline", "")
             self.command = getattr(self, "command", None) or ""
-            self._refuse(_Refused(int(status), line))
+            self._refuse(_Refused(status, line))
 
     def log_message(self, format: str, *args: Any) -> None:
         """Requests are not logged."""

@@ -66,6 +66,7 @@ function openModel() {
   $("note").hidden = !one.note;
   $("grid").hidden = kind !== "sudoku";
   $("question").hidden = kind === "sudoku";
+  $("solution-box").hidden = !arc;
   $("level-label").hidden = kind !== "sudoku";
   $("clear").hidden = kind !== "sudoku";
   $("new").hidden = arc;
@@ -115,6 +116,7 @@ function drawQuestion() {
   const puzzle = puzzles[kind];
   if (!puzzle || kind === "sudoku") return;
   draw($("question"), puzzle, null, palette());
+  if (puzzle.solution) draw($("solution"), { ...puzzle, cells: puzzle.solution }, null, palette());
   const name = kind === "maze" ? "maze" : `ARC input of ${puzzle.name}`;
   $("question").setAttribute("aria-label", `the ${name}, ${puzzle.window[0]} by ${puzzle.window[1]} cells`);
 }
@@ -149,7 +151,7 @@ async function run() {
       if (line.frame) $("status").textContent = "Thinking…";
     }
     if (!ended) throw new Error("the server stopped before the answer");
-    $("status").textContent = `Done: ${player.answer.words}.`;
+    $("status").textContent = `Done: ${player.brief(player.answer)}.`;
   } catch (error) {
     if (error.name === "AbortError") $("status").textContent = "Stopped.";
     else { say(error.message); $("status").textContent = "No answer."; }
@@ -182,6 +184,7 @@ function wire() {
   $("new").addEventListener("click", () => load({ seed: Math.floor(Math.random() * 2 ** 31), level: $("level").value }));
   $("clear").addEventListener("click", () => { grid.line = ""; say(""); grid.go(0); });
   $("load").addEventListener("click", () => load({ text: $("paste").value }));
+  $("solution-box").addEventListener("toggle", drawQuestion);
   $("example").addEventListener("change", () => load({ example: Number($("example").value) }));
   $("tabs").addEventListener("click", (event) => {
     if (event.target.dataset.kind) open(event.target.dataset.kind);
@@ -211,6 +214,11 @@ async function begin() {
   wire();
   const kinds = known.models.map((one) => one.kind);
   open(kinds.includes("sudoku") ? "sudoku" : kinds[0] || "sudoku");
+  const wanted = new URLSearchParams(location.hash.slice(1)).get("solve"); // .../#solve=53..7....
+  if (wanted && !known.missing[kind]) {
+    await load({ text: wanted });
+    if (!$("message").textContent) run();
+  }
   document.body.dataset.ready = "true";
 }
 

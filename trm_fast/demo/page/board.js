@@ -82,7 +82,7 @@ function drawCell(pen, kind, one, x, y, cell, colours) {
   } else if (kind === "arc") {
     pen.strokeStyle = colours.rule;
     pen.lineWidth = 1;
-    if (cell >= 5) pen.strokeRect(x + 0.5, y + 0.5, cell, cell);
+    if (cell >= 5 && one.token > 1) pen.strokeRect(x + 0.5, y + 0.5, cell, cell);
   }
   if (one.broken && cell >= 10) {
     pen.fillStyle = colours.mark;

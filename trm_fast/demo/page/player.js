@@ -70,10 +70,10 @@ export class Player {
     const sure = answer.q === null ? "" : `, confidence ${sigmoid(answer.q).toFixed(3)}`;
     const passes = `${answer.passes} pass${answer.passes === 1 ? "" : "es"} of the network`;
     const verdict = $("verdict");
-    verdict.textContent = `Answer: ${answer.words} (${rollout}step ${answer.step}, q ${signed(answer.q)}${sure}; ${passes})`;
+    verdict.textContent = `Answer: ${this.brief(answer)} (${rollout}step ${answer.step}, q ${signed(answer.q)}${sure}; ${passes})`;
     verdict.className = `verdict ${answer.valid === null ? "" : answer.valid ? "good" : "bad"}`;
     verdict.hidden = false;
-    $("answer").textContent = answer.line;
+    $("answer").textContent = `${answer.line}\n\n${answer.words}`;
     $("text-box").hidden = false;
     if (Number($("speed").value) === 0) this.show(this.last);
   }
@@ -159,8 +159,8 @@ export class Player {
     draw(card.canvas, this.puzzle, shown, colours);
     card.button.setAttribute("aria-pressed", String(index === large));
     card.button.classList.toggle("chosen", Boolean(answered));
-    card.said.textContent = shown ? `${index + 1}: step ${shown.step}, q ${signed(shown.q)}` : `${index + 1}: not begun`;
-    card.check.textContent = answered ? `the answer, ${this.check(shown)}` : this.check(shown);
+    card.said.textContent = shown ? `${index + 1}: step ${shown.step}\nq ${signed(shown.q)}` : `${index + 1}: not begun`;
+    card.check.textContent = answered ? `the answer\n${this.check(shown)}` : this.check(shown);
     card.check.className = `check ${!shown || shown.valid === null ? "" : shown.valid ? "good" : "bad"}`;
   }
 
@@ -169,7 +169,7 @@ export class Player {
     if (state.valid) return this.puzzle.kind === "arc" ? "right" : "✓ keeps the rules";
     const count = state.broken.length;
     if (this.puzzle.kind === "arc" || !count) return `✗ ${this.puzzle.kind === "arc" ? "not right" : "not solved"}`;
-    return `✗ ${count} cell${count === 1 ? "" : "s"} break${count === 1 ? "s" : ""} rules`;
+    return `✗ ${count} cell${count === 1 ? " breaks" : "s break"} rules`;
   }
 
   caption(index, state, isAnswer) {
@@ -177,7 +177,14 @@ export class Player {
     const name = many ? `Rollout ${index + 1}` : "The board";
     if (!state) return `${name}: not begun`;
     const sure = state.q === null ? "" : `, confidence ${sigmoid(state.q).toFixed(3)}`;
-    return `${name} ${isAnswer ? "answers with" : "at"} step ${state.step} of ${this.depth}: q ${signed(state.q)}${sure}; ${state.words}`;
+    return `${name} ${isAnswer ? "answers with" : "at"} step ${state.step} of ${this.depth}: q ${signed(state.q)}${sure}; ${this.brief(state)}`;
+  }
+
+  /** The rule check in a few words: a Sudoku that breaks every unit would fill the page. */
+  brief(state) {
+    const count = state.broken.length;
+    if (state.words.length < 50 || !count) return state.words;
+    return `${count} cell${count === 1 ? " breaks" : "s break"} the rules`;
   }
 
   spoken(state) {

@@ -70,7 +70,7 @@ def moving_picture(
     for end in range(1, len(frames) + 1):
         drawn.append(_frame(view, frames[:end], None, depth, limits))
     drawn.append(_frame(view, frames, answer, depth, limits))
-    pictures = [picture.quantize(48) for picture in drawn]
+    pictures = _in_few_colours(drawn)
     target = io.BytesIO()
     step_ms = max(20, round(1000 / fps))
     pictures[0].save(
@@ -83,6 +83,20 @@ def moving_picture(
         optimize=True,
     )
     return target.getvalue()
+
+
+def _in_few_colours(drawn: Sequence[Any]) -> list[Any]:
+    """The images in one palette, made from the first, a middle and the last: what stays the same
+    is then the same in the file, which is far shorter."""
+    from PIL import Image
+
+    picked = [drawn[0], drawn[len(drawn) // 2], drawn[-1]]
+    width, height = drawn[0].size
+    together = Image.new("RGB", (width, height * len(picked)))
+    for number, picture in enumerate(picked):
+        together.paste(picture, (0, number * height))
+    palette = together.quantize(64)
+    return [picture.quantize(palette=palette, dither=Image.Dither.NONE) for picture in drawn]
 
 
 def sheet(view: BoardView, frames: Sequence[Sequence[Glance]], answer: Glance, depth: int) -> bytes:

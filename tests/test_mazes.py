@@ -112,7 +112,9 @@ def test_solve_answers_mazes_of_a_file(run, tmp_path, capsys, monkeypatch):
         assert tokens.tolist() == [cells(TEXT).tolist()] * len(tokens)
         n = len(tokens)
         answer = torch.from_numpy(cells(ANSWER)).long().repeat(n, 1)
-        return Answers(answer, torch.zeros(n), torch.full((n,), 2))
+        first = torch.zeros(n, dtype=torch.int64)
+        sure = torch.full((n,), 0.5)
+        return Answers(answer, torch.zeros(n), first + 2, first, first + 3, sure)
 
     monkeypatch.setattr(solve, "predict", right)
     assert solve.main(["-i", str(path), "-m", run]) == 0
@@ -128,6 +130,9 @@ def test_solve_answers_mazes_of_a_file(run, tmp_path, capsys, monkeypatch):
         "broken": None,
         "confidence": 0.5,
         "step": 2,
+        "rollout": 1,
+        "passes": 3,
+        "abstained": False,
     }
 
 

@@ -210,9 +210,11 @@ class FakeHub(types.ModuleType):
             raise ConnectError("no route")
         self.made.append((repo, private, exist_ok))
 
-    def upload_folder(self, repo_id, folder_path, commit_message):
+    def upload_folder(self, repo_id, folder_path, commit_message, delete_patterns):
         target = self.root / repo_id
-        target.mkdir(parents=True)
+        target.mkdir(parents=True, exist_ok=True)
+        for name in delete_patterns:
+            (target / name).unlink(missing_ok=True)
         for path in Path(folder_path).iterdir():
             (target / path.name).write_bytes(path.read_bytes())
 
@@ -372,6 +374,16 @@ def test_convert_to_a_folder_and_to_the_hub(tmp_path, fake_hub, capsys):
     assert "https://huggingface.co/me/four" in capsys.readouterr().err
     got = Model.from_pretrained("me/four")
     assert torch.equal(got.inner.lm_head.weight, model.inner.lm_head.weight)
+
+
+def test_a_q_threshold_goes_to_the_hub_and_with_the_next_model_away(fake_hub):
+    model = sudoku_model()
+    model.q_threshold = 2.5
+    model.push_to_hub("me/four")
+    assert Model.from_pretrained("me/four").q_threshold == 2.5
+    model.q_threshold = None
+    model.push_to_hub("me/four")
+    assert not (fake_hub.root / "me" / "four" / "q_threshold.json").exists()
 
 
 @pytest.mark.parametrize(

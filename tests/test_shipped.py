@@ -30,7 +30,7 @@ def nowhere(tmp_path, monkeypatch):
 
 def test_it_is_small_and_says_how_it_was_made():
     files = {path.name: path.stat().st_size for path in FOLDER.iterdir()}
-    assert set(files) == {"README.md", "config.json", "model.safetensors"}
+    assert set(files) == {"README.md", "config.json", "model.safetensors", "q_threshold.json"}
     assert sum(files.values()) < 500_000
     made = json.loads((FOLDER / "config.json").read_text())["made_by"]
     assert set(made) == {"commands", "seed", "cpu_seconds", "machine", "trm_fast", "metrics"}

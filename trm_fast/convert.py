@@ -19,6 +19,7 @@ from trm_fast.foreign_write import WRITERS, Parcel
 from trm_fast.hub import Card
 from trm_fast.loading import MODEL, USAGE, CommandError, Parser, positive
 from trm_fast.pretrained import Saved, build, card_of, push_to_hub, read_saved, save_pretrained
+from trm_fast.thresholds import FILE, keep_threshold
 
 __all__ = ["main"]
 
@@ -104,7 +105,7 @@ def _write(options: argparse.Namespace, saved: Saved) -> list[str]:
     try:
         model, chosen = build(saved, weights)
         if options.to == "trm_fast":
-            return _write_run(saved, target, step, weights)
+            return _write_run(saved, target, step, weights, model.q_threshold)
         card: Card = card_of(saved)
         if options.to == "pretrained":
             save_pretrained(model, target, card, step)
@@ -132,7 +133,9 @@ def _without(source: str, error: Exception) -> str:
     return str(error).removeprefix(f"{source}: ")
 
 
-def _write_run(saved: Saved, target: Path, step: int, weights: str | None) -> list[str]:
+def _write_run(
+    saved: Saved, target: Path, step: int, weights: str | None, threshold: float | None
+) -> list[str]:
     """A run folder with one step: what evaluate, solve and load_checkpoint read."""
     standing = [folder.name for _, folder in list_steps(target) if not _is_converted(folder)]
     if standing:
@@ -150,6 +153,9 @@ def _write_run(saved: Saved, target: Path, step: int, weights: str | None) -> li
     folder = save_checkpoint(
         target, step, model=raw, ema=ema, config=config, train_state={"converted": True}
     )
+    if threshold is not None:
+        name = "raw" if ema is None else "ema"
+        keep_threshold(target / FILE, step, name, {"threshold": threshold})
     kept = "raw and ema weights" if ema is not None else f"{weights or 'raw'} weights only"
     return [f"{folder}: {kept}; to train on from them: load_checkpoint={target}"]
 

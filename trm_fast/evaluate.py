@@ -21,7 +21,14 @@ from trm_fast.data.dataset import PuzzleDataset, PuzzleDatasetConfig, from_array
 from trm_fast.data.format import DataError
 from trm_fast.data.sudoku_source import read_puzzles
 from trm_fast.distributed import Elsewhere, RankLost, Ranks, asked_for, join, leave
-from trm_fast.evaluate_rollouts import calibrated, draw, gathered, measured, set_lines
+from trm_fast.evaluate_rollouts import (
+    calibrated,
+    check_asked,
+    draw,
+    gathered,
+    measured,
+    set_lines,
+)
 from trm_fast.evaluators import Evaluators, score_line
 from trm_fast.inference import SetReport, evaluate
 from trm_fast.loading import (
@@ -44,6 +51,7 @@ from trm_fast.symmetry import box_shape
 __all__ = ["main"]
 
 ARC = EvaluatorConfig("arc@ARC")
+Reports = dict[str, SetReport] | dict[str, ReasoningReport]
 
 
 @dataclass(frozen=True)
@@ -88,7 +96,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         say(_text(options, loaded, source, reports))
         if scores:
             say(f"\n{score_line(scores, evaluators.unanswered)}")
-    return 0
+    return _drawn(options, loaded, reports)
+
+
+def _drawn(options: argparse.Namespace, loaded: Loaded, reports: Reports) -> int:
+    """The picture, if there is to be one, behind the report, which a full disk shall not cost."""
+    measured = {n: r for n, r in reports.items() if isinstance(r, ReasoningReport)}
+    fault = draw(measured, asked_reasoning(options, loaded), options.plot) if options.plot else None
+    if fault is not None:
+        say(f"trm-fast evaluate: {fault}", err=True)
+    return USAGE if fault else 0
 
 
 def _joined(options: argparse.Namespace) -> Ranks:
@@ -168,22 +185,18 @@ def _reports(
     source: Source,
     evaluators: Evaluators,
     ranks: Ranks,
-) -> dict[str, SetReport] | dict[str, ReasoningReport]:
+) -> Reports:
     """The measures of each set: of rollouts where they are asked for, else of every step."""
     asks = is_asked(options) or options.plot or options.abstain is not None
     if not asks and options.calibrate is None:
         return _measure(options, loaded, source, evaluators, ranks)
+    ranks.together(lambda: check_asked(options, loaded, ranks))
     observe = evaluators.begin(source.dataset.directories)
     sets = gathered(source.dataset, options.max_puzzles, ranks)
     _check_boards({name: sum(ranks.numbers(len(s.inputs))) for name, s in sets.items()}, source)
     if options.calibrate is not None:
-        calibrated(options, loaded, sets, source.names, ranks)
-    reports = measured(options, loaded, sets, observe, ranks)
-    if options.plot and ranks.first:
-        fault = draw(reports, asked_reasoning(options, loaded), options.plot)
-        if fault is not None:
-            raise CommandError(USAGE, fault)
-    return reports
+        calibrated(options, loaded, sets, source.names)
+    return measured(options, loaded, sets, observe, ranks)
 
 
 def _check_boards(counts: Mapping[str, int], source: Source) -> None:
@@ -324,7 +337,7 @@ def _document(
     options: argparse.Namespace,
     loaded: Loaded,
     source: Source,
-    reports: dict[str, SetReport] | dict[str, ReasoningReport],
+    reports: Reports,
 ) -> dict[str, Any]:
     plain = all(isinstance(report, SetReport) for report in reports.values())
     plan = asked_reasoning(options, loaded)
@@ -363,7 +376,7 @@ def _text(
     options: argparse.Namespace,
     loaded: Loaded,
     source: Source,
-    reports: dict[str, SetReport] | dict[str, ReasoningReport],
+    reports: Reports,
 ) -> str:
     split = f" ({source.split} split)" if source.split else ""
     lines = [

@@ -7,7 +7,6 @@ only.
 from __future__ import annotations
 
 import argparse
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
@@ -22,11 +21,19 @@ from trm_fast.loading import MODEL, USAGE, CommandError, Loaded
 from trm_fast.puzzle_kind import kind_of
 from trm_fast.reasoning import PRESETS, Reasoning
 from trm_fast.reasoning_options import asked_reasoning
-from trm_fast.reasoning_report import Labelled, Point, ReasoningReport, Risk, measure, traces
+from trm_fast.reasoning_report import (
+    Labelled,
+    Point,
+    ReasoningReport,
+    Risk,
+    confidence_of,
+    measure,
+    traces,
+)
 from trm_fast.thresholds import beside, fit_threshold, keep_threshold, said_of
 from trm_fast.viz import Curve, accuracy_curves
 
-__all__ = ["calibrated", "draw", "gathered", "measured", "set_lines"]
+__all__ = ["calibrated", "check_asked", "draw", "gathered", "measured", "set_lines"]
 
 SHOWN_LOGITS = (0, 1, 2, 3, 4, 5, 6)  # confidences that get a row
 
@@ -54,6 +61,17 @@ def gathered(dataset: PuzzleDataset, max_puzzles: int | None, ranks: Ranks) -> d
         name: Labelled(t["inputs"], t["labels"], t["puzzle_identifiers"], t["numbers"])
         for name, t in whole.items()
     }
+
+
+def check_asked(options: argparse.Namespace, loaded: Loaded, ranks: Ranks) -> None:
+    """CommandError for options that cannot be followed, before anything is worked out."""
+    asked_reasoning(options, loaded)
+    if options.calibrate is None:
+        return
+    if not options.calibrate:
+        raise CommandError(USAGE, "--calibrate must be above 0, got 0")
+    if ranks.world > 1:
+        raise CommandError(USAGE, "--calibrate is for one process")
 
 
 def measured(
@@ -88,15 +106,12 @@ def calibrated(
     loaded: Loaded,
     sets: Mapping[str, Labelled],
     names: tuple[str, ...],
-    ranks: Ranks,
 ) -> None:
     """Fit the threshold to all puzzles, say what was found, give it to the model and keep it.
 
     Raises:
-        CommandError: more than one process, nothing to fit to, or it cannot be kept.
+        CommandError: nothing to fit to, or it cannot be kept.
     """
-    if ranks.world > 1:
-        raise CommandError(USAGE, "--calibrate is for one process")
     plan = _restarts(options, loaded)
     found = [traces(loaded.model, puzzles, plan, options.batch_size) for puzzles in sets.values()]
     q, right = (torch.cat(parts) for parts in zip(*found, strict=True))
@@ -140,6 +155,8 @@ def _restarts(options: argparse.Namespace, loaded: Loaded) -> Reasoning:
     """The rollouts to fit to: those asked for, or else restarts where symmetries are known."""
     options = argparse.Namespace(**vars(options))
     known = kind_of(loaded.model.config).name in PRESETS["restarts"]
+    # All that the fit runs is every step: what chooses or ends is measured afterwards.
+    options.select = options.halt = options.schedule = options.budget = None
     if options.rollouts is None and options.preset is None and known:
         options.preset = "restarts"
     plan = asked_reasoning(options, loaded)
@@ -216,7 +233,7 @@ def _curve_lines(of: str, points: list[Point], plan: Reasoning, known: bool) -> 
 
 def _risk_lines(report: ReasoningReport, abstain: float | None) -> list[str]:
     lines = [f"  {'confidence at least':<28}{'answered':>10}{'right':>12}"]
-    shown = [1 / (1 + math.exp(-logit)) for logit in SHOWN_LOGITS]
+    shown = [confidence_of(logit) for logit in SHOWN_LOGITS]
     lines += [_risk_line(risk) for risk in report.risk if risk.confidence in shown]
     if abstain is not None:
         asked = min(report.risk, key=lambda risk: abs(risk.confidence - abstain))

@@ -8,7 +8,7 @@ and model.safetensors, with README.md as the card.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -109,15 +109,25 @@ def list_files(repo: str, revision: str | None = None) -> list[str]:
         return []
 
 
-def upload(folder: Path, repo: str, *, private: bool, message: str) -> str:
+def upload(
+    folder: Path, repo: str, *, private: bool, message: str, owned: Sequence[str] = ()
+) -> str:
     """Make the repository if it is not there, send the folder, and return its address.
+
+    Args:
+        owned: files that go where the folder has none of them.
 
     Raises CheckpointError: the library is not installed, no permission, no network.
     """
     library = _library(f"sending to {repo}")
     try:
         library.create_repo(repo, private=private, exist_ok=True)
-        library.upload_folder(repo_id=repo, folder_path=str(folder), commit_message=message)
+        library.upload_folder(
+            repo_id=repo,
+            folder_path=str(folder),
+            commit_message=message,
+            delete_patterns=list(owned),
+        )
     except _failures(library) as error:
         raise CheckpointError(f"{repo}: cannot be sent: {one_line(error)}") from None
     return f"https://huggingface.co/{repo}"

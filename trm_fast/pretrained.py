@@ -375,7 +375,10 @@ def _write_folder(model: Model, target: Path, card: Card | None, step: int, titl
     write_text(target / README, text)
     kept = target / thresholds.FILE
     if model.q_threshold is None:
-        kept.unlink(missing_ok=True)
+        try:
+            kept.unlink(missing_ok=True)
+        except OSError as error:
+            raise unwritable(kept, error) from None
     else:  # weights are written once, and read back as raw ones
         thresholds.keep_threshold(kept, step, "raw", {"threshold": model.q_threshold})
     return target
@@ -402,7 +405,8 @@ def push_to_hub(
         raise CheckpointError(f"{repo}: not of the form owner/name")
     with tempfile.TemporaryDirectory() as folder:
         target = _write_folder(model, Path(folder) / name, card, step, name)
-        return hub.upload(target, name, private=private, message="Model trained with trm_fast")
+        words = "Model trained with trm_fast"
+        return hub.upload(target, name, private=private, message=words, owned=[thresholds.FILE])
 
 
 def card_of(saved: Saved) -> Card:

@@ -7,6 +7,7 @@ command modules.
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -20,9 +21,12 @@ __all__ = ["add_reasoning", "asked_reasoning", "is_asked", "share"]
 
 def share(text: str) -> float:
     """argparse type: a number in [0, 1]."""
-    value = float(text)
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
     if not 0 <= value <= 1:
-        raise ValueError
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 to 1")
     return value
 
 

@@ -9,7 +9,6 @@ Dims legend: P puzzles, K rollouts, D steps, L tokens.
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -29,7 +28,16 @@ from trm_fast.reasoning import Reasoning
 from trm_fast.rollouts import Record
 from trm_fast.selectors import SELECTORS, Choice, choose, keeps_rules
 
-__all__ = ["Labelled", "Point", "ReasoningReport", "Risk", "measure", "steps_shown", "traces"]
+__all__ = [
+    "Labelled",
+    "Point",
+    "ReasoningReport",
+    "Risk",
+    "confidence_of",
+    "measure",
+    "steps_shown",
+    "traces",
+]
 
 LOGITS = np.arange(-32, 33) / 4  # confidences that are told apart, as logits
 
@@ -155,12 +163,13 @@ def measure(
         seconds = time.monotonic() - begun
         chosen = tally.add(part, record, seconds)
         if observe is not None and len(part.inputs):
+            there = chosen.step.unsqueeze(-1) > 0
             observe(
                 {
                     "inputs": part.inputs,
                     "labels": part.labels,
                     "puzzle_identifiers": part.identifiers,
-                    "preds": chosen.of(record.tokens).long(),
+                    "preds": torch.where(there, chosen.of(record.tokens), part.inputs).long(),
                     "q_halt_logits": chosen.q,
                 }
             )
@@ -201,6 +210,12 @@ class _Sums:
     by_rollouts: np.ndarray
     risk: np.ndarray  # [confidences, (answered, right)]
     most: int = 0
+
+
+def confidence_of(logit: float) -> float:
+    """The confidence that an answer of this q has."""
+    with np.errstate(over="ignore"):
+        return float(1 / (1 + np.exp(-logit)))
 
 
 def _logit(confidence: np.ndarray) -> np.ndarray:
@@ -308,7 +323,7 @@ class _Tally:
             by_rollouts=curve(self._rollouts, by_rollouts),
             risk=[
                 Risk(
-                    1 / (1 + math.exp(-logit)),
+                    confidence_of(logit),
                     answered / count,
                     hits / answered if answered else None,
                 )

@@ -10,7 +10,7 @@ Dims legend: P puzzles, K rollouts, D steps.
 from __future__ import annotations
 
 import json
-import math
+import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -118,7 +118,8 @@ def beside(place: Path) -> Path | None:
     file of another project. `place` as `pretrained.Saved` names it."""
     if not place.is_dir():
         return None
-    return (place.parent if place.name.startswith("step_") else place) / FILE
+    of_run = (place / "manifest.json").exists()
+    return (place.parent if of_run else place) / FILE
 
 
 def said_of(fit: Fit) -> dict[str, Any]:
@@ -133,8 +134,12 @@ def keep_threshold(path: Path, step: int, weights: str, entry: Mapping[str, Any]
         kept = _read(path)
     except ValueError:
         kept = {}
-    kept[_key(step, weights)] = dict(entry)
-    write_text(path, json.dumps(kept, indent=2) + "\n")
+    new = {_key(step, weights): dict(entry)}
+    try:
+        text = json.dumps(kept | new, indent=2)
+    except RecursionError:  # of what somebody else put there
+        text = json.dumps(new, indent=2)
+    write_text(path, text + "\n")
 
 
 def kept_threshold(path: Path, step: int, weights: str) -> tuple[float | None, str | None]:
@@ -143,8 +148,8 @@ def kept_threshold(path: Path, step: int, weights: str) -> tuple[float | None, s
         entry = _read(path).get(_key(step, weights))
     except ValueError as error:
         return None, f"{path}: is left aside: {one_line(error)}"
-    value = entry.get("threshold") if isinstance(entry, dict) else None
-    if isinstance(value, (int, float)) and math.isfinite(value):
+    value: Any = entry.get("threshold") if isinstance(entry, dict) else None
+    if type(value) in (int, float) and abs(value) <= sys.float_info.max:  # nor NaN, nor True
         return float(value), None
     return None, None if entry is None else f"{path}: is left aside: no threshold in it"
 

@@ -69,13 +69,13 @@ def learning_curve(
 
 def _saved(figure: Any, target: Path) -> str | None:
     """The picture as a PNG, replaced atomically; or one line saying why there is none."""
-    temp = target.with_name(f".{target.name}.tmp")
+    temp = target.parent / f".{target.name}.tmp"
     try:
         figure.savefig(temp, format="png", metadata={"Software": None})
         os.replace(temp, target)
     except OSError as error:
         temp.unlink(missing_ok=True)
-        return f"{target.name} is not drawn: {error.strerror or error}"
+        return f"{target.name or target} is not drawn: {error.strerror or error}"
     return None
 
 

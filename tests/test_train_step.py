@@ -62,7 +62,12 @@ VARIANTS = {
         "augment": "sudoku",
     },
     "baseline": {"arch__name": "transformers_baseline", "arch__H_layers": 2, "arch__q_logits": 2},
-    "noise": {"arch__damping": 0.95, "arch__noise": 0.01, "arch__random_init": True, "ema": False},
+    "noise": {
+        "arch__damping": 0.95,
+        "arch__noise": 0.01,
+        "arch__random_init": True,
+        "grad_accum": 2,
+    },
     "stages": {"depth_stages": ["0.5:1x1"], "step_loss_decay": 0.7, "arch__L_cycles": 2},
     "latents": {"arch__latents": 3, "grad_accum": 2, **MLP},
 }

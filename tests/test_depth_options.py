@@ -14,7 +14,9 @@ from trm_fast import noise
 from trm_fast.config import ModelConfig, TrainConfig
 from trm_fast.data.dataset import PuzzleDataset, PuzzleDatasetConfig
 from trm_fast.flops import step_flops
+from trm_fast.foreign_write import Parcel
 from trm_fast.inference import evaluate, supervision_steps
+from trm_fast.interop import load_weights
 from trm_fast.loading import load
 from trm_fast.losses import ACTLossHead
 from trm_fast.model import Model
@@ -29,6 +31,7 @@ TINY = {
     "puzzle_emb_len": 0,
     "forward_dtype": "float64",
 }
+RANDOM = {"random_init": True}
 EQR = {"damping": 0.95, "noise": 0.01, "random_init": True}
 # Model keys, decay of the loss, cycles of a stage.
 OPTIONS = {
@@ -186,6 +189,33 @@ def test_what_is_exported_is_damped_and_has_one_latent(changes):
     steps = [supervision_steps(m, tiny_batch(), 2) for m in (model, plain)]
     for one, other in zip(*steps, strict=True):
         torch.testing.assert_close(one.logits, other.logits, rtol=1e-5, atol=1e-5)
+
+
+def test_weights_go_from_one_latent_to_several_and_back(tmp_path):
+    """Also to other projects, which have no damping."""
+    plain, many = tiny_model(), tiny_model(1, latents=3)
+    for name, model in {"plain": plain, "many": many}.items():
+        model.save_pretrained(tmp_path / name)
+    again = Model.from_pretrained(tmp_path / "many")
+    assert_equal(again.state_dict(), many.state_dict())
+    parcel = Parcel(many.config, many.state_dict(), many.state_dict())
+    assert "L_init_more" not in parcel.weights and "L_init" in parcel.raw
+    own = many.inner.L_init_more.clone()
+    load_weights(many, tmp_path / "plain")
+    assert torch.equal(many.inner.L_init_more, own)
+    assert torch.equal(many.inner.lm_head.weight, plain.inner.lm_head.weight)
+    load_weights(plain, tmp_path / "many")
+    assert torch.equal(plain.inner.lm_head.weight, again.inner.lm_head.weight)
+    damped = tiny_model(damping=0.9)
+    with pytest.raises(ValueError, match="they have no damping, this model 0.9"):
+        Parcel(damped.config, damped.state_dict(), damped.state_dict())
+
+
+def test_the_report_says_that_the_fused_recursions_are_not_used():
+    for changes, fused in (({"damping": 0.9}, False), ({"noise": 0.1}, False), (RANDOM, True)):
+        (choice,) = [c for c in tiny_model(**changes).backend_report() if c.op == "deep_recursion"]
+        assert ("damping and noise come between its passes" in choice.reason) != fused
+        assert fused or choice.implementation == "reference"
 
 
 @pytest.fixture

@@ -30,6 +30,7 @@ from trm_fast.puzzle_rows import carried_rows, mean_rows, puzzles_of, read_ident
 OFFICIAL_PREFIX = "_orig_mod.model.inner."
 
 PUZZLE_ROWS = "inner.puzzle_emb.weights"
+LATENTS = "inner.L_init_more"
 NOT_SAVED = ("inner.puzzle_emb.local_weights", "inner.puzzle_emb.local_ids")  # some files hold them
 
 
@@ -59,7 +60,7 @@ def load_weights(
     """Copy weights from `path` into the model.
 
     Puzzle rows of another number become copies of the mean row (the official rule for training on
-    other puzzles).
+    other puzzles). Where further latents begin stays the model's own: nothing learns it.
 
     Args:
         names: the puzzles' names by identifier, of the weights and of the model: rows of puzzles
@@ -81,6 +82,9 @@ def load_weights(
             state[PUZZLE_ROWS], kept = carried_rows(rows, *names)
         elif len(rows) != len(fresh):
             state[PUZZLE_ROWS], kept = mean_rows(rows, len(fresh)), 0
+    state.pop(LATENTS, None)
+    if LATENTS in own:
+        state[LATENTS] = own[LATENTS]
     if fault := mismatch(state, own):
         raise ValueError(f"{path}: {fault}")
     model.load_state_dict(state, strict=True)

@@ -54,8 +54,8 @@ class Labelled:
 
     def right(self, tokens: Tensor) -> Tensor:
         """Which answers [P, ..., L] are the label wherever there is one, [P, ...] bool."""
-        shape = (len(self.labels), *(1,) * (tokens.dim() - 2), -1)
-        labels = self.labels.view(shape)
+        count, length = self.labels.shape
+        labels = self.labels.view(count, *(1,) * (tokens.dim() - 2), length)
         return ((tokens == labels) | (labels == IGNORE_LABEL_ID)).all(-1)
 
 

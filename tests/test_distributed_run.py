@@ -1,14 +1,20 @@
 """A run in several processes: written once, measured together, stopped and gone on with."""
 
+import contextlib
+import io
+import json
+import os
 from pathlib import Path
 
 import pytest
 import torch
-from processes import in_processes
+import torch.multiprocessing as mp
+from answering import boards, save_run, write_data
+from processes import free_port, in_processes
 from training import Recorder, assert_same, everything, make_config, make_data
 
-from trm_fast import checkpoint
-from trm_fast.distributed import SINGLE
+from trm_fast import checkpoint, evaluate
+from trm_fast.distributed import SINGLE, leave
 from trm_fast.splits import open_splits
 from trm_fast.trainer import Trainer, TrainingStopped
 
@@ -136,3 +142,59 @@ def test_a_run_of_several_processes(alone, tmp_path, world):
     assert again.step == 3 and again.run()
     sizes = [len(torch.load(run / f"step_4_all_preds.{r}")["preds"]) for r in range(world)]
     assert sizes == {2: [4, 1], 4: [2, 2, 1, 0]}[world]
+
+
+def _evaluated(rank, world, ports, folder, commands):
+    """In one of the processes, each `trm-fast evaluate ...`: its status, and what it said."""
+    torch.set_num_threads(1)
+    found = []
+    for port, command in zip(ports, commands, strict=True):
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        out, err = io.StringIO(), io.StringIO()
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            status = evaluate.main(command)
+        leave()
+        found.append((status, out.getvalue(), err.getvalue()))
+    torch.save(found, Path(folder, str(rank)))
+
+
+def test_rollouts_are_measured_together(tmp_path, capsys):
+    """Nine boards in uneven parts, one board for two, and what is refused: as one process reports
+    it, and said once."""
+    inputs, labels = boards(9), boards(9, seed=1)
+    inputs[:, ::2] = 1
+    data = write_data(tmp_path / "data", inputs, labels)
+    run = save_run(tmp_path / "run", data=data)
+    asked = [str(run), "--json", "--device", "cpu", "--depth", "2", "--rollouts", "3"]
+    restarts = [*asked, "--preset", "restarts", "--threshold", "0.5", "--batch-size", "2"]
+    noise = [*asked, "--noise", "0.5", "--select", "mode", "--max-puzzles", "1"]
+    commands = [restarts, noise, [*asked, "--calibrate"], [*asked, "--seed", "-1"]]
+    ports = [free_port() for _ in commands]
+    mp.spawn(_evaluated, (2, ports, str(tmp_path), commands), 2)
+    first, second = (torch.load(tmp_path / str(rank), weights_only=False) for rank in (0, 1))
+    for command, told, other in zip(commands[:2], first, second, strict=False):
+        assert (told[0], told[2]) == (0, "") and other == (0, "", "")
+        assert evaluate.main(command) == 0
+        together, alone = (json.loads(text) for text in (told[1], capsys.readouterr().out))
+        for document in (together, alone):
+            report = document["sets"]["all"]
+            for point in (report, *report["by_depth"], *report["by_rollouts"]):
+                assert point.pop("seconds") > 0
+            assert report.pop("seconds_max") > 0
+        (mine,), (theirs,) = (found.pop("sets").values() for found in (together, alone))
+        assert together == alone
+        assert mine.pop("risk") == theirs.pop("risk")
+        for key, value in theirs.items():
+            if key.startswith("by_"):
+                for point, want in zip(mine[key], value, strict=True):
+                    assert point == pytest.approx(want)
+            else:
+                assert mine[key] == pytest.approx(value), key
+    assert mine["puzzles"] == 1
+    for told, other, said in (
+        (first[2], second[2], "--calibrate is for one process"),
+        (first[3], second[3], "seed must be a whole number from 0 to"),
+    ):
+        assert told[:2] == (2, "") and told[2].startswith(f"trm-fast evaluate: {said}")
+        assert told[2].count("\n") == 1 and other[1:] == ("", "")

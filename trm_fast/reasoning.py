@@ -143,7 +143,7 @@ class Reasoning:
         if self.noise:
             noisy_states(config, self.noise_on)
         init = "random" if by == "init" else self.init
-        if init == "random" and not VARIANTS[config.kind].initial:
+        if init == "random" and not _states(config):
             raise ValueError(f"init='random' is for networks with states, {config.kind} has none")
         differs = bool(self.noise) or init == "random"
         if by == "symmetry" and self.rollouts > 1:
@@ -171,12 +171,18 @@ class Reasoning:
 
 def noisy_states(config: ModelConfig, noise_on: str) -> list[str]:
     """The states that noise on "z_L", "z_H" or "both" is added to; ValueError if there is none."""
-    names = list(VARIANTS[config.kind].initial)
+    names = _states(config)
     chosen = [name for name in names if noise_on == "both" or name.startswith(noise_on)]
     if not chosen:
         have = " and ".join(names) or "no state"
         raise ValueError(f"noise_on={noise_on!r}: the network {config.kind} has {have}")
     return chosen
+
+
+def _states(config: ModelConfig) -> list[str]:
+    """The names of the states; none for gated_mlp, which carries nothing along."""
+    variant = VARIANTS.get(config.kind)
+    return list(variant.initial) if variant else []
 
 
 _PTRM = Reasoning(rollouts=100, depth=64, by="noise", noise=0.3, entry="last")

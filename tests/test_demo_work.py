@@ -211,7 +211,7 @@ def test_a_maze_is_answered(demo):
         ({"rollouts": True}, "rollouts must be "),
         ({"noise": -1}, "noise must be a number of at least 0, got -1"),
         ({"noise": "x"}, "noise must be "),
-        ({"noise": 10**400}, "int too large"),
+        ({"noise": 10**400}, "noise must be a number of at least 0, got 1000"),
         ({"noise": []}, "noise must be "),
         ({"select": "best"}, "select must be one of "),
         ({"select": {}}, "select must be one of "),
@@ -225,6 +225,13 @@ def test_a_maze_is_answered(demo):
 def test_settings_that_are_refused(demo, settings, said):
     asked = {"model": 0, "text": CLUES, "settings": settings}
     assert refused(demo, "frames", asked).startswith(said)
+
+
+def test_noise_beyond_all_bounds_is_answered(demo):
+    settings = {"rollouts": 2, "depth": 2, "noise": 10**20}
+    lines = list(demo.frames({"model": 0, "text": CLUES, "settings": settings}))
+    json.dumps(lines, allow_nan=False)
+    assert lines[-1]["answer"]["cells"][:2] == [2, 3]
 
 
 def test_settings_that_are_not_for_the_model(demo):
@@ -302,3 +309,20 @@ def test_the_models_that_are_served(tmp_path, monkeypatch, capsys):
     said = "note: left out: checkpoints/Project/other/step_7: answers neither Sudoku nor mazes nor"
     assert capsys.readouterr().err.startswith(said)
     assert other.is_dir()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "said"),
+    [
+        (("--port", "65536"), 2, "argument -p/--port: '65536' is not a port, a number from 0 to"),
+        (("--port", "-1"), 2, "argument -p/--port: '-1' is not a port, a number from 0 to 65535"),
+        (("--model", "nowhere"), 3, "nowhere: no such checkpoint"),
+        (("--device", "tpu"), 2, "device must be auto, cpu, cuda, cuda:N or mps, got 'tpu'"),
+        (("shipped",), 2, "unrecognized arguments: shipped; see --help"),
+    ],
+)
+def test_errors_of_the_command_are_one_line(capsys, tmp_path, monkeypatch, arguments, status, said):
+    monkeypatch.chdir(tmp_path)
+    assert command.main(arguments) == status
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith(f"trm-fast demo: {said}") and err.count("\n") == 1

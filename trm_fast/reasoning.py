@@ -12,7 +12,7 @@ Sources: PTRM (arXiv 2605.19943) adds noise to the latent state and takes the hi
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -103,10 +103,11 @@ class Reasoning:
             given = getattr(self, name)
             if given is None and name in ("budget", "threshold"):
                 continue
-            number = isinstance(given, (int, float)) and math.isfinite(given)
+            number = isinstance(given, (int, float)) and abs(given) <= sys.float_info.max
             if not number or (given < 0 and name != "threshold"):
                 more = "a number" if name == "threshold" else "a number of at least 0"
                 raise ValueError(f"{name} must be {more}, got {given!r}")
+            object.__setattr__(self, name, float(given))
         self._check_together()
 
     def _check_together(self) -> None:

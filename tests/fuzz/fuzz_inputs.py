@@ -211,6 +211,25 @@ def boards() -> tuple[Files, ...]:
 
 
 @cache
+def requests() -> tuple[Files, ...]:
+    """What the page of the demo asks its server."""
+    board, maze = "1..4..2..3..4..1", "\n".join(MAZE)
+    settings = {"rollouts": 2, "depth": 2, "noise": 0.1, "select": "q", "threshold": None}
+    asked = (
+        {"model": 0, "text": board},
+        {"model": 0, "seed": 3, "level": "easy"},
+        {"model": 1, "text": maze},
+        {"model": 1, "seed": 3},
+        {"model": 0, "text": board, "settings": settings},
+        {"model": 0, "text": board, "settings": settings | {"rollouts": 1}},
+        {"model": 0, "text": board, "settings": {"depth": 1, "init": "random"}},
+        {"model": 1, "text": maze, "settings": {}},
+        {"model": 1, "text": maze, "settings": {"rollouts": 2, "by": "symmetry"}},
+    )
+    return tuple({"request.json": json.dumps(one).encode()} for one in asked)
+
+
+@cache
 def arc() -> tuple[Files, ...]:
     pair = {"input": [[1, 2], [3, 4]], "output": [[0]]}
     tasks = {

@@ -12,14 +12,15 @@ import io
 import json
 import shutil
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import fuzz_foreign
 import fuzz_inputs as inputs
 import torch
+from answering import tiny_model
 from fuzz_inputs import Files
 from fuzz_text import SEPARATOR
 
@@ -34,6 +35,7 @@ from trm_fast.data.dataset import PuzzleDataset, PuzzleDatasetConfig
 from trm_fast.data.format import DataError, open_writer, read_metadata, read_split
 from trm_fast.data.maze_source import read_mazes
 from trm_fast.data.sudoku_source import read_puzzles
+from trm_fast.demo.work import Demo, RequestError, parse_request
 from trm_fast.durable import CheckpointError, parse_pickle, parse_tensors
 from trm_fast.foreign_file import read_architecture
 from trm_fast.hub import hub_id
@@ -230,6 +232,24 @@ def _boards(folder: Path) -> None:
         raise
 
 
+@cache
+def _demo() -> Demo:
+    # With a policy, or the free memory would be asked for at every step.
+    models = tiny_model(3, policy="save"), tiny_model(4, seq_len=25, vocab_size=6, policy="save")
+    return Demo([loading.Loaded(model, {}, Path("run"), 1, "ema") for model in models])
+
+
+def _request(folder: Path) -> None:
+    """`trm-fast demo`: the body of a request, and the first frame of its answer."""
+    path = folder / "request.json"
+    asked = parse_request(path.read_bytes() if path.exists() else b"")
+    if "settings" in asked:
+        with closing(_demo().frames(asked)) as lines:
+            json.dumps([next(lines), next(lines)], allow_nan=False)
+    else:
+        json.dumps(_demo().puzzle(asked), allow_nan=False)
+
+
 _AT_A_PATH: tuple[Callable[[str], object], ...] = (
     lambda path: read_split(path, "train"),
     lambda path: read_metadata(path, "test"),
@@ -299,6 +319,7 @@ PARSERS = (
     Parser("override value", inputs.values, _value, (ConfigError,)),
     Parser("paths", inputs.paths, _paths, ()),
     Parser("boards", inputs.boards, _boards, (loading.CommandError,)),
+    Parser("demo request", inputs.requests, _request, (RequestError,), memory=64 * MiB),
     Parser("metrics.jsonl", inputs.metrics, _metrics, ()),
     Parser(
         "checkpoint",

@@ -29,7 +29,7 @@ from typing import Any
 
 from trm_fast import __version__
 from trm_fast.console import say
-from trm_fast.demo.work import Demo, RequestError
+from trm_fast.demo.work import Demo, RequestError, parse_request
 from trm_fast.options import printable
 
 __all__ = ["DemoServer", "Limits", "serve"]
@@ -262,13 +262,7 @@ class _Handler(BaseHTTPRequestHandler):
         data = self.rfile.read(length)
         if len(data) < length:
             raise _Refused(400, f"the body ends after {len(data)} of {length} bytes")
-        try:
-            asked = json.loads(data.decode("utf-8"), parse_constant=_no_constant)
-        except (ValueError, RecursionError):
-            raise _Refused(400, "the body is no JSON") from None
-        if not isinstance(asked, dict):
-            raise _Refused(400, "the body must be a JSON object")
-        return asked
+        return parse_request(data)
 
     def _puzzle(self, asked: dict[str, Any]) -> None:
         with self._slot("puzzle", "puzzles are being made"):
@@ -376,10 +370,6 @@ class _Handler(BaseHTTPRequestHandler):
 
     def log_message(self, format: str, *args: Any) -> None:
         """Requests are not logged."""
-
-
-def _no_constant(name: str) -> float:
-    raise ValueError(f"{name} is no number of JSON")
 
 
 def _pages() -> Iterator[tuple[str, tuple[str, bytes]]]:

@@ -8,6 +8,7 @@ Dims legend: L tokens of a board, K rollouts.
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Generator, Iterator, Mapping, Sequence
@@ -31,7 +32,7 @@ from trm_fast.puzzle_rows import read_identifiers
 from trm_fast.puzzles import PuzzleError, board_line, parse_text
 from trm_fast.reasoning import PRESETS, Reasoning
 
-__all__ = ["LIMITS", "Demo", "RequestError", "Served", "check_drawn"]
+__all__ = ["LIMITS", "Demo", "RequestError", "Served", "check_drawn", "parse_request"]
 
 LIMITS = {"rollouts": 128, "depth": 128, "passes": 8192, "seconds": 120, "text": 20_000}
 """Most that a page may ask for; passes are rollouts times depth."""
@@ -88,6 +89,21 @@ class Served:
     def side(self) -> int:
         """Cells of a row of its boards."""
         return math.isqrt(self.loaded.model.config.seq_len)
+
+
+def parse_request(data: bytes) -> dict[str, Any]:
+    """The object that the body of a request is; RequestError for anything else."""
+    try:
+        asked = json.loads(data.decode("utf-8"), parse_constant=_no_constant)
+    except (ValueError, RecursionError):
+        raise RequestError("the body is no JSON") from None
+    if not isinstance(asked, dict):
+        raise RequestError("the body must be a JSON object")
+    return asked
+
+
+def _no_constant(name: str) -> float:
+    raise ValueError(f"{name} is no number of JSON")
 
 
 class Demo:

@@ -59,7 +59,7 @@ export class Player {
     frame.rollouts = frame.rollouts.map((state, index) => state || before[index] || null);
     this.frames.push(frame);
     $("scrub").max = this.last;
-    if (Number($("speed").value) === 0) this.show(this.last);
+    this.follow();
   }
 
   /** The end: {cells, q, step, rollout, valid, words, ...}; an answer is one more frame. */
@@ -75,7 +75,17 @@ export class Player {
     verdict.hidden = false;
     $("answer").textContent = `${answer.line}\n\n${answer.words}`;
     $("text-box").hidden = false;
-    if (Number($("speed").value) === 0) this.show(this.last);
+    this.follow();
+  }
+
+  /** At once: the newest picture, drawn when the browser draws next. */
+  follow() {
+    if (this.following || Number($("speed").value) !== 0) return;
+    this.following = true;
+    requestAnimationFrame(() => {
+      if (this.following) this.show(this.last); // unless paused meanwhile
+      this.following = false;
+    });
   }
 
   /** Index of the last picture: the answer follows the frames. */
@@ -104,6 +114,7 @@ export class Player {
   pause() {
     clearTimeout(this.timer);
     this.playing = false;
+    this.following = false;
     $("play").textContent = "▶";
     $("play").setAttribute("aria-label", "Play");
   }

@@ -344,6 +344,11 @@ def test_a_picture_that_cannot_be_does_not_cost_the_report(measure, tmp_path, mo
         (("--rollouts", "65536"), "rollouts must be a whole number from 1 to 65535, got 65536"),
         (("--rollouts", "x"), "argument --rollouts: invalid int value: 'x'"),
         (("--rollouts", "2", "--depth", "65536"), "depth must be a whole number from 1 to 65535"),
+        (
+            ("--rollouts", "65535", "--depth", "65535"),
+            "rollouts times depth must be at most 178956970 for puzzles of 16 tokens, got 65535 "
+            "times 65535",
+        ),
         (("--noise", "-1"), "noise must be a number of at least 0, got -1.0"),
         (("--noise", "nan"), "noise must be a number of at least 0, got nan"),
         (("--noise", "inf"), "noise must be a number of at least 0, got inf"),

@@ -111,7 +111,7 @@ def test_packages_are_mapped_into_trm_fast(tmp_path):
     assert {f for f in files if f.startswith("csrc/")} == sources
     assert "py.typed" in files
     shipped = {f"shipped/{p.name}" for p in (ROOT / "trm_fast" / "shipped").iterdir()}
-    assert {f for f in files if f.startswith("shipped")} == shipped and len(shipped) == 3
+    assert {f for f in files if f.startswith("shipped")} == shipped and len(shipped) == 4
     page = {f"demo/page/{p.name}" for p in (ROOT / "trm_fast/demo/page").iterdir()}
     assert {f for f in files if f.startswith("demo/page")} == page and "demo/page/app.js" in page
     (listed,) = tmp_path.glob("*.egg-info/SOURCES.txt")  # what an sdist has

@@ -112,6 +112,14 @@ def test_a_gif_has_a_frame_per_step_and_frames_the_answer(rollouts):
     assert picture.convert("RGB").tobytes() != framed
 
 
+def test_a_gif_of_many_rollouts_shows_the_answer_and_those_of_highest_q():
+    frames = run(VIEW, GRID, 2, rollouts=60)
+    chosen = board_image._chosen(frames, frames[1][2])
+    assert chosen == {3, *range(37, 61)}
+    picture = image.open(io.BytesIO(moving_picture(VIEW, frames, frames[1][2], 2)))
+    assert picture.size[0] < 1000 and picture.n_frames == 3
+
+
 def test_steps_that_were_not_run_are_drawn_too():
     frames = [[glance(VIEW, GRID), glance(VIEW, VIEW.given, 2, -np.inf, 0)]]
     moving_picture(VIEW, frames, frames[0][0], 1)

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from trm_fast.board_view import ARC, MAZE, SUDOKU, BoardView, Glance
+from trm_fast.board_view import ARC, MAZE, SUDOKU, BoardView, Glance, best_of
 from trm_fast.data.maze_solver import GOAL, PATH, START, WALL
 
 __all__ = ["PictureError", "moving_picture", "need_pillow", "sheet"]
@@ -31,6 +31,8 @@ ARC_COLOURS = "#000000 #1e93ff #f93c31 #4fcc30 #ffdc00 #999999 #e53aa3 #ff851b #
 MARGIN, GAP, LINE = 16, 14, 18
 HOLD_MS = 3000
 """How long the last frame of a GIF stands."""
+BOARDS = 25
+"""Rollouts whose boards a GIF shows, at most."""
 STRIP = 8
 """Steps of the answer's rollout on a sheet, at most."""
 
@@ -54,8 +56,9 @@ def moving_picture(
     depth: int,
     fps: float = 4.0,
 ) -> bytes:
-    """A GIF: a frame per supervision step with the boards of all rollouts and q so far, and the
-    last one, with the answer framed, held for three seconds.
+    """A GIF: a frame per supervision step with the boards of the rollouts (of at most 25, with the
+    highest q in the end) and q of all so far, and the last one, with the answer framed, held for
+    three seconds.
 
     Args:
         frames: what `glances` returned, of every frame.  depth: steps of a rollout.
@@ -65,11 +68,11 @@ def moving_picture(
         PictureError: Pillow is not installed.
     """
     need_pillow()
-    limits = _limits(frames)
+    limits, chosen = _limits(frames), _chosen(frames, answer)
     drawn: list[Any] = []
     for end in range(1, len(frames) + 1):
-        drawn.append(_frame(view, frames[:end], None, depth, limits))
-    drawn.append(_frame(view, frames, answer, depth, limits))
+        drawn.append(_frame(view, frames[:end], None, depth, limits, chosen))
+    drawn.append(_frame(view, frames, answer, depth, limits, chosen))
     pictures = _in_few_colours(drawn)
     target = io.BytesIO()
     step_ms = max(20, round(1000 / fps))
@@ -180,6 +183,17 @@ def _extent(view: BoardView, cell: int) -> tuple[int, int]:
     return view.window[1] * cell + 3, view.window[0] * cell + 3
 
 
+def _chosen(frames: Sequence[Sequence[Glance]], answer: Glance) -> set[int]:
+    """The rollouts to show: the answer's, and those of highest q in the end."""
+    left = [glance for glance in frames[-1] if glance.rollout != answer.rollout]
+    taken = {answer.rollout}
+    while left and len(taken) < BOARDS:
+        best = best_of(left)
+        left.remove(best)
+        taken.add(best.rollout)
+    return taken
+
+
 def _limits(frames: Sequence[Sequence[Glance]]) -> tuple[float, float]:
     """Lowest and highest q to draw; 0 is between them."""
     values = [q for curve in curves_of(frames) for _, q in curve]
@@ -193,11 +207,12 @@ def _frame(
     answer: Glance | None,
     depth: int,
     limits: tuple[float, float],
+    chosen: set[int],
 ) -> Any:
     """One frame of the GIF: the last of `frames`, with the curve of all of them."""
     from PIL import Image
 
-    seen = frames[-1]
+    seen = [glance for glance in frames[-1] if glance.rollout in chosen]
     columns = math.ceil(math.sqrt(len(seen))) if len(seen) != 2 else 2
     rows = math.ceil(len(seen) / columns)
     cell = _cell(view, {1: 324, 2: 225, 3: 180}.get(columns, 135))

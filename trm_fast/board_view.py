@@ -138,7 +138,7 @@ class BoardView:
         return (on_path & (beside != 2)) | (end & (beside != 1))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Glance:
     """One rollout in one frame.
 

@@ -73,6 +73,8 @@ export class Player {
     verdict.textContent = `Answer: ${this.brief(answer)} (${rollout}step ${answer.step}, q ${signed(answer.q)}${sure}; ${passes})`;
     verdict.className = `verdict ${answer.valid === null ? "" : answer.valid ? "good" : "bad"}`;
     verdict.hidden = false;
+    const card = this.cards[answer.rollout].button;
+    $("rollouts").scrollTop = card.offsetTop - $("rollouts").offsetTop - 8;
     $("answer").textContent = `${answer.line}\n\n${answer.words}`;
     $("text-box").hidden = false;
     this.follow();

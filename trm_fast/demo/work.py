@@ -47,10 +47,10 @@ MOST_EXAMPLES = 2000
 FRAME = re.compile("[|+\u2500-\u257f \t-]")  # what people draw around boards
 MISSING = {
     SUDOKU: "No Sudoku model is loaded: trm-fast demo --model shipped has one.",
-    MAZE: "No maze model is loaded: train one with `trm-fast train preset=maze-mini`, then "
-    "start `trm-fast demo --model RUN`.",
-    ARC: "No ARC model is loaded: build data with `trm-fast data arc`, train a model on it, then "
-    "start `trm-fast demo --model RUN`.",
+    MAZE: "No maze model is loaded: train one with trm-fast train preset=maze-mini, then "
+    "start trm-fast demo --model RUN.",
+    ARC: "No ARC model is loaded: build data with trm-fast data arc, train a model on it, then "
+    "start trm-fast demo --model RUN.",
 }
 
 

@@ -4,12 +4,12 @@ const CHOICES = {
   by: [["", "by itself"], ["symmetry", "symmetry"], ["noise", "noise"], ["init", "random start"]],
   noise_on: [["z_L", "latent state"], ["z_H", "answer state"], ["both", "both"]],
   init: [["fixed", "fixed"], ["random", "random"]],
-  entry: [["best-q", "step of highest q"], ["last", "last step"]],
+  entry: [["best-q", "its best step"], ["last", "its last step"]],
   select: [["q", "highest q"], ["mode", "most frequent"], ["residual", "most settled"],
     ["last", "first rollout, last step"], ["first-q", "first above threshold"],
     ["valid", "first that keeps the rules"]],
-  halt: [["never", "never"], ["q", "q above threshold"], ["fixed-point", "when it settles"]],
-  schedule: [["parallel", "all at once"], ["sequential", "one after another"]],
+  halt: [["never", "never"], ["q", "on high q"], ["fixed-point", "once settled"]],
+  schedule: [["parallel", "all at once"], ["sequential", "in turn"]],
 };
 const FIELDS = [
   ["depth", "Depth (steps)", { min: 1, step: 1 }],
@@ -28,7 +28,7 @@ const MORE = [
 const HINTS = {
   rollouts: "the same puzzle several times, each seen or begun differently",
   noise: "standard deviation of what is added to the state before every step",
-  schedule: "one after another needs an answer that is the first good one",
+  schedule: "in turn, one after another, needs an answer that is the first good one",
 };
 
 function option(value, text) {

@@ -1,12 +1,13 @@
 """Options of training that make depth safe: against a loop by hand, and what they leave alone."""
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 from config_errors import message
 from depth_loop import HandLoop
-from tiny import assert_equal, tiny_batch, tiny_config, tiny_model
+from tiny import assert_equal, compilable, gradients, tiny_batch, tiny_config, tiny_model
 from torch.utils.flop_counter import FlopCounterMode
 from training import assert_same, everything, make_config, make_data, make_trainer
 
@@ -19,6 +20,7 @@ from trm_fast.inference import evaluate, supervision_steps
 from trm_fast.interop import load_weights
 from trm_fast.loading import load
 from trm_fast.losses import ACTLossHead
+from trm_fast.memory import step_bytes
 from trm_fast.model import Model
 from trm_fast.portable import plain_model
 from trm_fast.recursion import Exploration
@@ -31,7 +33,7 @@ TINY = {
     "puzzle_emb_len": 0,
     "forward_dtype": "float64",
 }
-RANDOM = {"random_init": True}
+RANDOM, REFERENCE = {"random_init": True}, {"arch__backend": "reference"}
 EQR = {"damping": 0.95, "noise": 0.01, "random_init": True}
 # Model keys, decay of the loss, cycles of a stage.
 OPTIONS = {
@@ -89,6 +91,22 @@ def test_gradients_are_those_of_a_loop_by_hand(name):
             torch.testing.assert_close(p.grad, grad, rtol=1e-12, atol=1e-12, msg=key)
     assert 0 < sum(restarted) < len(restarted)
     assert len(winners) > 1 or model.config.latents == 1
+
+
+@pytest.mark.parametrize("policy", ["light", "recompute"])
+def test_every_policy_gives_the_same_gradients(policy):
+    kept = gradients(tiny_model(**EQR).train())
+    made = gradients(tiny_model(**EQR, policy=policy).train())
+    for name, grad in kept.items():
+        torch.testing.assert_close(made[name], grad, rtol=1e-5, atol=1e-7)
+
+
+def test_latents_take_memory():
+    """Of four, all go forward before one goes back: 4 x (question, both states before and behind,
+    and what a block holds), or more."""
+    one, four = (ModelConfig.from_dict(tiny_config(latents=n, L_cycles=1)) for n in (1, 4))
+    apart = step_bytes(four, 8, "recompute") - step_bytes(one, 8, "recompute")
+    assert apart > 8 * 4 * (3 * 3 * 12 * 16)
 
 
 def test_every_option_is_another_training():
@@ -294,6 +312,23 @@ def test_operations_are_counted(data, tmp_path, kind):
     forward = step_flops(official, "inference")
     four = replace(official, latents=4)
     assert 3.3 < (step_flops(four, "train") - step_flops(official, "train")) / forward < 3.4
+
+
+def test_a_compiled_step_is_compiled_again_for_other_cycles(data, tmp_path, monkeypatch):
+    """By Dynamo alone, which is what notices; its code is the same to the bit."""
+    compilable(monkeypatch)
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    config = make_config(data, steps=2, depth_stages=["0.5:1x1"], **REFERENCE)
+    trained = []
+    for compiled in (False, True):
+        trainer = make_trainer(config.replace({"compile": compiled}), tmp_path / str(compiled))
+        before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+        for batch, _ in zip(trainer.dataset.choices(), range(2), strict=False):
+            trainer.advance(*batch)
+        trained.append(dict(trainer.model.state_dict()))
+        graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"] - before
+        assert graphs == 2 * compiled
+    assert_equal(*trained)
 
 
 def test_a_profile_of_a_stage_counts_its_cycles(data, tmp_path):

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NoReturn, TextIO
 
-__all__ = ["Parser", "as_log", "integer", "positive", "program", "say", "show_builds"]
+__all__ = ["Parser", "as_log", "integer", "percent", "positive", "program", "say", "show_builds"]
 
 _lossy = False  # of `as_log`
 
@@ -84,6 +84,11 @@ def positive(text: str) -> int:
     if not re.fullmatch("0*[1-9][0-9]{0,8}", text):
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 to 999999999")
     return int(text)
+
+
+def percent(value: float | None) -> str:
+    """A share as `12.34 %`; None as nothing."""
+    return "" if value is None else f"{100 * value:.2f} %"
 
 
 def show_builds() -> None:

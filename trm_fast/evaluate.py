@@ -16,7 +16,7 @@ from typing import Any
 
 from trm_fast.arc_voting import Ballots
 from trm_fast.config import EvaluatorConfig
-from trm_fast.console import positive, say, show_builds
+from trm_fast.console import percent, positive, say, show_builds
 from trm_fast.data.dataset import PuzzleDataset, PuzzleDatasetConfig, from_arrays
 from trm_fast.data.format import DataError
 from trm_fast.data.sudoku_source import read_puzzles
@@ -418,7 +418,7 @@ def _set_lines(name: str, report: SetReport) -> list[str]:
         f"{'':<16}{'last step':>10}{'highest q':>11}",
     ]
     for label, last, best in rows:
-        lines.append(f"  {label:<14}{_percent(last):>10}{_percent(best):>11}".rstrip())
+        lines.append(f"  {label:<14}{percent(last):>10}{percent(best):>11}".rstrip())
     lines.append(f"  {'step':<14}{steps:>10}{report.best_q_steps:>9.1f} on average".rstrip())
     columns = {
         "cell": report.accuracy,
@@ -429,13 +429,9 @@ def _set_lines(name: str, report: SetReport) -> list[str]:
     columns = {title: values for title, values in columns.items() if values}
     lines += ["", "  step" + "".join(f"{title:>10}" for title in columns)]
     for index in range(steps):
-        values = "".join(f"{_percent(column[index]):>10}" for column in columns.values())
+        values = "".join(f"{percent(column[index]):>10}" for column in columns.values())
         lines.append(f"  {index + 1:>4}{values}")
     return lines
-
-
-def _percent(value: float | None) -> str:
-    return "" if value is None else f"{100 * value:.2f} %"
 
 
 if __name__ == "__main__":

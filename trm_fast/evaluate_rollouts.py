@@ -13,7 +13,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from trm_fast.console import say
+from trm_fast.console import percent, say
 from trm_fast.data.dataset import PuzzleDataset
 from trm_fast.data.format import IGNORE_LABEL_ID
 from trm_fast.distributed import Ranks
@@ -171,11 +171,11 @@ def set_lines(
     runs = "1 rollout" if plan.rollouts == 1 else f"{plan.rollouts} rollouts by {plan.by}"
     lines = [
         f"set {name}: {report.puzzles} {noun}, {runs}, up to {plan.depth} steps each{_how(plan)}",
-        f"  {'exact':<14}{_percent(report.exact)}   by {plan.select}{_knows(plan)}",
-        f"  {'cell accuracy':<14}{_percent(report.cell)}",
+        f"  {'exact':<14}{percent(report.exact)}   by {plan.select}{_knows(plan)}",
+        f"  {'cell accuracy':<14}{percent(report.cell)}",
     ]
     if report.valid is not None:
-        lines.append(f"  {'valid':<14}{_percent(report.valid)}")
+        lines.append(f"  {'valid':<14}{percent(report.valid)}")
     lines += [
         f"  {'passes':<14}{report.passes:>8.1f}     a board, at most {report.passes_max}",
         f"  {'seconds':<14}{report.seconds:>8.4f}     a board, by its passes at most "
@@ -185,10 +185,10 @@ def set_lines(
     ]
     names, values = list(report.selectors), list(report.selectors.values())
     head = "".join(f"{select:>11}" for select in names)
-    row = "".join(f"{_percent(value):>11}" for value in values)
+    row = "".join(f"{percent(value):>11}" for value in values)
     known = report.rule is not None
     lines += [head + (f"{'any valid':>13}" if known else "")]
-    lines += [row + (f"{_percent(report.rule):>13}" if known else "")]
+    lines += [row + (f"{percent(report.rule):>13}" if known else "")]
     of = "the first rollout" if plan.schedule == "sequential" else "all rollouts"
     if plan.rollouts == 1:
         of = "the rollout"
@@ -223,9 +223,9 @@ def _curve_lines(of: str, points: list[Point], plan: Reasoning, known: bool) -> 
     head = f"  {of:<28}{plan.select:>10}" + (f"{'any valid':>12}" if known else "")
     lines = [f"{head}{'passes':>10}{'seconds':>10}"]
     for point in points:
-        rule = f"{_percent(point.rule):>12}" if known else ""
+        rule = f"{percent(point.rule):>12}" if known else ""
         lines.append(
-            f"  {point.at:<28}{_percent(point.exact):>10}{rule}{point.passes:>10.1f}"
+            f"  {point.at:<28}{percent(point.exact):>10}{rule}{point.passes:>10.1f}"
             f"{point.seconds:>10.4f}"
         )
     return lines
@@ -242,12 +242,8 @@ def _risk_lines(report: ReasoningReport, abstain: float | None) -> list[str]:
 
 
 def _risk_line(risk: Risk) -> str:
-    right = _percent(risk.accuracy) if risk.accuracy is not None else "-"
-    return f"  {risk.confidence:<28.3f}{_percent(risk.answered):>10}{right:>12}"
-
-
-def _percent(value: float | None) -> str:
-    return "" if value is None else f"{100 * value:.2f} %"
+    right = percent(risk.accuracy) if risk.accuracy is not None else "-"
+    return f"  {risk.confidence:<28.3f}{percent(risk.answered):>10}{right:>12}"
 
 
 def draw(reports: Mapping[str, ReasoningReport], plan: Reasoning, path: str) -> str | None:

@@ -29,6 +29,7 @@ __all__ = ["Lanes", "Puzzles", "Said", "words_of"]
 
 IMAGE, INIT, NOISE = 1, 2, 16
 """Purposes of random numbers; to the last two the place of the state in the network is added."""
+IN_CACHE = 1 << 16  # counters at once
 
 
 @dataclass(frozen=True)
@@ -76,9 +77,14 @@ def words_of(
 ) -> Tensor:
     """[N, count] int64 words in [0, 2**32) for items of these rollouts, steps and numbers [N]."""
     position = torch.arange(-(-count // 4), device=numbers.device) + (purpose << 24)
-    counter = (rollouts[:, None], steps[:, None], numbers[:, None], position)
-    words = philox(counter, (seed & 0xFFFFFFFF, seed >> 32))
-    return torch.stack(words, dim=-1).flatten(1)[:, :count]
+    rows = len(numbers)
+    if numbers.device.type == "cpu":  # part by part: twice as fast in its caches
+        rows = max(1, IN_CACHE // len(position))
+    found = []
+    for own in zip(*(t[:, None].split(rows) for t in (rollouts, steps, numbers)), strict=True):
+        words = philox((*own, position), (seed & 0xFFFFFFFF, seed >> 32))
+        found.append(torch.stack(words, dim=-1).flatten(1)[:, :count])
+    return torch.cat(found)
 
 
 class Lanes:

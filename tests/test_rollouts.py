@@ -9,7 +9,8 @@ from capturing import InPlace
 
 from trm_fast import inference, inference_step, rollouts
 from trm_fast.inference_step import InferenceStep
-from trm_fast.philox import normal, philox, truncated_normal
+from trm_fast.noise import normal, truncated_normal
+from trm_fast.philox import philox
 from trm_fast.puzzle_kind import kind_of
 from trm_fast.recursion import named, state_of
 
@@ -38,11 +39,13 @@ def drawn(purpose, rollout, step, count):
     return torch.stack(philox(counter, (SEED, 0)), -1).flatten(1)[:, :count]
 
 
-def of_all(purpose, step, shape, transform):
+def of_all(purpose, field, step, like, transform):
     """[K * N, ...] numbers of all rollouts, rollout by rollout."""
-    count = shape[0] * shape[1]
-    found = [transform(drawn(purpose, k, step, count)) for k in range(K)]
-    return torch.cat(found).view(K * N, *shape)
+    found = []
+    for k in range(K):
+        words = drawn(purpose, k, step, 2)
+        found.append(transform((words[:, 0] << 32) + words[:, 1], field, like[:N]))
+    return torch.cat(found)
 
 
 @torch.no_grad()
@@ -58,20 +61,19 @@ def by_hand(model, inputs, steps=D, noise=0.0, noise_on=("z_L",), random=False):
     inner, found = model.inner, []
     everyone, nobody = torch.ones(K * N, dtype=torch.bool), torch.zeros(K * N, dtype=torch.bool)
     carry = inner.reset_carry(everyone, inner.empty_carry(K * N))
-    shape = inner.empty_carry(1).z_H.shape[1:]
     if random:
         states = {
-            name: of_all(1 + 1 + place, 0, shape, truncated_normal)
+            name: of_all(2, place, 0, carry.z_H, truncated_normal)
             for place, name in enumerate(("z_H", "z_L"))
         }
-        carry = state_of({n: t.to(carry.z_H.dtype) for n, t in states.items()})
-    # Purposes: 2 and 3 are first states, 16 and 17 noise, the answer's state first.
+        carry = state_of(states)
+    # Purpose 2 is first states, 3 noise; the answer's state has the first field.
     for step in range(steps):
         states = named(carry)
         for place, name in enumerate(("z_H", "z_L")):
             if noise and name in noise_on:
-                added = of_all(16 + place, step, shape, normal) * noise
-                states[name] = states[name] + added.to(states[name].dtype)
+                added = of_all(3, place, step, states[name], normal) * noise
+                states[name] = states[name] + added
         carry, logits, (q, _) = inner(state_of(states), batch, nobody)
         found.append((with_given(model, batch["inputs"], logits.argmax(-1)), q, logits.float()))
     return found

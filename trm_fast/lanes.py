@@ -19,7 +19,8 @@ from torch import Tensor
 
 from trm_fast.inference_step import InferenceStep, borrowed
 from trm_fast.model import Model
-from trm_fast.philox import normal, philox, truncated_normal
+from trm_fast.noise import WORDS, normal, starts, truncated_normal
+from trm_fast.philox import philox
 from trm_fast.puzzle_kind import PuzzleKind
 from trm_fast.reasoning import Reasoning, noisy_states
 from trm_fast.recursion import named
@@ -27,9 +28,7 @@ from trm_fast.symmetry import TokenSymmetry
 
 __all__ = ["Lanes", "Puzzles", "Said", "words_of"]
 
-IMAGE, INIT, NOISE = 1, 2, 16
-"""Purposes of random numbers; to the last two the place of the state in the network is added."""
-IN_CACHE = 1 << 16  # counters at once
+IMAGE, INIT, NOISE = 1, 2, 3  # purposes of random numbers
 
 
 @dataclass(frozen=True)
@@ -77,14 +76,9 @@ def words_of(
 ) -> Tensor:
     """[N, count] int64 words in [0, 2**32) for items of these rollouts, steps and numbers [N]."""
     position = torch.arange(-(-count // 4), device=numbers.device) + (purpose << 24)
-    rows = len(numbers)
-    if numbers.device.type == "cpu":  # part by part: twice as fast in its caches
-        rows = max(1, IN_CACHE // len(position))
-    found = []
-    for own in zip(*(t[:, None].split(rows) for t in (rollouts, steps, numbers)), strict=True):
-        words = philox((*own, position), (seed & 0xFFFFFFFF, seed >> 32))
-        found.append(torch.stack(words, dim=-1).flatten(1)[:, :count])
-    return torch.cat(found)
+    counter = (rollouts[:, None], steps[:, None], numbers[:, None], position)
+    words = philox(counter, (seed & 0xFFFFFFFF, seed >> 32))
+    return torch.stack(words, dim=-1).flatten(1)[:, :count]
 
 
 class Lanes:
@@ -190,30 +184,32 @@ class Lanes:
         states = named(inner.reset_carry(flag, inner.empty_carry(count)))
         if self._plan.init == "fixed":
             return states
-        found = {}
-        for place, (name, state) in enumerate(states.items()):
-            words = self._words(places, INIT + place, state[0].numel())
-            found[name] = truncated_normal(words).view(state.shape).to(state.dtype)
-        return found
+        drawn = self._streams(places, INIT)
+        return {
+            name: truncated_normal(drawn, place, state)
+            for place, (name, state) in enumerate(states.items())
+        }
 
-    def _words(self, places: Tensor | slice, purpose: int, count: int) -> Tensor:
-        """[M, count] words of the items in these places, for their next step."""
+    def _streams(self, places: Tensor | slice, purpose: int) -> Tensor:
+        """Random numbers [M] int64 for `noise.py`, of the items in these places at their next step;
+        each state takes those of a field of its own."""
         rollout, taken, number = (self._own[n][places] for n in ("rollout", "taken", "number"))
-        return words_of(self._plan.seed, rollout, taken, number, purpose, count)
+        return starts(words_of(self._plan.seed, rollout, taken, number, purpose, WORDS))
 
-    def _disturb(self, step: InferenceStep, count: int) -> None:
+    def _disturb(self, step: InferenceStep) -> None:
+        if not self._noisy:
+            return
+        drawn = self._streams(slice(None), NOISE)
         for place, (name, state) in enumerate(step.states().items()):
             if name in self._noisy:
-                rows = state[:count]
-                size = rows[0].numel()
-                drawn = normal(self._words(slice(None), NOISE + place, size + size % 2))
-                rows += (drawn[:, :size].view(rows.shape) * self._plan.noise).to(rows.dtype)
+                rows = state[: len(drawn)]
+                rows += normal(drawn, place, rows) * self._plan.noise
 
     def step(self) -> Said:
         """One supervision step of every item."""
         assert self._step is not None
         own = self._own
-        self._disturb(self._step, len(own["taken"]))
+        self._disturb(self._step)
         out = self._step.run()
         logits, tokens = out.logits.float(), out.preds
         moved = (logits - own["logits"]).norm(dim=-1).mean(-1)

@@ -10,7 +10,6 @@ Source: Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3".
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,15 +17,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-__all__ = [
-    "Draws",
-    "integers",
-    "normal",
-    "permutations",
-    "philox",
-    "truncated_normal",
-    "uniform",
-]
+__all__ = ["Draws", "integers", "permutations", "philox", "uniform"]
 
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
@@ -96,26 +87,6 @@ class Draws:
 def uniform(words: Tensor) -> Tensor:
     """float32 of the same shape, multiples of 2**-24 in [0, 1)."""
     return (words >> 8).float() * 2.0**-24
-
-
-def normal(words: Tensor) -> Tensor:
-    """Standard normal float32, from an even number of words along the last axis; same shape.
-
-    Box and Muller's transform of the first half of the words with the second.
-    """
-    first, second = words.chunk(2, dim=-1)
-    radius = ((uniform(first) + 2.0**-24).log() * -2).sqrt()  # of (0, 1]
-    angle = uniform(second) * (2 * math.pi)
-    return torch.cat([radius * angle.cos(), radius * angle.sin()], dim=-1)
-
-
-def truncated_normal(words: Tensor) -> Tensor:
-    """float32 of the same shape from a normal that is cut at two sigma and has deviation 1 then, as
-    `layers.truncated_normal_` draws."""
-    edge = math.erf(math.sqrt(2))
-    sigma = (1 - 4 * math.exp(-2) / (math.sqrt(2 * math.pi) * edge)) ** -0.5
-    places = (uniform(words) * 2 - (1 - 2.0**-24)) * edge  # the middles of equal parts
-    return places.erfinv() * (math.sqrt(2) * sigma)
 
 
 def integers(words: Tensor, low: int, high: int) -> Tensor:

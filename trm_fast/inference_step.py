@@ -151,7 +151,10 @@ class InferenceStep:
         """What is captured."""
         model = self._model()
         assert model is not None, "the model is gone"
-        carry, outputs = functional_call(model, self._rounded, (self._carry, self._data))
+        if self._rounded:
+            carry, outputs = functional_call(model, self._rounded, (self._carry, self._data))
+        else:  # functional_call looks through all modules even so
+            carry, outputs = model(self._carry, self._data)
         carry.halted = torch.zeros_like(carry.halted)
         logits, q = outputs["logits"], outputs["q_halt_logits"]
         if self.captures:

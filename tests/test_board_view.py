@@ -101,6 +101,13 @@ def test_arc_is_compared_with_the_solution():
     other = view.cells(canvas("12", "45"))
     assert view.judge(other) == (False, "a grid of 2 x 2, the solution has 2 x 3")
     assert not view.broken(cells).any() and not view.fixed.any()
+    assert np.flatnonzero(view.broken(other)).tolist() == [2, 32]
+    unlike = view.cells(canvas("123", "457"))
+    assert np.flatnonzero(view.broken(unlike)).tolist() == [32]
+    assert view.window_of(other) == view.window_of(cells) == (2, 3)
+    large = view.cells(canvas("1234", "4567", "7891", "1111"))
+    assert view.window_of(large) == (4, 4)
+    assert view.broken(large).sum() == 4 * 4 - 2 * 3
     beyond = canvas("123", "456")
     beyond[899] = 5
     assert view.cells(beyond)[899] == 0
@@ -109,6 +116,8 @@ def test_arc_is_compared_with_the_solution():
 def test_arc_without_a_solution_is_not_judged():
     view = view_of(ARC, canvas("12"))
     assert view.window == (30, 30)
+    assert view.window_of(view.cells(canvas("12"))) == (30, 30)
+    assert not view.broken(canvas("12")).any()
     assert view.judge(canvas("12")) == (None, "the data set has no solution to compare with")
 
 

@@ -82,6 +82,14 @@ class BoardView:
             return np.where(inside.reshape(-1), tokens, 0)
         return np.where(self.fixed, self.given, tokens)
 
+    def window_of(self, cells: np.ndarray) -> tuple[int, int]:
+        """Rows and columns to show of an answer's cells [L]: the window, and what is beyond it."""
+        used = (cells > END).reshape(self.side, self.side)
+        if self.kind != ARC or not used.any():
+            return self.window
+        ends = [int(np.flatnonzero(used.any(axis))[-1]) + 1 for axis in (1, 0)]
+        return max(self.window[0], ends[0]), max(self.window[1], ends[1])
+
     def line(self, tokens: np.ndarray) -> str:
         """The cells [L] on one line, a character each, row by row; ` ` for what is no cell."""
         if self.kind == SUDOKU:
@@ -94,11 +102,12 @@ class BoardView:
         """Which cells break a rule [L] bool.
 
         Of a Sudoku those whose digit stands twice in a row, a column or a box; of a maze those of
-        the path that do not have two neighbours on it, and ends that do not have one.
+        the path that do not have two neighbours on it, and ends that do not have one; of ARC those
+        unlike the solution, as far as it or the answer reaches.
         """
         if self.kind == SUDOKU:
             return self._twice(tokens - 1)
-        return self._astray(tokens) if self.kind == MAZE else np.zeros(len(tokens), bool)
+        return self._astray(tokens) if self.kind == MAZE else self._unlike(tokens)
 
     def judge(self, tokens: np.ndarray) -> tuple[bool | None, str]:
         """Whether an answer [L] keeps the rules, and words for it; None where nobody knows."""
@@ -119,6 +128,11 @@ class BoardView:
         pair = [t.reshape(self.side, self.side)[grid] for t in (tokens, self.label)]
         unlike = int((pair[0] != pair[1]).sum())
         return unlike == 0, f"{unlike} cells unlike the solution" if unlike else "the solution"
+
+    def _unlike(self, tokens: np.ndarray) -> np.ndarray:
+        if self.label is None or not (self.label > END).any():
+            return np.zeros(len(tokens), bool)
+        return np.asarray((tokens != self.label) & ((tokens > END) | (self.label > END)))
 
     def _twice(self, digits: np.ndarray) -> np.ndarray:
         shape = box_shape(cells=len(digits))

@@ -29,7 +29,7 @@ from trm_fast.loading import Loaded, supervision_depth
 from trm_fast.mazes import maze_rows, parse_mazes
 from trm_fast.options import printable
 from trm_fast.puzzle_rows import read_identifiers
-from trm_fast.puzzles import PuzzleError, board_line, parse_text
+from trm_fast.puzzles import PuzzleError, SizeError, board_line, parse_text
 from trm_fast.reasoning import PRESETS, Reasoning
 
 __all__ = ["LIMITS", "Demo", "RequestError", "Served", "check_drawn", "parse_request"]
@@ -178,7 +178,7 @@ class Demo:
         for frame in _chained(first, seen):
             shown = glances(view, frame)
             rows = [
-                _row(glance) if glance.step > before else None
+                _row(view, glance) if glance.step > before else None
                 for glance, before in zip(shown, steps, strict=True)
             ]
             steps = [glance.step for glance in shown]
@@ -330,7 +330,7 @@ def _parsed(served: Served, text: object) -> np.ndarray:
             puzzles: list[Any] = parse_mazes(text.strip("\r\n"), "puzzle", numbered=False)
         else:
             lines = [FRAME.sub("", line) for line in text.splitlines()]
-            puzzles = parse_text("\n".join(lines), "puzzle")
+            puzzles = _sudoku(lines, served.side**2)
     except (PuzzleError, ValueError) as error:
         raise RequestError(error) from None
     if len(puzzles) != 1:
@@ -341,6 +341,21 @@ def _parsed(served: Served, text: object) -> np.ndarray:
             f"puzzle: {len(cells)} cells, the model answers boards of {served.side**2}"
         )
     return cells if served.kind == MAZE else cells + 1
+
+
+def _sudoku(lines: Sequence[str], cells: int) -> list[Any]:
+    """Puzzles of lines, for a model of boards of so many cells; of one line errors name none."""
+    filled = [line for line in lines if line.strip()]
+    try:
+        return list(parse_text("\n".join(lines), "puzzle"))
+    except SizeError as error:
+        if len(filled) != 1:
+            raise
+        raise PuzzleError(f"{len(filled[0].strip())} characters: a board has {cells}") from error
+    except PuzzleError as error:
+        if len(filled) != 1:
+            raise
+        raise PuzzleError(re.sub("^puzzle:[0-9]+: ", "", str(error))) from error
 
 
 def _reasoning(served: Served, settings: object) -> Reasoning:
@@ -368,10 +383,11 @@ def _chained(first: Any, rest: Any) -> Iterator[Any]:
     yield from rest
 
 
-def _row(glance: Glance) -> dict[str, Any]:
+def _row(view: BoardView, glance: Glance) -> dict[str, Any]:
     sure = np.nan_to_num(glance.certainty)
     return {
         "cells": glance.cells.tolist(),
+        "window": list(view.window_of(glance.cells)),
         "sure": (sure * 100).round().astype(int).tolist(),  # per cent
         "broken": np.flatnonzero(glance.broken).tolist(),
         "q": glance.q if math.isfinite(glance.q) else None,
@@ -388,6 +404,7 @@ def _answer(view: BoardView, answer: Answers) -> dict[str, Any]:
     text = board_line(cells - 1) if view.kind == SUDOKU else view.line(cells)
     return {
         "cells": cells.tolist(),
+        "window": list(view.window_of(cells)),
         "line": maze_rows(cells) if view.kind == MAZE else text,
         "broken": np.flatnonzero(view.broken(cells)).tolist(),
         "q": q if math.isfinite(q) else None,

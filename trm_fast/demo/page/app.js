@@ -16,25 +16,42 @@ const HINTS = {
 
 let known = null;
 let settings = null;
-let kind = "sudoku";
+let kind = null; // of the tab that is open
 let working = null; // the AbortController of the puzzle that is worked on
 let fetching = null; // the same of a puzzle that is fetched
-const puzzles = {}; // what is asked, by kind
+let pending = null; // ends when that puzzle is there, or is not to be had
+const chosen = {}; // by kind: which model, and what stands in the box to paste into
+const puzzles = {}; // what is asked, by `place`
 const player = new Player();
-const grid = new Grid($("grid"), (text) => load({ text }), () => say(""));
+const grid = new Grid($("grid"), (text) => load({ text }), edited);
 
 function say(message) {
   $("message").textContent = message;
 }
 
 function model() {
-  const own = known.models.findIndex((one, index) => one.kind === kind && String(index) === $("model").value);
-  return own;
+  return known.models.findIndex((one, index) => one.kind === kind && String(index) === $("model").value);
+}
+
+/** Where a model's puzzle is kept: models of boards of the same size share it, data sets differ. */
+function place(index) {
+  const one = known.models[index];
+  return one.kind === "arc" ? `arc ${index}` : `${one.kind} ${one.side}`;
+}
+
+/** What is typed counts: it is kept, and no puzzle that comes later writes over it. */
+function edited() {
+  fetching?.abort();
+  say("");
+  const one = known.models[model()];
+  puzzles[place(model())] = { kind: "sudoku", side: one.side, line: grid.line };
 }
 
 /** Show the tab of a kind of puzzle. */
-function open(chosen) {
-  kind = chosen;
+function open(tabbed) {
+  if (tabbed === kind) return;
+  if (kind) chosen[kind] = { model: $("model").value, paste: $("paste").value };
+  kind = tabbed;
   for (const tab of $("tabs").children) {
     const own = tab.dataset.kind === kind;
     tab.setAttribute("aria-selected", String(own));
@@ -56,6 +73,8 @@ function open(chosen) {
     option.title = one.place;
     return option;
   }));
+  if (chosen[kind]) $("model").value = chosen[kind].model;
+  $("paste").value = chosen[kind]?.paste || "";
   openModel();
 }
 
@@ -83,38 +102,49 @@ function openModel() {
     return option;
   }));
   settings.open(kind, one.depth);
-  const before = puzzles[kind];
+  const before = puzzles[place(model())];
   if (kind === "sudoku") grid.build(one.side, BOXES[one.side]);
-  if (before && before.side === one.side) take(before);
+  if (before) show(before);
   else if (kind === "sudoku" && one.side === 9) load({ text: EASY });
   else if (arc && one.examples.length) load({ example: 0 });
   else if (!arc) load({ seed: 1, level: "medium" });
 }
 
-/** Fetch a puzzle: {text}, {seed, level} or {example}. */
-async function load(asked) {
+/** Fetch a puzzle: {text}, {seed, level} or {example}; true when it is there. */
+function load(asked) {
+  pending = fetched(asked);
+  return pending;
+}
+
+async function fetched(asked) {
   fetching?.abort();
   fetching = new AbortController();
   const mine = fetching;
+  const index = model();
   say("");
   try {
-    const puzzle = await api.puzzle({ model: model(), ...asked }, mine.signal);
-    take({ ...puzzle, asked });
+    const puzzle = { ...(await api.puzzle({ model: index, ...asked }, mine.signal)), asked };
+    puzzles[place(index)] = puzzle;
+    if (index === model()) show(puzzle);
+    return true;
   } catch (error) {
-    if (error.name !== "AbortError") say(error.message);
+    if (error.name === "AbortError" || fetching !== mine || index !== model()) return false;
+    if (asked.text) $("paste").value = asked.text; // to be mended there
+    say(error.message);
+    return false;
   }
 }
 
-function take(puzzle) {
-  puzzles[puzzle.kind] = puzzle;
-  if (puzzle.kind !== kind) return;
+function show(puzzle) {
+  if (kind === "arc") $("example").value = String(puzzle.asked.example);
   if (kind === "sudoku") grid.line = puzzle.line;
   else drawQuestion();
 }
 
 function drawQuestion() {
-  const puzzle = puzzles[kind];
-  if (!puzzle || kind === "sudoku") return;
+  if (kind === "sudoku" || model() < 0) return;
+  const puzzle = puzzles[place(model())];
+  if (!puzzle) return;
   draw($("question"), puzzle, null, palette());
   if (puzzle.solution) draw($("solution"), { ...puzzle, cells: puzzle.solution }, null, palette());
   const name = kind === "maze" ? "maze" : `ARC input of ${puzzle.name}`;
@@ -124,9 +154,9 @@ function drawQuestion() {
 /** What is asked of the server for the puzzle that is shown. */
 function question() {
   if (kind === "sudoku") return { text: grid.line };
-  const puzzle = puzzles[kind];
+  const puzzle = puzzles[place(model())];
   if (!puzzle) throw new Error("choose a puzzle first");
-  if (kind === "arc") return { example: puzzle.asked.example };
+  if (kind === "arc") return { example: Number($("example").value) };
   const rows = [];
   for (let at = 0; at < puzzle.line.length; at += puzzle.side) rows.push(puzzle.line.slice(at, at + puzzle.side));
   return { text: rows.join("\n") };
@@ -138,21 +168,28 @@ async function run() {
   working = new AbortController();
   const mine = working;
   busy(true);
+  $("status").textContent = "Thinking…";
   try {
+    await pending;
+    if (working !== mine) return;
     const asked = { model: model(), ...question() };
     const values = settings.values();
     const puzzle = await api.puzzle(asked, mine.signal);
+    if (working !== mine) return;
     let ended = false;
     for await (const line of api.solve({ ...asked, settings: values }, mine.signal)) {
+      if (working !== mine) return;
       if (line.start) begun(puzzle, line.start);
       else if (line.frame) player.add(line.frame);
       else if (line.answer) { player.finish(line.answer); ended = true; }
       else if (line.error) throw new Error(line.error);
-      if (line.frame) $("status").textContent = "Thinking…";
     }
+    if (working !== mine) return;
     if (!ended) throw new Error("the server stopped before the answer");
-    $("status").textContent = `Done: ${player.brief(player.answer)}.`;
+    $("status").textContent = "Done.";
   } catch (error) {
+    if (working !== mine) return; // another run has taken over the page
+    player.end();
     if (error.name === "AbortError") $("status").textContent = "Stopped.";
     else { say(error.message); $("status").textContent = "No answer."; }
   } finally {
@@ -182,7 +219,7 @@ function wire() {
   $("stop").addEventListener("click", stop);
   $("model").addEventListener("change", openModel);
   $("new").addEventListener("click", () => load({ seed: Math.floor(Math.random() * 2 ** 31), level: $("level").value }));
-  $("clear").addEventListener("click", () => { grid.line = ""; say(""); grid.go(0); });
+  $("clear").addEventListener("click", () => { grid.line = ""; edited(); grid.go(0); });
   $("load").addEventListener("click", () => load({ text: $("paste").value }));
   $("solution-box").addEventListener("toggle", drawQuestion);
   $("example").addEventListener("change", () => load({ example: Number($("example").value) }));
@@ -192,10 +229,10 @@ function wire() {
   $("tabs").addEventListener("keydown", (event) => {
     const tabs = [...$("tabs").children];
     const at = tabs.indexOf(document.activeElement);
-    const step = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
-    if (at < 0 || !step) return;
+    const to = { ArrowRight: at + 1, ArrowLeft: at - 1, Home: 0, End: tabs.length - 1 }[event.key];
+    if (at < 0 || to === undefined) return;
     event.preventDefault();
-    const next = tabs[(at + step + tabs.length) % tabs.length];
+    const next = tabs[(to + tabs.length) % tabs.length];
     next.focus();
     open(next.dataset.kind);
   });
@@ -216,8 +253,11 @@ async function begin() {
   open(kinds.includes("sudoku") ? "sudoku" : kinds[0] || "sudoku");
   const wanted = new URLSearchParams(location.hash.slice(1)).get("solve"); // .../#solve=53..7....
   if (wanted && !known.missing[kind]) {
-    await load({ text: wanted });
-    if (!$("message").textContent) run();
+    const own = !document.referrer || document.referrer.startsWith(`${location.origin}/`);
+    if (await load({ text: wanted })) {
+      if (own) run();
+      else $("status").textContent = "Another site filled in this puzzle: press “Solve it” to have it solved.";
+    }
   }
   document.body.dataset.ready = "true";
 }

@@ -32,15 +32,16 @@ export function isGiven(puzzle, index) {
  * Draw a board.
  * @param canvas its width in CSS pixels decides the size of a cell
  * @param puzzle what /api/puzzle said
- * @param state {cells, sure, broken}, or null for the puzzle as it is asked
+ * @param state {cells, sure, broken, window}, or null for the puzzle as it is asked
  */
 export function draw(canvas, puzzle, state, colours) {
-  const [rows, columns] = puzzle.window;
+  const [rows, columns] = (state || puzzle).window;
   const width = canvas.clientWidth || 300;
   const scale = window.devicePixelRatio || 1;
   const cell = Math.max(1, Math.floor((width * scale - 4) / columns));
-  canvas.width = cell * columns + 4;
-  canvas.height = cell * rows + 4;
+  const size = [cell * columns + 4, cell * rows + 4];
+  if (canvas.width !== size[0]) canvas.width = size[0]; // even the same width is a new layout
+  if (canvas.height !== size[1]) canvas.height = size[1];
   const pen = canvas.getContext("2d");
   pen.fillStyle = colours.card;
   pen.fillRect(0, 0, canvas.width, canvas.height);
@@ -84,14 +85,23 @@ function drawCell(pen, kind, one, x, y, cell, colours) {
     pen.lineWidth = 1;
     if (cell >= 5 && one.token > 1) pen.strokeRect(x + 0.5, y + 0.5, cell, cell);
   }
-  if (one.broken && cell >= 10) {
-    pen.fillStyle = colours.mark;
-    pen.beginPath();
-    pen.moveTo(x, y);
-    pen.lineTo(x + cell * 0.3, y);
-    pen.lineTo(x, y + cell * 0.3);
-    pen.fill();
-  }
+  if (one.broken && (cell >= 10 || kind === "arc")) corner(pen, kind, x, y, cell, colours);
+}
+
+/** The mark of a wrong cell. The ground of ARC is of any colour: there it has a rim. */
+function corner(pen, kind, x, y, cell, colours) {
+  const length = cell * (kind === "arc" ? 0.5 : 0.3);
+  pen.fillStyle = kind === "arc" ? "#ffffff" : colours.mark;
+  pen.beginPath();
+  pen.moveTo(x, y);
+  pen.lineTo(x + length, y);
+  pen.lineTo(x, y + length);
+  pen.closePath();
+  pen.fill();
+  if (kind !== "arc" || cell < 6) return;
+  pen.strokeStyle = "#b42318";
+  pen.lineWidth = Math.max(1, cell / 14);
+  pen.stroke();
 }
 
 function ground(kind, one, colours) {

@@ -5,6 +5,7 @@ const LINES = {
   light: ["#116329", "#0b63ce", "#b54708", "#7a2fe0", "#b0246d", "#0f766e", "#6b5900", "#57606a"],
   dark: ["#6fdc8c", "#6cb2ff", "#ffb066", "#c4a1ff", "#ff8ec7", "#5eead4", "#e3c94d", "#a3adb8"],
 };
+const DASHES = { solid: "none", dashed: "7 4", dotted: "2 3" };
 const BOX = { left: 44, right: 14, top: 10, bottom: 24, height: 170 };
 
 function shape(name, attributes, text) {
@@ -12,6 +13,14 @@ function shape(name, attributes, text) {
   for (const [key, value] of Object.entries(attributes)) element.setAttribute(key, value);
   if (text !== undefined) element.textContent = text;
   return element;
+}
+
+/** How a rollout's line is drawn: {colour, style}, after eight colours the dashes differ. */
+export function lineOf(index) {
+  const dark = window.matchMedia("(prefers-color-scheme: dark)").matches;
+  const colours = LINES[dark ? "dark" : "light"];
+  const round = Math.floor(index / colours.length);
+  return { colour: colours[index % colours.length], style: ["solid", "dashed", "dotted"][round % 3] };
 }
 
 /** Per rollout [[step, q], ...] of the frames; steps without a number are left out. */
@@ -52,18 +61,16 @@ export function drawCurves(svg, frames, depth, now, answer) {
   }
   parts.push(shape("text", { x: BOX.left, y: BOX.height - 6 }, "step 1"));
   parts.push(shape("text", { x: width - BOX.right, y: BOX.height - 6, "text-anchor": "end" }, `step ${depth}`));
-  const dark = window.matchMedia("(prefers-color-scheme: dark)").matches;
-  const colours = LINES[dark ? "dark" : "light"];
   const order = curves.map((_, index) => index).filter((index) => index !== now.rollout);
   for (const index of [...order, now.rollout]) {
     const curve = curves[index] || [];
     const own = index === now.rollout;
     const points = curve.map(([step, q]) => `${x(step)},${y(q)}`).join(" ");
-    const colour = colours[index % colours.length];
+    const { colour, style } = lineOf(index);
     if (curve.length === 1) {
       parts.push(shape("circle", { cx: x(curve[0][0]), cy: y(curve[0][1]), r: own ? 3.5 : 2, fill: colour }));
     } else if (curve.length) {
-      parts.push(shape("polyline", { points, fill: "none", stroke: colour, "stroke-width": own ? 3 : 1.4, "stroke-opacity": own ? 1 : 0.65 }));
+      parts.push(shape("polyline", { points, fill: "none", stroke: colour, "stroke-width": own ? 3 : 1.4, "stroke-opacity": own ? 1 : 0.65, "stroke-dasharray": DASHES[style] }));
     }
   }
   if (now.step) {

@@ -1,7 +1,7 @@
 // Frames as they come and afterwards: played, scrubbed, drawn.
 
 import { draw, palette } from "./board.js";
-import { drawCurves } from "./chart.js";
+import { drawCurves, lineOf } from "./chart.js";
 
 const $ = (id) => document.getElementById(id);
 const sigmoid = (q) => 1 / (1 + Math.exp(-q));
@@ -19,15 +19,23 @@ export class Player {
     const again = () => this.show(this.at);
     window.matchMedia("(prefers-color-scheme: dark)").addEventListener("change", again);
     new ResizeObserver(again).observe($("boards"));
+    this.watcher = new IntersectionObserver((seen) => {
+      for (const { target, isIntersecting } of seen) {
+        const card = this.cards.find((one) => one.button === target);
+        if (card) { card.visible = isIntersecting; this.paint(card); }
+      }
+    }, { rootMargin: "600px" });
     if (window.matchMedia("(prefers-reduced-motion: reduce)").matches) $("speed").value = "0";
   }
 
   /** Begin with a puzzle; depth and rollouts as the server says them. */
   start(puzzle, { depth, rollouts }) {
     this.pause();
-    Object.assign(this, { puzzle, depth, frames: [], at: 0, answer: null, chosen: null });
+    Object.assign(this, { puzzle, depth, frames: [], at: 0, answer: null, chosen: null, over: false, scrolled: null });
+    this.watcher.disconnect();
     this.cards = Array.from({ length: rollouts }, (_, index) => this.card(index));
     $("rollouts").replaceChildren(...this.cards.map((card) => card.button));
+    for (const card of this.cards) this.watcher.observe(card.button);
     $("boards").classList.toggle("single", rollouts === 1);
     $("rollouts").hidden = rollouts === 1;
     $("rollouts").classList.toggle("few", rollouts <= 4);
@@ -43,14 +51,17 @@ export class Player {
     const button = document.createElement("button");
     button.type = "button";
     const canvas = document.createElement("canvas");
+    [canvas.width, canvas.height] = [this.puzzle.window[1] * 8, this.puzzle.window[0] * 8];
+    const key = document.createElement("i"); // of its line in the chart
     const said = document.createElement("span"), check = document.createElement("span");
+    key.className = "key";
     said.className = "said";
-    button.append(canvas, said, check);
+    button.append(canvas, key, said, check);
     button.addEventListener("click", () => {
       this.chosen = this.chosen === index ? null : index;
       this.show(this.at);
     });
-    return { button, canvas, said, check };
+    return { button, canvas, key, said, check, visible: false, picture: null, drawn: null };
   }
 
   /** A frame: rollouts that did not move are null, and stay as they were. */
@@ -62,22 +73,45 @@ export class Player {
     this.follow();
   }
 
+  /** No more frames and no answer will come: stopped, or a fault. */
+  end() {
+    this.over = true;
+    if (this.at >= this.last) this.pause();
+  }
+
   /** The end: {cells, q, step, rollout, valid, words, ...}; an answer is one more frame. */
   finish(answer) {
     this.answer = answer;
+    this.answered = { ...answer, sure: this.sureOf(answer) };
     $("scrub").max = this.last;
+    this.follow();
+  }
+
+  /** Say what the answer is, once the picture of it is reached. */
+  reveal() {
+    if (!$("verdict").hidden) return;
+    const answer = this.answer;
     const rollout = this.frames[0].rollouts.length > 1 ? `rollout ${answer.rollout + 1}, ` : "";
     const sure = answer.q === null ? "" : `, confidence ${sigmoid(answer.q).toFixed(3)}`;
     const passes = `${answer.passes} pass${answer.passes === 1 ? "" : "es"} of the network`;
     const verdict = $("verdict");
+    verdict.hidden = false;
     verdict.textContent = `Answer: ${this.brief(answer)} (${rollout}step ${answer.step}, q ${signed(answer.q)}${sure}; ${passes})`;
     verdict.className = `verdict ${answer.valid === null ? "" : answer.valid ? "good" : "bad"}`;
-    verdict.hidden = false;
-    const card = this.cards[answer.rollout].button;
-    $("rollouts").scrollTop = card.offsetTop - $("rollouts").offsetTop - 8;
     $("answer").textContent = `${answer.line}\n\n${answer.words}`;
     $("text-box").hidden = false;
-    this.follow();
+  }
+
+  /** The answer's card is scrolled to at the end; before it the list is where it was. */
+  scroll(ended) {
+    const list = $("rollouts");
+    if (ended && this.scrolled === null) {
+      this.scrolled = list.scrollTop;
+      list.scrollTop = this.cards[this.answer.rollout].button.offsetTop - list.offsetTop - 8;
+    } else if (!ended && this.scrolled !== null) {
+      list.scrollTop = this.scrolled;
+      this.scrolled = null;
+    }
   }
 
   /** At once: the newest picture, drawn when the browser draws next. */
@@ -105,7 +139,7 @@ export class Player {
       if (this.frames.length) {
         const begun = this.drawn ? this.at + 1 : 0;
         if (begun <= this.last) this.show(speed ? begun : this.last);
-        else if (this.answer) { this.pause(); return; }
+        else if (this.answer || this.over) { this.pause(); return; }
       }
       this.timer = setTimeout(next, speed ? 1000 / speed : 50);
     };
@@ -131,11 +165,10 @@ export class Player {
     if (!this.frames.length) return;
     this.at = at;
     this.drawn = true;
-    const ended = this.answer && at >= this.frames.length;
+    const ended = Boolean(this.answer) && at >= this.frames.length;
     const frame = this.frames[Math.min(at, this.frames.length - 1)];
     const large = this.shown(frame, ended);
-    const state = ended && large === this.answer.rollout
-      ? { ...this.answer, sure: this.sureOf(this.answer) } : frame.rollouts[large];
+    const state = ended && large === this.answer.rollout ? this.answered : frame.rollouts[large];
     const colours = palette();
     draw($("large"), this.puzzle, state, colours);
     $("large").setAttribute("aria-label", this.spoken(state));
@@ -148,6 +181,8 @@ export class Player {
     const seen = this.frames.slice(0, at + 1);
     const now = { rollout: large, step: state ? state.step : 0 };
     drawCurves($("curve"), seen, this.depth, now, ended ? this.answer : null);
+    if (ended) this.reveal();
+    this.scroll(ended);
   }
 
   /** Which rollout is large: the chosen one, the answer's, else that of highest q. */
@@ -168,13 +203,26 @@ export class Player {
   showCard(index, state, large, ended, colours) {
     const card = this.cards[index];
     const answered = ended && index === this.answer.rollout;
-    const shown = answered ? { ...this.answer, sure: this.sureOf(this.answer) } : state;
-    draw(card.canvas, this.puzzle, shown, colours);
+    const shown = answered ? this.answered : state;
+    card.picture = { shown, colours };
+    this.paint(card);
+    const { colour, style } = lineOf(index);
+    card.key.style.borderTop = `3px ${style} ${colour}`;
     card.button.setAttribute("aria-pressed", String(index === large));
     card.button.classList.toggle("chosen", Boolean(answered));
     card.said.textContent = shown ? `${index + 1}: step ${shown.step}\nq ${signed(shown.q)}` : `${index + 1}: not begun`;
     card.check.textContent = answered ? `the answer\n${this.check(shown)}` : this.check(shown);
     card.check.className = `check ${!shown || shown.valid === null ? "" : shown.valid ? "good" : "bad"}`;
+  }
+
+  /** Draw a card's board if it can be seen and is not yet what is drawn. */
+  paint(card) {
+    if (!card.visible || !card.picture) return;
+    const { shown, colours } = card.picture;
+    const how = `${card.canvas.clientWidth} ${window.devicePixelRatio} ${colours.card}`;
+    if (card.drawn && card.drawn.shown === shown && card.drawn.how === how) return;
+    card.drawn = { shown, how };
+    draw(card.canvas, this.puzzle, shown, colours);
   }
 
   check(state) {
@@ -203,9 +251,10 @@ export class Player {
   spoken(state) {
     if (!state) return "a board that is not begun";
     const side = this.puzzle.side;
+    const [height, width] = state.window;
     const rows = [];
-    for (let row = 0; row < Math.min(this.puzzle.window[0], 12); row += 1) {
-      const cells = state.cells.slice(row * side, row * side + this.puzzle.window[1]);
+    for (let row = 0; row < Math.min(height, 12); row += 1) {
+      const cells = state.cells.slice(row * side, row * side + width);
       rows.push(cells.map((token) => this.puzzle.kind === "sudoku" ? (token > 1 ? token - 1 : "blank")
         : this.puzzle.kind === "maze" ? ["nothing", "wall", "open", "start", "goal", "path"][token]
           : token > 1 ? token - 2 : "nothing").join(" "));

@@ -43,6 +43,7 @@ export class Settings {
   constructor(known, fields, more) {
     this.known = known;
     this.inputs = {};
+    this.kept = {}; // what is set, by kind of puzzle
     this.preset = document.createElement("select");
     this.preset.id = "preset";
     const label = document.createElement("label");
@@ -68,13 +69,23 @@ export class Settings {
     return label;
   }
 
-  /** Show what there is for a kind of puzzle, with the depth of its model. */
+  /** Show what there is for a kind of puzzle, with the depth of its model, as it was left. */
   open(kind, depth) {
+    if (this.kind) {
+      const fields = Object.entries(this.inputs).map(([name, input]) => [name, input.value]);
+      this.kept[this.kind] = { preset: this.preset.value, depth: this.depth, fields };
+    }
+    const before = this.kept[kind];
     this.kind = kind;
     this.depth = depth;
     const names = Object.keys(this.known.presets).filter((name) => kind in this.known.presets[name]);
     this.preset.replaceChildren(option("", "none"), ...names.map((name) => option(name, name)));
-    this.fill(this.base());
+    if (!before) { this.fill(this.base()); return; }
+    this.preset.value = before.preset;
+    for (const [name, value] of before.fields) {
+      const own = name === "depth" && value === String(before.depth); // that of the model before
+      this.inputs[name].value = own ? String(depth) : value;
+    }
   }
 
   base() {

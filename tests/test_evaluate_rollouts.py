@@ -396,7 +396,7 @@ def test_what_a_model_has_not_is_refused(measure, tmp_path):
         (("--select", "valid"), "select='valid' is for Sudoku and mazes, whose rules are known"),
         (("--preset", "vote"), "preset 'vote' needs symmetries, none is known of these puzzles"),
         (("--preset", "restarts"), "preset 'restarts' needs symmetries, none is known of these"),
-        (("--rollouts", "2"), "no symmetry is known of this model's puzzles: rollouts need noise"),
+        (("--rollouts", "2"), "no symmetry is known of this model's puzzles: rollouts must be by"),
     ):
         status, out, err = measure(*arguments, model=run)
         assert (status, out) == (2, "") and err.count("\n") == 1
@@ -428,7 +428,7 @@ def test_what_a_model_has_not_is_refused(measure, tmp_path):
 
 def test_the_fit_runs_every_step_whatever_chooses(measure, tmp_path, data):
     own = save_run(tmp_path / "own", data=data[0])
-    given = ("--calibrate", "0.5", "--select", "mode", "--halt", "q", "--depth", "2", "--json")
+    given = ("--calibrate", "0.05", "--select", "mode", "--halt", "q", "--depth", "2", "--json")
     status, out, err = measure(*given, model=own)
     assert status == 0 and "16 rollouts of 2 steps" in err
     assert json.loads(out)["reasoning"]["select"] == "mode"

@@ -150,7 +150,7 @@ def test_a_step_is_used_again_by_one_at_a_time(model, in_place):
 
 
 def test_few_are_kept(model, in_place):
-    for count in (1, 2, 4, 8, 16, 32, 64, 128):
+    for count in (1, 2, 4, 8, 16, 32, 64, 128, 192, 256, 320, 384, 448):
         with borrowed(model, count):
             pass
     assert len(inference_step._free[model]) == inference_step.KEPT

@@ -58,7 +58,8 @@ def test_what_is_given():
     sudoku = kind_of(tiny_config())
     assert sudoku.given(torch.tensor([[0, 1, 2, 5]])).tolist() == [[False, False, True, True]]
     maze = kind_of(tiny_config(seq_len=25, vocab_size=6))
-    assert maze.given(torch.tensor([[1, 2, 3, 4, 5]])).tolist() == [[True, False, True, True, True]]
+    seen = maze.given(torch.tensor([[1, 2, 3, 4, 5], [1, 2, 3, 3, 4], [1, 2, 3, 2, 5]]))
+    assert seen.tolist() == [[True, False, True, True, True], [False] * 5, [False] * 5]
     other = kind_of(tiny_config(seq_len=9, vocab_size=7))
     assert not other.given(torch.tensor([[1, 2, 3]])).any()
     assert (other.name, other.rules, other.symmetries) == ("puzzle", None, 0)

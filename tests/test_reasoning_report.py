@@ -300,7 +300,7 @@ def test_where_the_time_was_up_nothing_counts(monkeypatch):
     assert (report.passes, report.passes_max, report.seconds_max) == (0, 0, 0)
     assert set(report.selectors.values()) == {0}
     assert {(p.exact, p.rule, p.passes) for p in report.by_depth} == {(0, 0, 0)}
-    assert seen[0]["preds"].tolist() == said[0].tolist()
+    assert seen == [], "what was not answered is no answer"
 
 
 def test_no_rules_no_valid():

@@ -52,6 +52,19 @@ def test_it_solves_what_it_says_it_solves(nowhere):
     assert shares[0] > 0.9 and shares[1] > 0.6
 
 
+def test_restarts_solve_what_one_run_leaves():
+    """What docs/reasoning.md says, within what 100 boards can tell."""
+    model = Model.from_pretrained("shipped")
+    assert model.q_threshold == 2.75
+    for clues, least, passes in (((36, 50), 97, 16 / 3), ((28, 32), 96, 23), ((23, 27), 84, 96)):
+        boards, grids = generate(100, clues=clues, seed=4711)
+        answers = predict(
+            model, torch.from_numpy(boards.astype(np.int32)) + 1, reasoning="restarts"
+        )
+        assert (answers.tokens.numpy() == grids + 1).all(1).sum() >= least
+        assert float(answers.passes.double().mean()) <= passes
+
+
 def test_it_is_named_where_no_path_is_called_so(nowhere, capsys):
     assert read_saved("shipped").place == FOLDER
     assert load("shipped", device="cpu").config["eval_steps_max"] == 16

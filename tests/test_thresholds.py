@@ -10,12 +10,14 @@ import torch
 from answering import SOLVED, boards, save_run, tiny_model, write_data
 from test_foreign import nano_document
 
-from trm_fast import Model, convert, evaluate
+from trm_fast import Model, convert, evaluate, evaluate_rollouts
 from trm_fast.inference import supervision_steps
 from trm_fast.loading import load
 from trm_fast.pretrained import build, read_saved
 from trm_fast.thresholds import (
     FILE,
+    Candidate,
+    Fit,
     beside,
     fit_threshold,
     keep_threshold,
@@ -216,7 +218,7 @@ def run(tmp_path):
 
 
 def fitted(run, capsys, *arguments):
-    status = evaluate.main([str(run), "--calibrate", "0.5", "--rollouts", "2", *arguments])
+    status = evaluate.main([str(run), "--calibrate", "0.05", "--rollouts", "2", *arguments])
     out, err = capsys.readouterr()
     return status, out, err
 
@@ -235,7 +237,7 @@ def test_the_fit_of_the_command_is_that_of_its_steps(run, tmp_path, capsys):
         "rollouts": 2,
         "depth": 3,
         "by": "symmetry",
-        "target": 0.5,
+        "target": 0.05,
         "puzzles": 8,
     }
     assert kept["data"] == [str(tmp_path / "data")]
@@ -318,12 +320,43 @@ def test_a_damaged_file_beside_a_run_is_a_note(run, capsys):
 
 def test_none_reached_is_said(run, capsys):
     other = write_data(run.parent / "other", boards(4), boards(4, seed=9))
-    out = fitted(run, capsys, "--data", str(other))[1]
-    assert "  none reaches 50.0%: the most accurate is taken\n" in out
-    assert f"kept in {run / FILE}" in out
+    status, out, err = fitted(run, capsys, "--data", str(other))
+    assert status == 2 and "<- chosen" not in out
+    assert err == (
+        "trm-fast evaluate: no threshold makes 5.0% of the answers above it right, the best one "
+        "0.0%: nothing is kept\n"
+    )
+    assert not (run / FILE).exists()
 
 
-def test_a_file_of_another_project_keeps_none(tmp_path, capsys):
+SURE = Candidate(1.5, 1.0, 1.0, 1.0, 2.0)
+
+
+def test_too_few_answers_are_refused(run, capsys, monkeypatch):
+    monkeypatch.setattr(evaluate_rollouts, "fit_threshold", lambda *_: Fit(SURE, True, 0.99, (), 8))
+    status, _, err = fitted(run, capsys)
+    assert status == 2
+    assert err == (
+        "trm-fast evaluate: 8 answers above the threshold are too few to tell 99.0% by, 100 are "
+        "needed: nothing is kept\n"
+    )
+    assert not (run / FILE).exists()
+
+
+def test_the_models_of_the_package_keep_theirs(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(evaluate_rollouts, "fit_threshold", lambda *_: Fit(SURE, True, 0.05, (), 9))
+    place = Path(evaluate_rollouts.__file__).with_name("shipped") / FILE
+    before = place.read_text()
+    line = "530070000600195000098000060800060003400803001700020006060000280000419005000080079"
+    (tmp_path / "b.csv").write_text(f"{line}\n")
+    given = ("--csv", str(tmp_path / "b.csv"), "--depth", "1")
+    status, _, err = fitted("shipped", capsys, *given)
+    assert status == 0 and place.read_text() == before
+    assert err == f"not kept: {place.parent} is the package's own; give --threshold 1.5\n"
+
+
+def test_a_file_of_another_project_keeps_none(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(evaluate_rollouts, "fit_threshold", lambda *_: Fit(SURE, True, 0.05, (), 9))
     file = tmp_path / "last.ckpt"
     torch.save(nano_document(sudoku=True), file)
     (tmp_path / "b.csv").write_text(f"quizzes,solutions\n1{'0' * 15},{SOLVED}\n")
@@ -331,8 +364,7 @@ def test_a_file_of_another_project_keeps_none(tmp_path, capsys):
     status, _, err = fitted(file, capsys, "--csv", str(tmp_path / "b.csv"), "--depth", "2")
     assert status == 0
     *_, last = err.splitlines()
-    assert last.startswith(f"not kept: {file} is one file; give --threshold ")
-    assert -8 <= float(last.rsplit(" ", 1)[1]) <= 16
+    assert last == f"not kept: {file} is one file; give --threshold 1.5"
     assert sorted(p.name for p in tmp_path.iterdir()) == before
     assert beside(file) is None
 

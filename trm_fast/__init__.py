@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from trm_fast.losses import ACTLossHead
     from trm_fast.model import Model
     from trm_fast.optim import AdamATan2, SparseEmbeddingSignSGD
+    from trm_fast.reasoning import Reasoning
 
 __version__ = "0.1.0"
 
@@ -27,6 +28,7 @@ __all__ = [
     "ModelConfig",
     "PuzzleDataset",
     "PuzzleDatasetConfig",
+    "Reasoning",
     "SparseEmbeddingSignSGD",
     "TrainConfig",
     "__version__",
@@ -43,6 +45,7 @@ _HOME = {
     "trm_fast.losses": ("ACTLossHead",),
     "trm_fast.model": ("Model",),
     "trm_fast.optim": ("AdamATan2", "SparseEmbeddingSignSGD"),
+    "trm_fast.reasoning": ("Reasoning",),
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 

@@ -69,6 +69,9 @@ ALIASES = {
 }
 
 
+MOST_COMPILED = 6  # stages: with the last one fewer than the variants that Dynamo keeps
+
+
 @dataclass(frozen=True)
 class EvaluatorConfig:
     """One evaluator by its official name, such as `arc@ARC`, with its own options."""
@@ -291,8 +294,13 @@ class TrainConfig:
                 "official=true is for networks that the official code has: it needs "
                 f"arch.damping=1 and arch.latents=1, got {arch.damping} and {arch.latents}"
             )
-        if self.depth_stages and arch.kind in ("gated_mlp", "transformers_baseline"):
+        if self.depth_stages and arch.kind in ("gated_mlp", "transformers_baseline", "trm_hier6"):
             raise ConfigError(f"depth_stages is for recursions of H x L cycles, not {arch.kind}")
+        if self.compile and len(self.depth_stages) > MOST_COMPILED:
+            raise ConfigError(
+                f"compile=true takes up to {MOST_COMPILED} depth_stages, got "
+                f"{len(self.depth_stages)}: PyTorch compiles a function for few settings only"
+            )
         for text in self.depth_stages:
             part, H, L = depth_stage(text)
             if not before < part < 1:

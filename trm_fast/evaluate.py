@@ -92,7 +92,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.json:
         voted = scores | evaluators.counts
         say(json.dumps(_document(options, loaded, source, reports) | voted, indent=2))
-    else:
+    elif reports:
         say(_text(options, loaded, source, reports))
         if scores:
             say(f"\n{score_line(scores, evaluators.unanswered)}")
@@ -102,7 +102,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _drawn(options: argparse.Namespace, loaded: Loaded, reports: Reports) -> int:
     """The picture, if there is to be one, behind the report, which a full disk shall not cost."""
     measured = {n: r for n, r in reports.items() if isinstance(r, ReasoningReport)}
-    fault = draw(measured, asked_reasoning(options, loaded), options.plot) if options.plot else None
+    fault = None
+    if options.plot:
+        fault = draw(measured, asked_reasoning(options, loaded), options.plot)
     if fault is not None:
         say(f"trm-fast evaluate: {fault}", err=True)
     return USAGE if fault else 0
@@ -196,6 +198,8 @@ def _reports(
     _check_boards({name: sum(ranks.numbers(len(s.inputs))) for name, s in sets.items()}, source)
     if options.calibrate is not None:
         calibrated(options, loaded, sets, source.names)
+        if not asks:
+            return {}
     return measured(options, loaded, sets, observe, ranks)
 
 
@@ -339,8 +343,10 @@ def _document(
     source: Source,
     reports: Reports,
 ) -> dict[str, Any]:
-    plain = all(isinstance(report, SetReport) for report in reports.values())
-    plan = asked_reasoning(options, loaded)
+    plain = options.calibrate is None and all(
+        isinstance(report, SetReport) for report in reports.values()
+    )
+    plan = None if plain else asked_reasoning(options, loaded)
     return {
         "checkpoint": str(loaded.folder),
         "step": loaded.step,
@@ -350,8 +356,9 @@ def _document(
         "split": source.split,
         "other_puzzles": _other_puzzles(loaded, source),
         "max_puzzles": options.max_puzzles,
-        "supervision_steps": supervision_depth(loaded, options.steps) if plain else plan.depth,
-        "reasoning": None if plain else asdict(plan),
+        "supervision_steps": plan.depth if plan else supervision_depth(loaded, options.steps),
+        "reasoning": asdict(plan) if plan else None,
+        "q_threshold": loaded.model.q_threshold,
         "sets": {name: report.to_dict() for name, report in reports.items()},
     }
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from trm_fast.data.dataset import PuzzleDataset
 from trm_fast.data.format import IGNORE_LABEL_ID
 from trm_fast.distributed import Ranks
 from trm_fast.loading import MODEL, USAGE, CommandError, Loaded
+from trm_fast.pretrained import SHIPPED
 from trm_fast.puzzle_kind import kind_of
 from trm_fast.reasoning import PRESETS, Reasoning
 from trm_fast.reasoning_options import asked_reasoning
@@ -30,11 +32,12 @@ from trm_fast.reasoning_report import (
     measure,
     traces,
 )
-from trm_fast.thresholds import beside, fit_threshold, keep_threshold, said_of
+from trm_fast.thresholds import Fit, beside, fit_threshold, keep_threshold, said_of
 from trm_fast.viz import Curve, accuracy_curves
 
 __all__ = ["calibrated", "check_asked", "draw", "gathered", "measured", "set_lines"]
 
+ENOUGH = 1000  # answers are, for any threshold
 SHOWN_LOGITS = (0, 1, 2, 3, 4, 5, 6)  # confidences that get a row
 
 
@@ -110,7 +113,7 @@ def calibrated(
     """Fit the threshold to all puzzles, say what was found, give it to the model and keep it.
 
     Raises:
-        CommandError: nothing to fit to, or it cannot be kept.
+        CommandError: nothing or too little to fit to, or it cannot be kept.
     """
     plan = _restarts(options, loaded)
     found = [traces(loaded.model, puzzles, plan, options.batch_size) for puzzles in sets.values()]
@@ -119,36 +122,56 @@ def calibrated(
         fit = fit_threshold(q, right, options.calibrate)
     except ValueError as error:
         raise CommandError(USAGE, error) from None
-    chosen = fit.chosen
-    loaded.model.q_threshold = chosen.threshold
-    lines = [
-        f"q threshold fitted on {fit.puzzles} boards of {', '.join(names)}: {plan.rollouts} "
-        f"rollouts of {plan.depth} steps one after another",
-        f"  {'threshold':>9}{'answered':>11}{'of them right':>15}{'all right':>11}{'passes':>9}",
-    ]
-    for c in fit.candidates:
-        if c == chosen or (c.threshold >= 0 and c.threshold % 1 == 0):
-            mark = "  <- chosen" if c == chosen else ""
-            lines.append(
-                f"  {c.threshold:>9.2f}{100 * c.answered:>9.2f} %{100 * c.accuracy:>13.2f} %"
-                f"{100 * c.exact:>9.2f} %{c.passes:>9.1f}{mark}"
-            )
-    if not fit.reached:
-        lines.append(f"  none reaches {fit.target:.1%}: the most accurate is taken")
+    say(_fit_text(fit, plan, names), err=options.json)
+    _check_fit(fit)
+    chosen = fit.chosen.threshold
+    loaded.model.q_threshold = chosen
     path = beside(loaded.folder)
-    say("\n".join(lines), err=options.json)
-    if path is None:
-        say(
-            f"not kept: {loaded.folder} is one file; give --threshold {chosen.threshold:g}",
-            err=True,
-        )
+    packaged = loaded.folder.resolve() == Path(__file__).with_name(SHIPPED).resolve()
+    if path is None or packaged:
+        what = "is one file" if path is None else "is the package's own"
+        say(f"not kept: {loaded.folder} {what}; give --threshold {chosen:g}", err=True)
         return
     known = {"rollouts": plan.rollouts, "depth": plan.depth, "by": plan.by, "data": list(names)}
     try:
         keep_threshold(path, loaded.step, loaded.weights, said_of(fit) | known)
     except ValueError as error:
         raise CommandError(MODEL, error) from None
-    say(f"  kept in {path}\n", err=options.json)
+    say(f"  kept in {path}", err=options.json)
+
+
+def _fit_text(fit: Fit, plan: Reasoning, names: tuple[str, ...]) -> str:
+    lines = [
+        f"q threshold fitted on {fit.puzzles} boards of {', '.join(names)}: {plan.rollouts} "
+        f"rollouts of {plan.depth} steps one after another",
+        f"  {'threshold':>9}{'answered':>11}{'of them right':>15}{'all right':>11}{'passes':>9}",
+    ]
+    for c in fit.candidates:
+        if c == fit.chosen or (c.threshold >= 0 and c.threshold % 1 == 0):
+            mark = "  <- chosen" if c == fit.chosen and fit.reached else ""
+            lines.append(
+                f"  {c.threshold:>9.2f}{100 * c.answered:>9.2f} %{100 * c.accuracy:>13.2f} %"
+                f"{100 * c.exact:>9.2f} %{c.passes:>9.1f}{mark}"
+            )
+    return "\n".join(lines)
+
+
+def _check_fit(fit: Fit) -> None:
+    """CommandError for a threshold that cannot be trusted."""
+    if not fit.reached:
+        raise CommandError(
+            USAGE,
+            f"no threshold makes {fit.target:.1%} of the answers above it right, the best one "
+            f"{fit.chosen.accuracy:.1%}: nothing is kept",
+        )
+    least = min(ENOUGH, round(1 / max(1 - fit.target, 1 / ENOUGH)))
+    answered = round(fit.chosen.answered * fit.puzzles)
+    if answered < least:
+        raise CommandError(
+            USAGE,
+            f"{answered} answers above the threshold are too few to tell {fit.target:.1%} by, "
+            f"{least} are needed: nothing is kept",
+        )
 
 
 def _restarts(options: argparse.Namespace, loaded: Loaded) -> Reasoning:

@@ -326,10 +326,8 @@ def records(
 ) -> Iterator[tuple[slice, Record]]:
     """Run the rollouts of all puzzles, as many as memory for their records allows at a time; yields
     which puzzles, and what was said of them."""
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     deadline, kind = _deadline(plan), kind_of(model.config)
-    at_once = puzzles_at_once(plan, puzzles.inputs.shape[1])
+    at_once = puzzles_at_once(plan, puzzles.inputs.shape[1], model.config.vocab_size)
     with evaluating(model):
         for start in range(0, max(len(puzzles.inputs), 1), at_once):
             rows = slice(start, start + at_once)
@@ -369,8 +367,12 @@ def _puzzles(
     model: Model, inputs: Tensor, identifiers: Tensor | None, numbers: Tensor | None
 ) -> Puzzles:
     """On the model's device, checked."""
-    config, count = model.config, len(inputs)
+    config = model.config
     given = {"inputs": inputs, "puzzle_identifiers": identifiers, "numbers": numbers}
+    for name, t in given.items():
+        if t is not None and not isinstance(t, Tensor):
+            raise ValueError(f"{name} must be a tensor of integers, got {type(t).__name__}")
+    count = len(inputs)
     for name, t in given.items():
         if t is not None and (t.is_floating_point() or t.is_complex() or t.dtype == torch.bool):
             raise ValueError(f"{name} must be integers, got {t.dtype}")
@@ -380,6 +382,13 @@ def _puzzles(
         raise ValueError(f"inputs must be [N, {config.seq_len}], got {list(inputs.shape)}")
     if inputs.numel() and not 0 <= int(inputs.min()) <= int(inputs.max()) < config.vocab_size:
         raise ValueError(f"tokens must be in 0..{config.vocab_size - 1}")
+    rows = config.num_puzzle_identifiers if config.puzzle_emb_ndim else 1 << 31
+    ends = (("numbers", numbers, 1 << 32), ("puzzle_identifiers", identifiers, rows))
+    for name, t, end in ends:
+        if t is not None and t.numel() and not 0 <= int(t.min()) <= int(t.max()) < end:
+            raise ValueError(f"{name} must be in 0..{end - 1}")
+    if kind_of(config).rules is not None and bool((inputs == 0).any()):
+        raise ValueError("0 is padding: tokens of a puzzle begin at 1 (blank, or a wall)")
     device = model.inner.device
     if identifiers is None:
         identifiers = torch.zeros(count, dtype=torch.int32)

@@ -25,7 +25,7 @@ from trm_fast.recursion import named
 
 __all__ = ["InferenceStep", "StepOutput", "borrowed", "padded_size"]
 
-KEPT = 6  # steps of one model that wait to be used again
+KEPT = 12  # steps of one model that wait to be used again
 
 
 @dataclass

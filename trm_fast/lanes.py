@@ -53,7 +53,7 @@ class Said:
         tokens: [N, L] int64 in the puzzle's own frame, the givens written over.
         q: [N] float32, where NaN is -inf.
         moved: [N] float32, the mean over tokens of the Euclidean norm of the change of the logits
-            since the step before; inf at the first.
+            since the step before; inf at the first, and where it is NaN.
         stayed: [N] bool, whether the tokens are those of the step before.
         certainty: [N, L] float32, the probability of each token shown, of a given one 1; None
             where nobody looks at it.
@@ -213,7 +213,7 @@ class Lanes:
         out = self._step.run()
         logits, tokens = out.logits.float(), out.preds
         moved = (logits - own["logits"]).norm(dim=-1).mean(-1)
-        moved = torch.where(own["taken"] == 0, torch.inf, moved)
+        moved = torch.where((own["taken"] == 0) | moved.isnan(), torch.inf, moved)
         if self._moves:
             tokens = TokenSymmetry(own["cells"], own["values"]).apply(tokens)
         given = self._kind.given(own["inputs"])

@@ -139,9 +139,9 @@ class Parser(argparse.ArgumentParser):
             allow_abbrev=False,
             formatter_class=argparse.RawDescriptionHelpFormatter,
             epilog=(
-                "exit status: 0 done; 1 an answer breaks the rules (solve only); 2 command line "
-                "or missing\ninput; 3 checkpoint; 4 input that cannot be read; 5 size or "
-                "vocabulary unlike the model's;\n6 a graph unlike the model (export only)"
+                "exit status: 0 done; 1 an answer breaks the rules or is withheld (solve only); "
+                "2 command\nline or missing input; 3 checkpoint; 4 input that cannot be read; 5 "
+                "size or vocabulary\nunlike the model's; 6 a graph unlike the model (export only)"
             ),
         )
 

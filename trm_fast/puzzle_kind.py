@@ -16,7 +16,7 @@ from torch import Tensor
 
 from trm_fast.config import ModelConfig
 from trm_fast.data.augment import BLANK_TOKEN
-from trm_fast.data.maze_solver import OPEN
+from trm_fast.data.maze_solver import GOAL, OPEN, START
 from trm_fast.rules import Rules, maze_side, rules_of, sudoku_side
 from trm_fast.symmetry import (
     TokenSymmetry,
@@ -52,7 +52,11 @@ class PuzzleKind:
         if self.name == "Sudoku":
             return inputs > BLANK_TOKEN
         if self.name == "maze":
-            return inputs != OPEN
+            # Other puzzles have as many cells and values; only mazes have one start and one goal.
+            one_start, one_goal = (
+                (inputs == token).sum(-1, keepdim=True) == 1 for token in (START, GOAL)
+            )
+            return (inputs != OPEN) & one_start & one_goal
         return torch.zeros_like(inputs, dtype=torch.bool)
 
     def images(self, rollouts: Tensor, words: Tensor) -> TokenSymmetry:

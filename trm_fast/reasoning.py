@@ -125,11 +125,6 @@ class Reasoning:
         """Whether an answer that is found ends all rollouts of its puzzle."""
         return self.select in STOPPING
 
-    @property
-    def plain(self) -> bool:
-        """Whether one rollout from the model's own beginning is all there is."""
-        return self.rollouts == 1 and not self.noise and self.init == "fixed"
-
     def resolved(self, config: ModelConfig, kind: PuzzleKind, threshold: float | None) -> Reasoning:
         """With depth, by and threshold as they are for a model.
 
@@ -151,8 +146,8 @@ class Reasoning:
         if by == "symmetry" and self.rollouts > 1:
             if kind.symmetries == 0:
                 raise ValueError(
-                    "no symmetry is known of this model's puzzles: rollouts need noise or "
-                    "init='random'"
+                    "no symmetry is known of this model's puzzles: rollouts must be by noise or by "
+                    "init"
                 )
             if kind.symmetries is not None and self.rollouts > kind.symmetries and not differs:
                 raise ValueError(
@@ -197,6 +192,18 @@ def _states(config: ModelConfig) -> list[str]:
 _PTRM = Reasoning(rollouts=100, depth=64, by="noise", noise=0.3, entry="last")
 PRESETS: dict[str, dict[str, Reasoning]] = {
     # By kind of puzzle, as published where it was.
+    "restarts": {
+        "Sudoku": Reasoning(
+            rollouts=16, by="symmetry", select="first-q", halt="q", schedule="sequential"
+        ),
+        "maze": Reasoning(
+            rollouts=8, by="symmetry", select="first-q", halt="q", schedule="sequential"
+        ),
+    },
+    "vote": {
+        "Sudoku": Reasoning(rollouts=16, by="symmetry", select="mode"),
+        "maze": Reasoning(rollouts=8, by="symmetry", select="mode"),
+    },
     "ptrm": {
         "Sudoku": _PTRM,
         "maze": replace(_PTRM, depth=16, noise=1.0, select="mode"),
@@ -208,18 +215,6 @@ PRESETS: dict[str, dict[str, Reasoning]] = {
             rollouts=128, depth=64, by="init", init="random", entry="last", select="residual"
         ),
     ),
-    "vote": {
-        "Sudoku": Reasoning(rollouts=16, by="symmetry", select="mode"),
-        "maze": Reasoning(rollouts=8, by="symmetry", select="mode"),
-    },
-    "restarts": {
-        "Sudoku": Reasoning(
-            rollouts=16, by="symmetry", select="first-q", halt="q", schedule="sequential"
-        ),
-        "maze": Reasoning(
-            rollouts=8, by="symmetry", select="first-q", halt="q", schedule="sequential"
-        ),
-    },
 }
 """Named ways of asking: the settings, by kind of puzzle."""
 
@@ -233,6 +228,9 @@ def reasoning_of(
         ValueError: no such preset, or not for this kind of puzzle; no such setting, or its value.
     """
     base = Reasoning() if given is None else given
+    if not isinstance(base, (str, Reasoning)):
+        got = type(given).__name__
+        raise ValueError(f"reasoning must be a Reasoning or the name of a preset, got {got}")
     if isinstance(base, str):
         if base not in PRESETS:
             raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {base!r}")

@@ -39,7 +39,9 @@ def add_reasoning(parser: argparse.ArgumentParser) -> None:
         shown: dict[str, Any] = {"choices": choices} if choices else {"metavar": metavar}
         group.add_argument(f"--{name}", type=kind, help=words, dest=name, **shown)
 
-    group.add_argument("--preset", choices=tuple(PRESETS), help="settings of a published method")
+    group.add_argument(
+        "--preset", choices=tuple(PRESETS), help="settings that go together (docs/reasoning.md)"
+    )
     add("rollouts", "runs over each puzzle (default: 1)", int, "K")
     add("rollouts-by", "what makes them differ (default: what is given below, or else symmetry)")
     add("noise", "deviation of what is added to the states before every step", float, "SIGMA")
@@ -75,6 +77,10 @@ def asked_reasoning(options: argparse.Namespace, loaded: Loaded) -> Reasoning:
     """
     values = vars(options)
     changes = {_field(name): values[name] for name in NAMES if values[name] is not None}
+    if changes.get("by") == "init" and changes.get("init") == "fixed":
+        raise CommandError(
+            USAGE, "--rollouts-by init is with random first states, not --init fixed"
+        )
     model = loaded.model
     try:
         given = reasoning_of(options.preset, kind_of(model.config), changes)

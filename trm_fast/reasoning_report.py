@@ -151,7 +151,8 @@ def measure(
         puzzles: of this process; all processes get the results of the whole.
         plan: resolved for the model, see `inference.plan_for`.
         observe: called with "inputs", "labels", "puzzle_identifiers", "preds" and
-            "q_halt_logits" of the answers, some puzzles at a time.
+            "q_halt_logits" of the answers, some puzzles at a time; not of puzzles that no step was
+            made for.
         abstain: a confidence in [0, 1] that is to be among those of `risk`.
 
     Raises ValueError where no process has a puzzle.
@@ -162,15 +163,15 @@ def measure(
         part = Labelled(*(t[rows] for t in vars(puzzles).values()))
         seconds = time.monotonic() - begun
         chosen = tally.add(part, record, seconds)
-        if observe is not None and len(part.inputs):
-            there = chosen.step.unsqueeze(-1) > 0
+        there = chosen.step > 0
+        if observe is not None and bool(there.any()):
             observe(
                 {
-                    "inputs": part.inputs,
-                    "labels": part.labels,
-                    "puzzle_identifiers": part.identifiers,
-                    "preds": torch.where(there, chosen.of(record.tokens), part.inputs).long(),
-                    "q_halt_logits": chosen.q,
+                    "inputs": part.inputs[there],
+                    "labels": part.labels[there],
+                    "puzzle_identifiers": part.identifiers[there],
+                    "preds": chosen.of(record.tokens)[there].long(),
+                    "q_halt_logits": chosen.q[there],
                 }
             )
         begun = time.monotonic()
@@ -274,7 +275,10 @@ class _Tally:
         ):
             for place, (k, d) in enumerate(points):
                 curve[place] += self._point(record.cut(k, d), right[:, :k, :d], kept[:, :k, :d])
-        at_least = _logit(chosen.confidence.double().numpy())[:, None] >= self._logits
+        logit = chosen.q.double().numpy()  # which a confidence in float32 would round
+        if plan.select == "mode":
+            logit = _logit(chosen.confidence.double().numpy())
+        at_least = logit[:, None] >= self._logits
         sums.risk += np.stack([at_least.sum(0), (at_least & exact.numpy()[:, None]).sum(0)], -1)
         return chosen
 

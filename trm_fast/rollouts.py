@@ -34,7 +34,7 @@ class Record:
     """What the rollouts said at every step, in each puzzle's own frame, the givens written over.
 
     Attributes:
-        tokens: [P, K, D, L] uint8, or int16 of more than 256 values.
+        tokens: [P, K, D, L], of the type of `token_dtype`.
         q: [P, K, D] float32.  moved: [P, K, D] float32; both see `lanes.Said`.
         steps: [P, K] int64, steps run: what lies beyond means nothing.
     """
@@ -71,10 +71,17 @@ class Stepped:
     said: Said
 
 
-def puzzles_at_once(plan: Reasoning, length: int) -> int:
-    """P, so that the record of a plan on puzzles of `length` tokens takes no more than it may."""
+def token_dtype(values: int) -> torch.dtype:
+    """The smallest integer type for tokens of so many values."""
+    return torch.uint8 if values <= 256 else torch.int16 if values <= 1 << 15 else torch.int32
+
+
+def puzzles_at_once(plan: Reasoning, length: int, values: int) -> int:
+    """P, so that the record of a plan on puzzles of `length` tokens of so many values takes no more
+    than it may."""
     assert plan.depth is not None
-    return max(1, RECORD_BYTES // (plan.rollouts * plan.depth * (length + 8)))
+    step = length * token_dtype(values).itemsize + 8
+    return max(1, RECORD_BYTES // (plan.rollouts * plan.depth * step))
 
 
 class Rollouts:
@@ -100,11 +107,13 @@ class Rollouts:
         cuda_graph: bool = True,
     ) -> None:
         assert plan.depth is not None
+        if type(width) is not int or width < 1:
+            raise ValueError(f"batch_size must be a whole number of at least 1, got {width!r}")
         self._lanes = Lanes(model, kind, puzzles, plan, watched, cuda_graph)
         self._kind, self._plan, self._width, self._deadline = kind, plan, width, deadline
         self._inputs = puzzles.inputs
         device, (count, length) = puzzles.inputs.device, puzzles.inputs.shape
-        dtype = torch.uint8 if model.config.vocab_size <= 256 else torch.int16
+        dtype = token_dtype(model.config.vocab_size)
         shape = (count * plan.rollouts, plan.depth)
         self._tokens = torch.zeros(*shape, length, dtype=dtype, device=device)
         self._q = torch.full(shape, -torch.inf, device=device)

@@ -23,6 +23,9 @@ from trm_fast.rules import Rules
 __all__ = ["SELECTORS", "Choice", "choose", "keeps_rules"]
 
 
+CHECKED = 1 << 14  # answers that the rules are asked about at once
+
+
 @dataclass(frozen=True)
 class Choice:
     """The chosen step of P puzzles.
@@ -62,11 +65,13 @@ def keeps_rules(record: Record, inputs: Tensor, rules: Rules) -> Tensor:
     """[P, K, D] bool: which of the steps that were run say an answer that keeps the rules of its
     puzzle, inputs [P, L] on the CPU."""
     ran = record.ran
-    puzzle = ran.nonzero()[:, 0]
+    puzzle, tokens = ran.nonzero()[:, 0], record.tokens[ran]
+    kept = np.zeros(len(puzzle), bool)
+    for start in range(0, len(puzzle), CHECKED):  # what is checked at once takes much more room
+        part = slice(start, start + CHECKED)
+        kept[part] = rules(inputs[puzzle[part]].numpy(), tokens[part].numpy())
     found = torch.zeros_like(ran)
-    if len(puzzle):
-        kept = rules(inputs[puzzle].numpy(), record.tokens[ran].numpy())
-        found[ran] = torch.from_numpy(np.asarray(kept))
+    found[ran] = torch.from_numpy(kept)
     return found
 
 
@@ -100,21 +105,31 @@ def _highest_q(record: Record, plan: Reasoning) -> Choice:
 def _mode(record: Record, plan: Reasoning) -> Choice:
     """The entry of highest q among those that say what was found most often."""
     step, q = _entries(record, plan)
-    count, k = step.shape
-    rows = torch.arange(count)
+    rows = torch.arange(len(step))
     index = step[..., None, None].expand(-1, -1, 1, record.tokens.shape[-1])
-    tokens = record.tokens.gather(2, index).squeeze(2)
-    same = torch.stack([(tokens == tokens[:, i : i + 1]).all(-1) for i in range(k)], dim=1)
+    answer = _alike(record.tokens.gather(2, index).squeeze(2))
     voted = record.steps > 0
     weights = voted.double() if plan.entry == "last" else torch.sigmoid(q.double()) * voted
-    votes = (same * weights[:, None]).sum(-1) - (~voted).double()  # without a step: behind all
+    of_answer = np.bincount(answer.numpy().ravel(), weights.numpy().ravel(), minlength=1)
+    votes = torch.from_numpy(of_answer)[answer] - (~voted).double()  # without a step: behind all
     winner = votes.argmax(-1)
-    rollout = torch.where(same[rows, winner] & voted, q, -torch.inf).argmax(-1)
+    alike = (answer == answer[rows, winner][:, None]) & voted
+    rollout = torch.where(alike, q, -torch.inf).argmax(-1)
     # Where every q is -inf, the argmax may be of another answer.
-    rollout = torch.where(same[rows, winner, rollout], rollout, winner)
+    rollout = torch.where(alike[rows, rollout], rollout, winner)
     chosen = _at(record, rollout, step[rows, rollout])
     share = votes[rows, winner].clamp(min=0) / voted.sum(-1).clamp(min=1)
     return Choice(chosen.rollout, chosen.step, chosen.q, share.float())
+
+
+def _alike(tokens: Tensor) -> Tensor:
+    """[P, K] int64: the same number for the same answers [P, K, L] to a puzzle, for no others."""
+    count, k, length = tokens.shape
+    lines = np.empty((count * k, 8 + length * tokens.itemsize), np.uint8)
+    lines[:, :8] = np.arange(count).repeat(k).astype(np.int64).view(np.uint8).reshape(-1, 8)
+    lines[:, 8:] = tokens.reshape(count * k, length).contiguous().numpy().view(np.uint8)
+    _, number = np.unique(lines.view(f"V{lines.shape[1]}").ravel(), return_inverse=True)
+    return torch.from_numpy(number.reshape(count, k).astype(np.int64))
 
 
 def _residual(record: Record, plan: Reasoning) -> Choice:

@@ -87,12 +87,12 @@ class Found:
 
     def text(self) -> str:
         """How sure, and at what cost."""
-        if self.plan.select == "mode":
-            sure = f"{self.confidence:.3f} of the votes"
-        else:
-            sure = f"halting confidence {self.confidence:.3f} at step {self.step}"
+        sure = f"halting confidence {self.confidence:.3f} at step {self.step}"
+        votes = f"{self.confidence:.3f} of the votes"
         if self.plan.rollouts == 1:
-            return sure
+            return votes if self.plan.select == "mode" else sure
+        if self.plan.select == "mode":
+            return f"{votes}, {self.passes} passes"
         return f"{sure} of rollout {self.rollout}, {self.passes} passes"
 
     def to_dict(self) -> dict[str, Any]:

@@ -8,11 +8,12 @@ import os
 import re
 import shutil
 import threading
+from itertools import repeat
 
 import pytest
 import torch
 from answering import tiny_model
-from test_demo_work import loaded
+from test_demo_work import ARC, arc_data, loaded
 
 from trm_fast.demo.server import DemoServer
 from trm_fast.demo.work import Demo
@@ -42,6 +43,41 @@ RECORD = """() => {
         const text = where.textContent.replace(/ of .*/, "");
         if (window.seen.at(-1) !== text) window.seen.push(text);
     }).observe(where, { childList: true });
+}"""
+
+
+# Of every cell of a board: its ground, near the lower right corner, and how much is inked over it.
+CELLS = """([id, rows, columns]) => {
+    const canvas = document.getElementById(id);
+    const copy = Object.assign(document.createElement("canvas"),
+        { width: canvas.width, height: canvas.height });
+    const pen = copy.getContext("2d", { willReadFrequently: true });
+    pen.drawImage(canvas, 0, 0);
+    const colour = (x, y) => [...pen.getImageData(x, y, 1, 1).data.slice(0, 3)];
+    const cell = (canvas.width - 4) / columns;
+    const found = [];
+    for (let row = 0; row < rows; row += 1) {
+        for (let column = 0; column < columns; column += 1) {
+            const [x, y] = [2 + column * cell, 2 + row * cell];
+            const ground = colour(x + cell * 0.86, y + cell * 0.86);
+            const inner = pen.getImageData(x + cell * 0.2, y + cell * 0.2, cell * 0.6, cell * 0.6);
+            let inked = 0;
+            for (let at = 0; at < inner.data.length; at += 4) {
+                const far = (i) => Math.abs(inner.data[at + i] - ground[i]);
+                if (far(0) + far(1) + far(2) > 120) inked += 1;
+            }
+            const top = colour(x + cell * 0.08, y + cell * 0.08);
+            found.push({ ground: ground.join(), inked, top: top.join() });
+        }
+    }
+    return found;
+}"""
+# What a text said, one after another.
+SAID = """id => {
+    window.said = [];
+    const element = document.getElementById(id);
+    new MutationObserver(() => window.said.push(element.textContent))
+        .observe(element, { childList: true });
 }"""
 
 
@@ -102,18 +138,21 @@ def page(browser, server):
     assert asked and all(url.startswith(server.url) for url in asked), asked
 
 
-def shows(page, selector, text):
-    """Wait until an element has a text (a function to wait for is what the page forbids: eval)."""
+def expects(located):
+    """What is waited for of an element (functions to wait for are what the page forbids: eval)."""
     from playwright.sync_api import expect
 
-    expect(page.locator(selector)).to_have_text(text, timeout=20_000)
+    return expect(located)
+
+
+def shows(page, selector, text):
+    """Wait until an element has a text."""
+    expects(page.locator(selector)).to_have_text(text, timeout=20_000)
 
 
 def has(page, selector, value):
     """The same of a field's value."""
-    from playwright.sync_api import expect
-
-    expect(page.locator(selector)).to_have_value(value, timeout=20_000)
+    expects(page.locator(selector)).to_have_value(value, timeout=20_000)
 
 
 def solved(page):
@@ -124,7 +163,7 @@ def solved(page):
     page.wait_for_selector("body[data-busy=false]")
 
 
-def test_a_pasted_puzzle_is_solved_step_by_step(page, models, tmp_path):
+def test_a_pasted_puzzle_is_solved_step_by_step(page, models):
     rows = "\n".join(" ".join(BOARD[start : start + 9]) + " |" for start in range(0, len(BOARD), 9))
     page.fill("#paste", rows)
     page.click("#load")
@@ -150,9 +189,20 @@ def test_a_pasted_puzzle_is_solved_step_by_step(page, models, tmp_path):
     assert cards.count() == 4
     assert "the answer" in cards.nth(int(want.rollout)).text_content()
     assert page.locator("#curve polyline").count() == 4
-    path = tmp_path / "page.png"
-    page.screenshot(path=path, full_page=True)
-    assert path.stat().st_size > 30_000
+    keys = cards.locator(".key").evaluate_all("all => all.map(k => k.style.borderTopColor)")
+    lines = page.locator("#curve polyline").evaluate_all(
+        "all => all.map(l => getComputedStyle(l).stroke)"
+    )
+    assert len(set(keys)) == 4 and set(keys) == set(lines)
+    large = page.evaluate(CELLS, ["large", 9, 9])
+    assert all(cell["inked"] > 20 for cell in large)
+    card = page.locator("#rollouts canvas").nth(int(want.rollout))
+    card.evaluate("canvas => { canvas.id = 'answering'; }")
+    small = page.evaluate(CELLS, ["answering", 9, 9])
+    for cells in (large, small):
+        given = {cell["ground"] for cell, c in zip(cells, BOARD, strict=True) if c != "."}
+        told = {cell["ground"] for cell, c in zip(cells, BOARD, strict=True) if c == "."}
+        assert given == {"228,231,235"} and not given & told
 
 
 def test_the_steps_are_scrubbed_with_the_keyboard(page):
@@ -217,15 +267,218 @@ def test_tabs_of_what_there_is_and_what_is_missing(page):
     assert page.text_content("#missing").startswith("No ARC model is loaded: build data with")
 
 
-def test_stopping_ends_the_work(page, server):
-    page.fill("#set-rollouts", "64")
-    page.fill("#set-depth", "128")
+@pytest.fixture
+def endless(server, monkeypatch):
+    """Every answer then takes minutes: its third frame comes again and again."""
+    ended = threading.Event()
+    frames = server.demo.frames
+
+    def again(asked):
+        lines = frames(asked)
+        start, first, second, third = (next(lines) for _ in range(4))
+        yield from (start, first, second)
+        for line in repeat(third, 6000):
+            yield line
+            if ended.wait(0.05):
+                return
+
+    monkeypatch.setattr(server.demo, "frames", again)
+    yield
+    ended.set()
+
+
+def begins(page):
+    """Press the button and wait for a frame."""
+    page.evaluate("document.getElementById('speed').value = '0'")
     page.click("#run")
-    page.wait_for_selector("#boards:not([hidden])")
+    expects(page.locator("#where")).to_contain_text("frame")
+
+
+def test_stopping_ends_the_work_and_the_playing(page, server, endless):
+    begins(page)
+    shows(page, "#status", "Thinking…")
+    assert not server.slots["solve"].acquire(blocking=False)
+    page.click("#tab-arc")  # where there is no model
+    assert page.get_attribute("#play", "aria-label") == "Pause"
+    page.click("#stop")
+    assert server.slots["solve"].acquire(timeout=2)
+    server.slots["solve"].release()
+    shows(page, "#status", "Stopped.")
+    page.wait_for_selector("#play[aria-label=Play]")
+    assert page.is_hidden("#verdict")
+
+
+def test_stop_is_in_sight_on_a_narrow_screen(page, endless):
+    page.set_viewport_size({"width": 400, "height": 700})
+    begins(page)
+    page.locator("#curve").scroll_into_view_if_needed()
+    box = page.locator("#stop").bounding_box()
+    assert box["y"] >= 0 and box["y"] + box["height"] <= 700
     page.click("#stop")
     shows(page, "#status", "Stopped.")
-    assert server.slots["solve"].acquire(timeout=20)
-    server.slots["solve"].release()
+
+
+def test_a_run_begun_over_another_keeps_the_page(page, endless):
+    begins(page)
+    page.evaluate(SAID, "status")
+    page.click("#run")
+    page.wait_for_timeout(500)
+    assert set(page.evaluate("window.said")) == {"Thinking…"}
+    assert page.get_attribute("body", "data-busy") == "true" and page.is_enabled("#stop")
+    page.click("#stop")
+    shows(page, "#status", "Stopped.")
+
+
+def test_a_fault_midway_ends_the_playing(page):
+    def breaks(route):
+        route.fulfill(body='{"start":{"rollouts":2,"depth":3}}\n{"error":"it broke"}\n')
+
+    page.route("**/api/solve", breaks)
+    page.click("#run")
+    shows(page, "#message", "it broke")
+    shows(page, "#status", "No answer.")
+    assert page.get_attribute("#play", "aria-label") == "Play"
+
+
+def test_the_end_is_not_told_before_it_is_shown(page):
+    solved_at = page.locator("#verdict")
+    page.evaluate("document.getElementById('speed').value = '2'")
+    page.click("#run")
+    shows(page, "#status", "Done.")
+    page.click("#play")
+    assert page.get_attribute("#play", "aria-label") == "Play"
+    assert solved_at.is_hidden() and page.is_hidden("#text-box")
+    assert "valid" not in page.inner_text(".stage-head")
+    page.focus("#scrub")
+    page.keyboard.press("End")
+    shows(page, "#where", "the answer")
+    assert solved_at.inner_text().startswith("Answer: valid") and page.is_visible("#text-box")
+
+
+def test_grounds_and_marks_of_cells(page):
+    """Given, sure, unsure and broken cells; of ARC a mark where the answer is wrong."""
+    draws = """async ([puzzle, state]) => {
+        const { draw, palette } = await import("/board.js");
+        const canvas = document.createElement("canvas");
+        canvas.id = "drawn";
+        document.body.append(canvas);
+        draw(canvas, puzzle, state, palette());
+    }"""
+    cells = [2, 1, 1, 1] + [1] * 12
+    puzzle = {"kind": "sudoku", "side": 4, "box": [2, 2], "window": [4, 4], "cells": cells}
+    state = {"cells": [2, 3, 4, 5] + [1] * 12, "sure": [100, 100, 0, 50] + [0] * 12}
+    page.evaluate(draws, [puzzle, {**state, "broken": [3], "window": [4, 4]}])
+    given, sure, unsure, broken = page.evaluate(CELLS, ["drawn", 1, 4])
+    assert given["ground"] == "228,231,235" and sure["ground"] == "147,214,160"
+    assert unsure["ground"] == "247,220,154" and broken["ground"] == "246,193,186"
+    assert all(cell["inked"] > 20 for cell in (given, sure, unsure, broken))
+    assert broken["top"] == "180,35,24" and unsure["top"] == unsure["ground"]
+    page.evaluate("document.getElementById('drawn').remove()")
+    puzzle = {"kind": "arc", "side": 30, "box": [0, 0], "window": [1, 2], "cells": [3] * 900}
+    page.evaluate(draws, [puzzle, {"cells": [3] * 900, "broken": [2], "window": [1, 3]}])
+    right, _, wrong = page.evaluate(CELLS, ["drawn", 1, 3])
+    assert right["ground"] == wrong["ground"] == right["top"] == "30,147,255"
+    assert wrong["top"] == "255,255,255"
+
+
+def test_tabs_keep_what_is_typed_and_set(page):
+    page.click("#clear")
+    page.keyboard.type("12")
+    page.fill("#set-rollouts", "7")
+    page.select_option("#preset", "ptrm")
+    page.fill("#set-depth", "5")
+    page.fill("#paste", "not yet")
+    kept = {name: page.input_value(f"#set-{name}") for name in ("rollouts", "noise", "select")}
+    page.click("#tab-sudoku")
+    assert page.input_value("#grid input >> nth=1") == "2"
+    page.click("#tab-maze")
+    assert (page.input_value("#set-depth"), page.input_value("#paste")) == ("3", "")
+    page.focus("#tab-maze")
+    page.keyboard.press("End")
+    assert page.get_attribute("#tab-arc", "aria-selected") == "true"
+    page.keyboard.press("Home")
+    assert page.get_attribute("#tab-sudoku", "aria-selected") == "true"
+    values = page.locator("#grid input").evaluate_all("all => all.map(c => c.value)")
+    assert values == ["1", "2"] + [""] * 79
+    assert (page.input_value("#set-depth"), page.input_value("#preset")) == ("5", "ptrm")
+    assert {name: page.input_value(f"#set-{name}") for name in kept} == kept
+    assert page.input_value("#paste") == "not yet"
+
+
+@pytest.mark.parametrize("how", ["clear", "type"])
+def test_a_puzzle_that_comes_late_overwrites_nothing(page, how):
+    waiting = []
+    page.route("**/api/puzzle", lambda route: waiting.append(route))
+    page.fill("#paste", BOARD)
+    with page.expect_request("**/api/puzzle"):
+        page.click("#load")
+    if how == "clear":
+        page.click("#clear")
+    else:
+        page.locator("#grid input").nth(80).fill("1")
+    before = page.locator("#grid input").evaluate_all("all => all.map(c => c.value)")
+    for route in waiting:
+        route.continue_()
+    page.wait_for_timeout(300)
+    assert page.locator("#grid input").evaluate_all("all => all.map(c => c.value)") == before
+    assert before[80] == ("" if how == "clear" else "1")
+
+
+def test_links_of_other_sites_wait_for_a_click(browser, server):
+    page = browser.new_page()
+    page.goto(f"{server.url}#solve={BOARD}", referer="http://elsewhere.example/")
+    page.wait_for_selector("body[data-ready=true]")
+    has(page, "#grid input >> nth=1", BOARD[1])
+    said = "Another site filled in this puzzle: press “Solve it” to have it solved."
+    shows(page, "#status", said)
+    assert page.get_attribute("body", "data-busy") is None and page.is_hidden("#player")
+    solved(page)
+    page.close()
+    page = browser.new_page()
+    page.goto(f"{server.url}#solve={BOARD}")
+    shows(page, "#status", "Done.")
+    page.close()
+
+
+def test_a_link_too_short_is_kept_to_be_mended(browser, server):
+    page = browser.new_page()
+    page.goto(f"{server.url}#solve=53..7....6......8.........")
+    shows(page, "#message", "26 characters: a board has 81")
+    assert page.input_value("#paste") == "53..7....6......8........."
+    assert page.get_attribute("body", "data-busy") is None
+    page.close()
+
+
+def test_the_arc_example_that_is_chosen_is_the_one_solved(browser, tmp_path):
+    data = {"data_paths": [str(arc_data(tmp_path / "arc"))]}
+    arc = loaded(tiny_model(5, **ARC, puzzle_emb_len=1), data=data)
+    with DemoServer(Demo([arc, loaded(tiny_model(4, seq_len=25, vocab_size=6))]), 0) as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
+        thread.start()
+        page = browser.new_page()
+        page.goto(server.url)
+        page.click("#tab-arc")
+        page.wait_for_selector("#question[aria-label='the ARC input of two, 2 by 3 cells']")
+        page.select_option("#example", "1")
+        page.click("#tab-maze")
+        page.click("#tab-arc")
+        has(page, "#example", "1")
+        with page.expect_request("**/api/solve") as asked:
+            solved(page)
+        assert asked.value.post_data_json["example"] == 1
+        rows, columns = map(
+            int, re.match(r"Answer: a grid of (\d+) x (\d+),", page.inner_text("#verdict")).groups()
+        )
+        assert (rows, columns) != (2, 3)
+        ratio = page.evaluate("large.width - 4 + '/' + (large.height - 4)")
+        width, height = map(int, ratio.split("/"))
+        assert width * max(rows, 2) == height * max(columns, 3)
+        marks = page.evaluate(CELLS, ["large", rows, max(columns, 3)])
+        assert marks[-1]["top"] == "255,255,255"
+        shows(page, "#legend li:visible", "unlike the solution (marked corner)")
+        page.close()
+        server.shutdown()
+        thread.join()
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

@@ -200,7 +200,7 @@ async function run() {
 function begun(puzzle, start) {
   player.start(puzzle, start);
   const below = $("boards").getBoundingClientRect().top > window.innerHeight - 120;
-  if (below) $("stage-title").scrollIntoView();
+  if (below) document.querySelector(".stage").scrollIntoView();
 }
 
 function busy(is) {

@@ -40,7 +40,10 @@ export class Player {
     $("rollouts").hidden = rollouts === 1;
     $("rollouts").classList.toggle("few", rollouts <= 4);
     for (const id of ["player", "boards", "curve-box"]) $(id).hidden = false;
-    $("legend").hidden = puzzle.kind === "arc";
+    const arc = puzzle.kind === "arc";
+    $("legend").hidden = arc && !puzzle.solution;
+    $("legend").classList.toggle("arc", arc);
+    $("broken-words").textContent = arc ? "unlike the solution" : "breaks a rule";
     $("verdict").hidden = true;
     $("text-box").hidden = true;
     $("scrub").max = 0;

@@ -4,6 +4,7 @@ Skipped where there is no Chromium or no Playwright; TRM_FAST_BROWSER=require, a
 instead. Playwright drives the browser that is installed and downloads none.
 """
 
+import json
 import os
 import re
 import shutil
@@ -330,14 +331,16 @@ def test_a_run_begun_over_another_keeps_the_page(page, endless):
 
 
 def test_a_fault_midway_ends_the_playing(page):
-    def breaks(route):
-        route.fulfill(body='{"start":{"rollouts":2,"depth":3}}\n{"error":"it broke"}\n')
-
-    page.route("**/api/solve", breaks)
+    state = {"cells": [1] * 81, "sure": [0] * 81, "broken": [], "window": [9, 9], "q": 0}
+    told = [state | {"step": step, "valid": False, "words": ""} for step in (1, 2, 3)]
+    lines = [{"start": {"rollouts": 1, "depth": 3}}, *({"frame": {"rollouts": [s]}} for s in told)]
+    body = "\n".join(json.dumps(line) for line in [*lines, {"error": "it broke"}, {}])
+    page.route("**/api/solve", lambda route: route.fulfill(body=body))
     page.click("#run")
     shows(page, "#message", "it broke")
     shows(page, "#status", "No answer.")
-    assert page.get_attribute("#play", "aria-label") == "Play"
+    page.wait_for_selector("#play[aria-label=Play]")  # after what there is was played
+    shows(page, "#where", "frame 3 of 3")
 
 
 def test_the_end_is_not_told_before_it_is_shown(page):

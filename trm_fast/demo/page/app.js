@@ -18,7 +18,7 @@ let known = null;
 let settings = null;
 let kind = null; // of the tab that is open
 let working = null; // the AbortController of the puzzle that is worked on
-let fetching = null; // the same of a puzzle that is fetched
+const fetching = {}; // the same of a puzzle that is fetched, by `place`
 let pending = null; // ends when that puzzle is there, or is not to be had
 const chosen = {}; // by kind: which model, and what stands in the box to paste into
 const puzzles = {}; // what is asked, by `place`
@@ -41,7 +41,7 @@ function place(index) {
 
 /** What is typed counts: it is kept, and no puzzle that comes later writes over it. */
 function edited() {
-  fetching?.abort();
+  fetching[place(model())]?.abort();
   say("");
   const one = known.models[model()];
   puzzles[place(model())] = { kind: "sudoku", side: one.side, line: grid.line };
@@ -117,18 +117,19 @@ function load(asked) {
 }
 
 async function fetched(asked) {
-  fetching?.abort();
-  fetching = new AbortController();
-  const mine = fetching;
   const index = model();
+  const key = place(index);
+  fetching[key]?.abort();
+  const mine = new AbortController();
+  fetching[key] = mine;
   say("");
   try {
     const puzzle = { ...(await api.puzzle({ model: index, ...asked }, mine.signal)), asked };
-    puzzles[place(index)] = puzzle;
+    puzzles[key] = puzzle;
     if (index === model()) show(puzzle);
     return true;
   } catch (error) {
-    if (error.name === "AbortError" || fetching !== mine || index !== model()) return false;
+    if (error.name === "AbortError" || fetching[key] !== mine || index !== model()) return false;
     if (asked.text) $("paste").value = asked.text; // to be mended there
     say(error.message);
     return false;

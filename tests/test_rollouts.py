@@ -335,7 +335,6 @@ def test_the_same_answers_as_the_rule_without_early_exit(model):
 def test_a_budget_ends_it_with_what_is_there(model, monkeypatch):
     now = [0.0]
     monkeypatch.setattr(rollouts, "time", SimpleNamespace(monotonic=lambda: now[0]))
-    monkeypatch.setattr(inference, "time", SimpleNamespace(monotonic=lambda: now[0]))
     none = model.predict(BLANKED, budget=0.0)
     assert none.step.tolist() == none.passes.tolist() == [0] * N
     assert torch.equal(none.tokens, BLANKED.long())
@@ -351,6 +350,11 @@ def test_a_budget_ends_it_with_what_is_there(model, monkeypatch):
     assert found.passes.tolist() == [4] * N
     want = model.predict(BLANKED, depth=4)
     assert torch.equal(found.tokens, want.tokens)
+    seen = []
+    for frame in model.watch(BLANKED[:1], depth=D, rollouts=2, budget=3.5):
+        seen.append(frame.steps.tolist())
+        now[0] += 100.0  # looking costs nothing
+    assert seen == [[step] * 2 for step in range(1, 5)]
 
 
 def test_frames_show_every_step(model):

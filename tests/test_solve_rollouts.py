@@ -146,6 +146,7 @@ def test_where_the_time_is_up_there_is_no_answer(ask, more):
     assert out.endswith(f"{said}\n\n{said}\n")
     told = json.loads(ask(CLUES, "--budget", "0", *more, "--json")[1])["answers"][0]
     assert (told["answer"], told["valid"], told["abstained"]) == (None, False, True)
+    assert told["broken"] is None, "there is no answer that could break a rule"
     assert (told["step"], told["passes"], told["confidence"]) == (0, 0, 0.0)
 
 

@@ -2,19 +2,23 @@
 
 import argparse
 import io
+import os
+import signal
 import sys
+from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from answering import SOLVED, save_run, tiny_config, tiny_model
 
-from trm_fast import solve, watching
-from trm_fast.board_view import Glance, view_of
-from trm_fast.inference import predict
+from trm_fast import rollouts, solve, watching
+from trm_fast.board_view import Glance, glances, view_of
+from trm_fast.inference import predict, watch
 from trm_fast.loading import CommandError
 from trm_fast.viz import side_by_side
-from trm_fast.watching import Screen, board_text, frame_text, head_text
+from trm_fast.watching import Screen, Watching, board_text, frame_text, head_text
 
 CLUES = "12..34..21..43.."
 MAZE = tiny_config(seq_len=25, vocab_size=6)
@@ -41,6 +45,7 @@ def glance(view, cells, rollout=1, q=0.0, step=1, certainty=0.9, **more):
 
 
 VIEW = view_of(tiny_config(), sudoku(CLUES))
+PLAIN = argparse.Namespace(watch=False, gif=None, png=None, fps=None, json=False)
 
 
 def test_plain_text_marks_given_unsure_and_broken():
@@ -136,6 +141,48 @@ def test_frames_are_drawn_in_place_on_a_terminal(monkeypatch):
     assert slept == [0.0, 0.4, 0.0]
 
 
+@pytest.fixture
+def terminal():
+    """A real one of 40 columns and 6 lines: the stream to draw on, and what reads it."""
+    termios = pytest.importorskip("termios")
+    ours, theirs = os.openpty()
+    termios.tcsetwinsize(theirs, (6, 40))
+    os.set_blocking(ours, False)
+    with os.fdopen(theirs, "w") as stream:
+        yield stream, lambda: os.read(ours, 1 << 16).decode()
+    os.close(ours)
+
+
+def test_a_frame_that_does_not_fit_keeps_its_head_and_scrolls_nothing(terminal, monkeypatch):
+    stream, read = terminal
+    monkeypatch.setattr(sys, "stdout", stream)
+    with Screen(environment={"TERM": "xterm"}, sleep=lambda s: None) as screen:
+        assert screen.size == (40, 6), "measured on another stream"
+        screen.draw("head\n" + "row\n" * 8 + "row")
+        screen.draw("a\nb\nc\nd\ne")
+    drawn = read().replace("\r\n", "\n")
+    first = "head\nrow\nrow\nrow\n6 more lines: the terminal is too small\n"
+    want = f"{watching.HIDE}\033[J{first}\033[5F\033[Ja\nb\nc\nd\ne\n{watching.SHOW}"
+    assert drawn == want
+
+
+def test_a_process_that_is_ended_leaves_the_terminal_as_it_was(terminal, monkeypatch):
+    stream, read = terminal
+    monkeypatch.setattr(sys, "stdout", stream)
+    ended = []
+    before = signal.signal(signal.SIGTERM, lambda *args: ended.append(read()))
+    try:
+        with Screen(environment={"TERM": "xterm"}):
+            signal.raise_signal(signal.SIGTERM)
+            assert [text.endswith(watching.SHOW) for text in ended] == [True]
+        with Screen(environment={"TERM": "xterm"}):
+            pass
+        signal.raise_signal(signal.SIGTERM)
+        assert len(ended) == 2, "the handler that was there is not put back"
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 @pytest.mark.parametrize("environment", [{"TERM": "xterm", "NO_COLOR": "1"}, {"TERM": "dumb"}, {}])
 def test_without_colours_frames_follow_each_other(monkeypatch, environment):
     terminal = Terminal()
@@ -180,13 +227,69 @@ def test_json_stays_one_document(run, capsys):
 def test_watched_is_predict_for_every_puzzle():
     model = tiny_model(3)
     inputs = torch.from_numpy(np.stack([sudoku(CLUES), sudoku("." * 16), sudoku(SOLVED)]))
-    options = argparse.Namespace(watch=False, gif=None, png=None, fps=None, json=False)
     settings = {"rollouts": 3, "depth": 4, "noise": 0.2, "by": "symmetry", "seed": 5}
     want = predict(model, inputs, **settings)
-    got = watching.watched(model, inputs, options, **settings)
+    got = Watching(PLAIN)(model, inputs, **settings)
     assert (got.tokens == want.tokens).all() and (got.rollout == want.rollout).all()
     assert got.q.tolist() == pytest.approx(want.q.tolist(), rel=1e-5)
     assert (got.passes == want.passes).all() and (got.step == want.step).all()
+
+
+def test_a_budget_is_for_all_puzzles_together_and_watching_is_not_charged(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(rollouts, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    step, shown = rollouts.Lanes.step, watching.frame_text
+
+    def stepped(self):
+        now[0] += 1.0
+        return step(self)
+
+    def looked_at(*args, **how):
+        now[0] += 50.0
+        return shown(*args, **how)
+
+    monkeypatch.setattr(rollouts.Lanes, "step", stepped)
+    monkeypatch.setattr(watching, "frame_text", looked_at)
+    inputs = torch.from_numpy(np.stack([sudoku(CLUES)] * 3))
+    options = argparse.Namespace(**{**vars(PLAIN), "watch": True})
+    found = Watching(options)(tiny_model(), inputs, depth=4, budget=5.5)
+    assert found.passes.tolist() == [4, 2, 0], "6 steps begin within 5.5 seconds"
+    assert found.step.tolist()[2] == 0
+
+
+def test_rollouts_that_stand_still_are_looked_at_once():
+    puzzle = torch.from_numpy(sudoku(CLUES))[None]
+    asked = {"reasoning": "restarts", "rollouts": 3, "depth": 2, "threshold": 99.0}
+    before = []
+    for frame in watch(tiny_model(3), puzzle, **asked):
+        seen = watching._glances(VIEW, frame, before)
+        for now, want in zip(seen, glances(VIEW, frame), strict=True):
+            same = [replace(g, cells=0, certainty=0, broken=0) for g in (now, want)]
+            assert vars(same[0]) == vars(same[1])
+            assert (now.cells == want.cells).all() and (now.certainty == want.certainty).all()
+        kept = [a is b for a, b in zip(before, seen, strict=False)]
+        assert kept.count(False) <= 2
+        before = seen
+    assert [g.step for g in before] == [2, 2, 2]
+
+
+def test_the_answer_comes_first_and_a_long_gif_says_what_it_leaves_out(
+    run, capsys, monkeypatch, tmp_path
+):
+    image = pytest.importorskip("PIL.Image")
+    monkeypatch.setattr("trm_fast.board_image.FRAMES", 10)
+    drawn, said = watching.moving_picture, []
+
+    def noted(*args):
+        said.append(capsys.readouterr())
+        return drawn(*args)
+
+    monkeypatch.setattr(watching, "moving_picture", noted)
+    gif = tmp_path / "a.GIF"
+    _, out, err = ask(run, capsys, CLUES, "--depth", "25", "--gif", gif)
+    assert "halting confidence" in said[0].out and out == ""
+    assert said[0].err == f"{gif} shows 10 of 25 steps\n" and err == f"{gif} written\n"
+    assert image.open(gif).n_frames == 10
 
 
 def test_pictures_of_an_answer(run, capsys, tmp_path):
@@ -215,16 +318,27 @@ def test_pictures_of_an_answer(run, capsys, tmp_path):
         ((CLUES, SOLVED, "--gif", "x.gif"), "--gif and --png are for one puzzle, 2 are given"),
         ((CLUES, "--fps", "0"), "argument --fps: '0' is not a number from 0.1 to 50; see --help"),
         ((CLUES, "--fps", "nan"), "argument --fps: 'nan' is not a number from 0.1 to 50; see"),
-        ((CLUES, "--gif", "."), ".: cannot be written: it is a folder"),
-        ((CLUES, "--png", "/dev/null/x.png"), "/dev/null/x.png: cannot be written: File exists"),
+        ((CLUES, "--gif", "."), ".: is to be a GIF, its name must end in .gif"),
+        ((CLUES, "--png", "x.gif"), "x.gif: is to be a PNG, its name must end in .png"),
+        ((CLUES, "--gif", "../d.gif"), "../d.gif: cannot be written: it is a folder"),
+        ((CLUES, "--png", "a/x.png"), "a/x.png: cannot be written: there is no folder a"),
+        ((CLUES, "--png", "/dev/null/x.png"), "/dev/null/x.png: cannot be written: there is no f"),
     ],
 )
 def test_what_cannot_be_drawn_is_one_line(run, capsys, monkeypatch, tmp_path, arguments, said):
-    monkeypatch.chdir(tmp_path)
+    (tmp_path / "d.gif").mkdir()
+    here = tmp_path / "here"
+    here.mkdir()
+    monkeypatch.chdir(here)
     status, out, err = ask(run, capsys, *arguments)
     assert (status, out) == (2, "")
     assert err.startswith(f"trm-fast solve: {said}")
-    assert err.count("\n") == 1 and list(tmp_path.iterdir()) == []
+    assert err.count("\n") == 1 and list(here.iterdir()) == []
+
+
+def test_a_name_of_another_ending_is_refused_before_a_model_is_read(capsys):
+    assert solve.main([CLUES, "--gif", "x.png", "-m", "nowhere"]) == 2
+    assert capsys.readouterr().err.startswith("trm-fast solve: x.png: is to be a GIF")
 
 
 def test_without_pillow_there_is_one_line(run, capsys, monkeypatch, tmp_path):
@@ -236,7 +350,7 @@ def test_without_pillow_there_is_one_line(run, capsys, monkeypatch, tmp_path):
 
 
 def test_two_pictures_are_refused_before_any_work(monkeypatch):
-    options = argparse.Namespace(watch=False, gif="x", png=None, fps=None, json=False)
+    options = argparse.Namespace(**{**vars(PLAIN), "gif": "x.gif"})
     monkeypatch.setattr(watching, "watch", lambda *a, **k: pytest.fail("worked"))
     with pytest.raises(CommandError, match="for one puzzle, 2 are given"):
-        watching.watched(tiny_model(), torch.ones(2, 16, dtype=torch.int64), options)
+        Watching(options)(tiny_model(), torch.ones(2, 16, dtype=torch.int64))

@@ -13,26 +13,27 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import numpy as np
 
-from trm_fast.board_view import ARC, MAZE, SUDOKU, BoardView, Glance, best_of
+from trm_fast.board_view import MAZE, SUDOKU, BoardView, Glance, best_of
 from trm_fast.data.maze_solver import GOAL, PATH, START, WALL
 
-__all__ = ["PictureError", "moving_picture", "need_pillow", "sheet"]
+__all__ = ["PictureError", "highest", "moving_picture", "need_pillow", "sheet", "steps_shown"]
 
 PAPER, INK, FAINT, RULE = "#ffffff", "#1b1f24", "#5b6570", "#c4cad1"
 GIVEN, UNSURE, SURE, BROKEN = "#e4e7eb", (242, 240, 234), (147, 214, 160), "#f6c1ba"
 BROKEN_INK, MARK, CHOSEN = "#8f1409", "#c0261a", "#1a7f37"
 LINES = ("#1a7f37", "#0b63ce", "#b54708", "#8a3ffc", "#b0246d", "#0f766e", "#6b5900", "#57606a")
-# Colours 0..9 of ARC as its own editor shows them.
-ARC_COLOURS = "#000000 #1e93ff #f93c31 #4fcc30 #ffdc00 #999999 #e53aa3 #ff851b #87d8f1 #921231"
 MARGIN, GAP, LINE = 16, 14, 18
 HOLD_MS = 3000
 """How long the last frame of a GIF stands."""
 BOARDS = 25
 """Rollouts whose boards a GIF shows, at most."""
+FRAMES = 240
+"""Frames of a GIF, at most."""
 STRIP = 8
 """Steps of the answer's rollout on a sheet, at most."""
 
@@ -58,7 +59,7 @@ def moving_picture(
 ) -> bytes:
     """A GIF: a frame per supervision step with the boards of the rollouts (of at most 25, with the
     highest q in the end) and q of all so far, and the last one, with the answer framed, held for
-    three seconds.
+    three seconds. Of more steps than `FRAMES` that many are shown, see `steps_shown`.
 
     Args:
         frames: what `glances` returned, of every frame.  depth: steps of a rollout.
@@ -68,12 +69,19 @@ def moving_picture(
         PictureError: Pillow is not installed.
     """
     need_pillow()
-    limits, chosen = _limits(frames), _chosen(frames, answer)
-    drawn: list[Any] = []
-    for end in range(1, len(frames) + 1):
-        drawn.append(_frame(view, frames[:end], None, depth, limits, chosen))
-    drawn.append(_frame(view, frames, answer, depth, limits, chosen))
-    pictures = _in_few_colours(drawn)
+    limits, chosen, tiles = _limits(frames), _chosen(frames, answer), _Tiles()
+    curves, shown = _points(frames), steps_shown(len(frames))
+    # The answer stands in the last step's board: in a thinned picture that is enough of it.
+    ends = [*shown[: None if len(frames) < FRAMES else -1], -1]
+
+    def draw(end: int) -> Any:
+        number = end % len(frames)
+        so_far = [[(s, q) for at, s, q in curve if at <= number] for curve in curves]
+        last = answer if end < 0 else None
+        return _frame(view, frames[number], so_far, last, depth, limits, chosen, tiles)
+
+    palette = _palette([draw(end) for end in (ends[0], ends[len(ends) // 2], -1)])
+    pictures = [draw(end).quantize(palette=palette, dither=0) for end in ends]
     target = io.BytesIO()
     step_ms = max(20, round(1000 / fps))
     pictures[0].save(
@@ -81,25 +89,31 @@ def moving_picture(
         "GIF",
         save_all=True,
         append_images=pictures[1:],
-        duration=[*[step_ms] * len(frames), HOLD_MS],
+        duration=[*[step_ms] * (len(ends) - 1), HOLD_MS],
         loop=0,
         optimize=True,
     )
     return target.getvalue()
 
 
-def _in_few_colours(drawn: Sequence[Any]) -> list[Any]:
-    """The images in one palette, made from the first, a middle and the last: what stays the same
-    is then the same in the file, which is far shorter."""
+def steps_shown(count: int) -> list[int]:
+    """Which of so many steps, from 0, a GIF shows: all, or `FRAMES` of them, evenly, the first and
+    the last among them."""
+    if count <= FRAMES:
+        return list(range(count))
+    return [round(number * (count - 1) / (FRAMES - 1)) for number in range(FRAMES)]
+
+
+def _palette(picked: Sequence[Any]) -> Any:
+    """64 colours of the first frame, a middle and the last, for all of them: what stays the same is
+    then the same in the file, which is far shorter."""
     from PIL import Image
 
-    picked = [drawn[0], drawn[len(drawn) // 2], drawn[-1]]
-    width, height = drawn[0].size
+    width, height = picked[0].size
     together = Image.new("RGB", (width, height * len(picked)))
     for number, picture in enumerate(picked):
         together.paste(picture, (0, number * height))
-    palette = together.quantize(64)
-    return [picture.quantize(palette=palette, dither=Image.Dither.NONE) for picture in drawn]
+    return together.quantize(64)
 
 
 def sheet(view: BoardView, frames: Sequence[Sequence[Glance]], answer: Glance, depth: int) -> bytes:
@@ -119,11 +133,13 @@ def sheet(view: BoardView, frames: Sequence[Sequence[Glance]], answer: Glance, d
     chart = 110
     height = MARGIN + LINE + board[1] + 2 * LINE + GAP + each[1] + 2 * LINE + chart + MARGIN + 10
     image = Image.new("RGB", (width, height), PAPER)
-    pen = _Pen(image)
+    pen = _Pen(image, _Tiles())
     left, right = width // 2 - board[0] - GAP, width // 2 + GAP
     pen.text(left, MARGIN, "puzzle", 14, FAINT)
-    sure = f"answer at step {answer.step}, q {answer.q:+.2f}"
-    pen.text(right, MARGIN, sure, 14, FAINT)
+    several = len(frames[-1]) > 1
+    which = f"answer of rollout {answer.rollout}, step" if several else "answer at step"
+    indent = pen.key(answer.rollout, right, MARGIN) if several else 0
+    pen.text(right + indent, MARGIN, f"{which} {answer.step}, q {answer.q:+.2f}", 14, FAINT)
     top = MARGIN + LINE + 4
     blank = np.where(view.fixed, view.given, 0 if view.kind == SUDOKU else view.given)
     pen.board(view, _still(view, blank), left, top, large)
@@ -185,12 +201,17 @@ def _extent(view: BoardView, cell: int) -> tuple[int, int]:
 
 def _chosen(frames: Sequence[Sequence[Glance]], answer: Glance) -> set[int]:
     """The rollouts to show: the answer's, and those of highest q in the end."""
-    left = [glance for glance in frames[-1] if glance.rollout != answer.rollout]
-    taken = {answer.rollout}
-    while left and len(taken) < BOARDS:
-        best = best_of(left)
-        left.remove(best)
-        taken.add(best.rollout)
+    others = [glance for glance in frames[-1] if glance.rollout != answer.rollout]
+    return {answer.rollout, *(glance.rollout for glance in highest(others, BOARDS - 1))}
+
+
+def highest(seen: Sequence[Glance], count: int) -> list[Glance]:
+    """So many of the rollouts at most, those with the highest q, that first."""
+    left = list(seen)
+    taken: list[Glance] = []
+    while left and len(taken) < count:
+        taken.append(best_of(left))
+        left.remove(taken[-1])
     return taken
 
 
@@ -203,16 +224,18 @@ def _limits(frames: Sequence[Sequence[Glance]]) -> tuple[float, float]:
 
 def _frame(
     view: BoardView,
-    frames: Sequence[Sequence[Glance]],
+    frame: Sequence[Glance],
+    curves: Sequence[Sequence[tuple[int, float]]],
     answer: Glance | None,
     depth: int,
     limits: tuple[float, float],
     chosen: set[int],
+    tiles: _Tiles,
 ) -> Any:
-    """One frame of the GIF: the last of `frames`, with the curve of all of them."""
+    """One frame of the GIF, with the curves so far."""
     from PIL import Image
 
-    seen = [glance for glance in frames[-1] if glance.rollout in chosen]
+    seen = [glance for glance in frame if glance.rollout in chosen]
     columns = math.ceil(math.sqrt(len(seen))) if len(seen) != 2 else 2
     rows = math.ceil(len(seen) / columns)
     cell = _cell(view, {1: 324, 2: 225, 3: 180}.get(columns, 135))
@@ -222,7 +245,7 @@ def _frame(
     width = 2 * MARGIN + columns * block[0] + (columns - 1) * GAP
     height = 2 * MARGIN + rows * (block[1] + GAP) + chart
     image = Image.new("RGB", (width, height), PAPER)
-    pen = _Pen(image)
+    pen = _Pen(image, tiles)
     for index, glance in enumerate(seen):
         if answer is not None and glance.rollout == answer.rollout:
             glance = answer
@@ -232,45 +255,55 @@ def _frame(
         left, top = x + (block[0] - board[0]) // 2, y + 2 * LINE + 2
         pen.board(view, glance, left, top, cell)
         if answer is not None and glance is answer:
-            frame = (left - 4, top - 4, left + board[0] + 3, top + board[1] + 3)
-            pen.draw.rectangle(frame, outline=CHOSEN, width=3)
+            edge = (left - 4, top - 4, left + board[0] + 3, top + board[1] + 3)
+            pen.draw.rectangle(edge, outline=CHOSEN, width=3)
     top = height - MARGIN - chart
     box = (MARGIN, top, width - MARGIN, height - MARGIN)
-    pen.chart(curves_of(frames), answer, depth, limits, box)
+    pen.chart(curves, answer, depth, limits, box)
     return image
 
 
-class _Pen:
-    """Draws boards and words on an image."""
+@cache
+def _font(size: int) -> Any:
+    from PIL import ImageFont
 
-    def __init__(self, image: Any) -> None:
+    return ImageFont.load_default(size)
+
+
+_Tiles = dict[tuple[Any, ...], Any]
+"""Cells as they were drawn before, by all that they show: most of a moving picture is repeated."""
+
+
+class _Pen:
+    """Draws boards and words on an image; what is a cell's comes from, and goes to, `tiles`."""
+
+    def __init__(self, image: Any, tiles: _Tiles) -> None:
         from PIL import ImageDraw
 
         self.draw = ImageDraw.Draw(image)
-        self._fonts: dict[int, Any] = {}
-
-    def _font(self, size: int) -> Any:
-        from PIL import ImageFont
-
-        if size not in self._fonts:
-            self._fonts[size] = ImageFont.load_default(size)
-        return self._fonts[size]
+        self._image, self._tiles = image, tiles
 
     def text(
         self, x: float, y: float, words: str, size: int, ink: str, anchor: str = "la", bold: int = 0
     ) -> None:
-        font = self._font(size)
-        self.draw.text((x, y), words, ink, font, anchor=anchor, stroke_width=bold)
+        self.draw.text((x, y), words, ink, _font(size), anchor=anchor, stroke_width=bold)
+
+    def key(self, rollout: int, x: int, y: int) -> int:
+        """The colour of a rollout's curve beside its title; returns the room that it takes."""
+        self.draw.rectangle((x, y + 3, x + 9, y + 12), _colour(rollout))
+        return 15
 
     def heading(
         self, glance: Glance, x: int, y: int, rollouts: int, depth: int, characters: int
     ) -> None:
         """Two lines over a board: which step and q, and the rule check."""
-        if glance.step == 0:
-            self.text(x, y, f"{glance.rollout}: not begun", 13, FAINT)
-            return
         name = f"{glance.rollout}: " if rollouts > 1 else ""
-        self.text(x, y, f"{name}step {glance.step} of {depth}, q {glance.q:+.1f}", 13, INK)
+        indent = self.key(glance.rollout, x, y) if rollouts > 1 else 0
+        if glance.step == 0:
+            self.text(x + indent, y, f"{name}not begun", 13, FAINT)
+            return
+        title = f"{name}step {glance.step} of {depth}, q {glance.q:+.1f}"
+        self.text(x + indent, y, title, 13, INK)
         ink = {True: CHOSEN, False: BROKEN_INK, None: FAINT}[glance.valid]
         words = _short(glance, characters)
         if len(words) > characters:
@@ -283,8 +316,8 @@ class _Pen:
         for row in range(rows):
             for column in range(columns):
                 index = row * view.side + column
-                place = (x + 1 + column * cell, y + 1 + row * cell)
-                self._cell(view, glance, index, line[index], bool(fixed[index]), place, cell)
+                tile = self._tile(view, glance, index, line[index], bool(fixed[index]), cell)
+                self._image.paste(tile, (x + 1 + column * cell, y + 1 + row * cell))
         right, bottom = x + 1 + columns * cell, y + 1 + rows * cell
         if view.kind == SUDOKU:
             pens = ((RULE, 1), (INK, 2 if cell >= 22 else 1))
@@ -298,23 +331,10 @@ class _Pen:
                         self.draw.line((x, down, right, down), *pens[is_heavy])
         self.draw.rectangle((x, y, right + 1, bottom + 1), outline=INK, width=2)
 
-    def _cell(
-        self,
-        view: BoardView,
-        glance: Glance,
-        index: int,
-        shown: str,
-        fixed: bool,
-        place: tuple[int, int],
-        cell: int,
-    ) -> None:
-        x, y = place
+    def _tile(
+        self, view: BoardView, glance: Glance, index: int, shown: str, fixed: bool, cell: int
+    ) -> Any:
         token, broken = int(glance.cells[index]), bool(glance.broken[index])
-        box = (x, y, x + cell - 1, y + cell - 1)
-        if view.kind == ARC:
-            known = 2 <= token < 12
-            self.draw.rectangle(box, ARC_COLOURS.split()[token - 2] if known else PAPER, RULE)
-            return
         ground: Any = GIVEN
         if broken:
             ground = BROKEN
@@ -324,20 +344,10 @@ class _Pen:
             ground = _shade(float(glance.certainty[index])) if self._told(view, token) else PAPER
         elif not fixed:
             ground = PAPER
-        self.draw.rectangle(box, ground)
-        centre = (x + cell / 2, y + cell / 2)
-        ink = BROKEN_INK if broken else INK
-        if view.kind == MAZE and token == PATH:
-            r = cell * 0.24
-            dot = (centre[0] - r, centre[1] - r, centre[0] + r, centre[1] + r)
-            self.draw.ellipse(dot, MARK if broken else CHOSEN)
-        elif (view.kind == SUDOKU and shown.isdigit()) or token in (START, GOAL):
-            size = max(8, round(cell * 0.62))
-            bold = int(fixed and cell >= 30)
-            self.text(*centre, shown, size, ink, anchor="mm", bold=bold)
-        if broken and cell >= 12:
-            corner = cell * 0.26
-            self.draw.polygon(((x, y), (x + corner, y), (x, y + corner)), MARK)
+        key = (view.kind, token, shown, fixed, broken, ground, cell)
+        if key not in self._tiles:
+            self._tiles[key] = _tile(*key)
+        return self._tiles[key]
 
     @staticmethod
     def _told(view: BoardView, token: int) -> bool:
@@ -366,9 +376,9 @@ class _Pen:
             self.text(x0 - 6, y, f"{q:.0f}", 11, FAINT, anchor="rm")
         self.text(x0, y1 + 5, "q at step 1", 11, FAINT)
         self.text(x1, y1 + 5, f"step {depth}", 11, FAINT, anchor="ra")
-        for number, curve in enumerate(curves):
+        for rollout, curve in enumerate(curves, 1):
             places = [at(step, q) for step, q in curve]
-            colour = LINES[number % len(LINES)]
+            colour = _colour(rollout)
             if len(places) > 1:
                 self.draw.line(places, colour, 2)
             for x, y in places if len(places) == 1 else ():
@@ -378,14 +388,48 @@ class _Pen:
             self.draw.ellipse((x - 5, y - 5, x + 5, y + 5), PAPER, CHOSEN, 3)
 
 
+def _tile(
+    kind: str, token: int, shown: str, fixed: bool, broken: bool, ground: Any, cell: int
+) -> Any:
+    """A cell, as an image of its own."""
+    from PIL import Image
+
+    image = Image.new("RGB", (cell, cell), ground)
+    pen = _Pen(image, {})
+    middle, ink = cell / 2, BROKEN_INK if broken else INK
+    if kind == MAZE and token == PATH:
+        r = cell * 0.24
+        dot = (middle - r, middle - r, middle + r, middle + r)
+        pen.draw.ellipse(dot, MARK if broken else CHOSEN)
+    elif (kind == SUDOKU and shown.isdigit()) or token in (START, GOAL):
+        size = max(8, round(cell * 0.62))
+        bold = int(fixed and cell >= 30)
+        pen.text(middle, middle, shown, size, ink, anchor="mm", bold=bold)
+    if broken and cell >= 12:
+        corner = cell * 0.26
+        pen.draw.polygon(((0, 0), (corner, 0), (0, corner)), MARK)
+    return image
+
+
+def _colour(rollout: int) -> str:
+    """Of a rollout's curve."""
+    return LINES[(rollout - 1) % len(LINES)]
+
+
 def curves_of(frames: Sequence[Sequence[Glance]]) -> list[list[tuple[int, float]]]:
     """Per rollout (step, q) of the steps it ran, those that are no numbers left out."""
-    curves: list[dict[int, float]] = [{} for _ in frames[-1]] if frames else []
-    for seen in frames:
+    return [[(step, q) for _, step, q in curve] for curve in _points(frames)]
+
+
+def _points(frames: Sequence[Sequence[Glance]]) -> list[list[tuple[int, int, float]]]:
+    """As `curves_of`, and before each the frame from which on it is known."""
+    curves: list[dict[int, tuple[int, int, float]]] = [{} for _ in frames[-1]] if frames else []
+    for number, seen in enumerate(frames):
         for glance in seen:
             if glance.step and math.isfinite(glance.q):
-                curves[glance.rollout - 1].setdefault(glance.step, glance.q)
-    return [sorted(curve.items()) for curve in curves]
+                known = curves[glance.rollout - 1]
+                known.setdefault(glance.step, (number, glance.step, glance.q))
+    return [[curve[step] for step in sorted(curve)] for curve in curves]
 
 
 def _shade(certainty: float) -> tuple[int, int, int]:

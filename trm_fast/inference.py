@@ -11,7 +11,6 @@ Dims legend: B batch, L puzzle tokens, M supervision steps.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -30,7 +29,7 @@ from trm_fast.losses import LOSSES
 from trm_fast.model import Model
 from trm_fast.puzzle_kind import PuzzleKind, kind_of
 from trm_fast.reasoning import Reasoning, reasoning_of
-from trm_fast.rollouts import Record, Rollouts, puzzles_at_once
+from trm_fast.rollouts import Budget, Record, Rollouts, puzzles_at_once
 from trm_fast.rules import Rules
 from trm_fast.selectors import choose, keeps_rules
 
@@ -275,30 +274,41 @@ def watch(
     reasoning: Reasoning | str | None = None,
     batch_size: int = 256,
     numbers: Tensor | None = None,
+    shared: Budget | None = None,
     **settings: Any,
 ) -> Iterator[Frame]:
     """Answer one puzzle, inputs [1, L], and see every step; arguments and errors as `predict`.
 
-    The model is in evaluation mode until the last frame; whoever stops looking stops the work.
+    The model is in evaluation mode until the last frame; whoever stops looking stops the work. The
+    time between two frames in which the caller does not wait for one is not charged to the budget.
+
+    Args:
+        shared: seconds that several puzzles share, in place of those of `reasoning`.
     """
     puzzles = _puzzles(model, inputs, puzzle_identifiers, numbers)
     if len(puzzles.inputs) != 1:
         raise ValueError(f"one puzzle is watched at a time, got {len(puzzles.inputs)}")
-    return _frames(model, puzzles, plan_for(model, reasoning, **settings), batch_size)
+    plan = plan_for(model, reasoning, **settings)
+    return _frames(model, puzzles, plan, batch_size, shared or Budget(plan.budget))
 
 
-def _frames(model: Model, puzzles: Puzzles, plan: Reasoning, width: int) -> Iterator[Frame]:
+def _frames(
+    model: Model, puzzles: Puzzles, plan: Reasoning, width: int, budget: Budget
+) -> Iterator[Frame]:
+    budget.start()
     kind, k = kind_of(model.config), plan.rollouts
     tokens = puzzles.inputs.cpu().long().repeat(k, 1)
     certainty = kind.given(tokens).float()
     q, steps = torch.full((k,), -torch.inf), torch.zeros(k, dtype=torch.int64)
     running = torch.ones(k, dtype=torch.bool)
     with evaluating(model):
-        rollouts = Rollouts(model, kind, puzzles, plan, width, _deadline(plan), watched=True)
+        rollouts = Rollouts(model, kind, puzzles, plan, width, budget, watched=True)
         held: Frame | None = None
         for number, seen in enumerate(rollouts.run(), 1):
             if held is not None:
+                budget.pause()
                 yield held
+                budget.start()
             rows = torch.from_numpy(seen.items)
             assert seen.said.certainty is not None
             tokens[rows] = seen.said.tokens.cpu()
@@ -311,6 +321,7 @@ def _frames(model: Model, puzzles: Puzzles, plan: Reasoning, width: int) -> Iter
         answer = _answers(puzzles.inputs.cpu(), rollouts.record(), plan, kind)
         if held is None:
             held = Frame(0, tokens, certainty, q, steps, running)
+        budget.pause()
         yield replace(held, running=torch.zeros_like(running), answer=answer)
 
 
@@ -326,20 +337,17 @@ def records(
 ) -> Iterator[tuple[slice, Record]]:
     """Run the rollouts of all puzzles, as many as memory for their records allows at a time; yields
     which puzzles, and what was said of them."""
-    deadline, kind = _deadline(plan), kind_of(model.config)
+    budget, kind = Budget(plan.budget), kind_of(model.config)
+    budget.start()
     at_once = puzzles_at_once(plan, puzzles.inputs.shape[1], model.config.vocab_size)
     with evaluating(model):
         for start in range(0, max(len(puzzles.inputs), 1), at_once):
             rows = slice(start, start + at_once)
             part = Puzzles(*(t[rows] for t in vars(puzzles).values()))
-            rollouts = Rollouts(model, kind, part, plan, batch_size, deadline)
+            rollouts = Rollouts(model, kind, part, plan, batch_size, budget)
             for _ in rollouts.run():
                 pass
             yield rows, rollouts.record()
-
-
-def _deadline(plan: Reasoning) -> float | None:
-    return None if plan.budget is None else time.monotonic() + plan.budget
 
 
 @contextmanager

@@ -24,7 +24,7 @@ from trm_fast.model import Model
 from trm_fast.puzzle_kind import PuzzleKind
 from trm_fast.reasoning import Reasoning
 
-__all__ = ["Record", "Rollouts", "Stepped", "puzzles_at_once"]
+__all__ = ["Budget", "Record", "Rollouts", "Stepped", "puzzles_at_once"]
 
 RECORD_BYTES = 1 << 28  # of one record, where it holds more than one puzzle
 
@@ -76,6 +76,30 @@ def token_dtype(values: int) -> torch.dtype:
     return torch.uint8 if values <= 256 else torch.int16 if values <= 1 << 15 else torch.int32
 
 
+class Budget:
+    """Seconds of work, or None for no limit; only what passes between `start` and `pause` counts.
+
+    Several puzzles that share one get what those before them left.
+    """
+
+    def __init__(self, seconds: float | None) -> None:
+        self._left, self._since = seconds, 0.0
+
+    def start(self) -> None:
+        """Work begins, or goes on."""
+        self._since = time.monotonic()
+
+    def pause(self) -> None:
+        """Others have their turn, which is not charged."""
+        if self._left is not None:
+            self._left -= time.monotonic() - self._since
+
+    @property
+    def spent(self) -> bool:
+        """Whether nothing is left; to be asked while work goes on."""
+        return self._left is not None and time.monotonic() - self._since >= self._left
+
+
 def puzzles_at_once(plan: Reasoning, length: int, values: int) -> int:
     """P, so that the record of a plan on puzzles of `length` tokens of so many values takes no more
     than it may."""
@@ -91,7 +115,7 @@ class Rollouts:
         model: in evaluation mode, on the device of the puzzles.
         kind: of the puzzles.  plan: resolved for the model.
         width: items side by side, at most.
-        deadline: of time.monotonic(), at which no further step is made; None is never.
+        budget: started; when it is spent no further step is made. None is no limit.
         watched, cuda_graph: see `Lanes`.
     """
 
@@ -102,7 +126,7 @@ class Rollouts:
         puzzles: Puzzles,
         plan: Reasoning,
         width: int,
-        deadline: float | None = None,
+        budget: Budget | None = None,
         watched: bool = False,
         cuda_graph: bool = True,
     ) -> None:
@@ -110,7 +134,8 @@ class Rollouts:
         if type(width) is not int or width < 1:
             raise ValueError(f"batch_size must be a whole number of at least 1, got {width!r}")
         self._lanes = Lanes(model, kind, puzzles, plan, watched, cuda_graph)
-        self._kind, self._plan, self._width, self._deadline = kind, plan, width, deadline
+        self._kind, self._plan, self._width = kind, plan, width
+        self._budget = budget or Budget(None)
         self._inputs = puzzles.inputs
         device, (count, length) = puzzles.inputs.device, puzzles.inputs.shape
         dtype = token_dtype(model.config.vocab_size)
@@ -146,7 +171,7 @@ class Rollouts:
         """Make every step there is to make, and yield what each one did."""
         with self._lanes as lanes:
             while self._refill(lanes):
-                if self._deadline is not None and time.monotonic() >= self._deadline:
+                if self._budget.spent:
                     return
                 yield self._note(lanes.step())
 

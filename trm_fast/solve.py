@@ -11,15 +11,15 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from trm_fast.answers import Answers
 from trm_fast.console import say, show_builds
 from trm_fast.inference import predict
 from trm_fast.loading import (
@@ -48,7 +48,7 @@ from trm_fast.puzzles import (
 from trm_fast.reasoning import Reasoning
 from trm_fast.reasoning_options import add_reasoning, asked_reasoning, is_asked, share
 from trm_fast.rules import maze_side, sudoku_side
-from trm_fast.watching import add_options, is_watched, watched
+from trm_fast.watching import Watching, add_options, is_watched
 
 __all__ = ["main", "newest_run"]
 
@@ -129,13 +129,15 @@ class Solved:
         return f"{board_line(self.cells)}\n\n{board_rows(self.cells)}\n\n{judged}"
 
     def to_dict(self) -> dict[str, Any]:
-        """Ready for JSON; `broken` names 1-based units."""
+        """Ready for JSON; `broken` names 1-based units, None where there is no answer."""
         return {
             "place": self.puzzle.place,
             "puzzle": self.puzzle.text,
             "answer": None if self.found.withheld else board_line(self.cells),
             "valid": self.good,
-            "broken": {
+            "broken": None
+            if self.found.withheld
+            else {
                 "rows": list(self.breach.rows),
                 "columns": list(self.breach.columns),
                 "boxes": list(self.breach.boxes),
@@ -172,7 +174,7 @@ class SolvedMaze:
             "puzzle": maze_rows(self.puzzle.cells).split("\n"),
             "answer": None if self.found.withheld else maze_rows(self.cells).split("\n"),
             "valid": self.good,
-            "broken": self.breach or None,
+            "broken": None if self.found.withheld else self.breach or None,
             **self.found.to_dict(),
         }
 
@@ -182,6 +184,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     show_builds()
     try:
         options = _parser().parse_args(argv)
+        watching = Watching(options) if is_watched(options) else None
         puzzles = _puzzles(options)
         path = options.model if options.model is not None else newest_run()
         loaded = load_or_stop(SHIPPED if path is None else path, options)
@@ -190,8 +193,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         elif options.model is None:
             say(f"answered by {loaded.folder} ({loaded.weights} weights)", err=True)
         _check_sizes(puzzles, loaded)
-        answers = _answer(puzzles, loaded, options)
+        answers = _answer(puzzles, loaded, options, watching or predict)
         _write(_shown(answers, loaded, options), options.output)
+        if watching is not None:
+            watching.draw()
     except CommandError as error:
         say(f"trm-fast solve: {error}", err=True)
         return error.status
@@ -328,11 +333,13 @@ def _check_sizes(puzzles: Sequence[Puzzle] | Sequence[Maze], loaded: Loaded) -> 
 
 
 def _answer(
-    puzzles: Sequence[Puzzle] | Sequence[Maze], loaded: Loaded, options: argparse.Namespace
+    puzzles: Sequence[Puzzle] | Sequence[Maze],
+    loaded: Loaded,
+    options: argparse.Namespace,
+    asking: Callable[..., Answers],
 ) -> list[Solved] | list[SolvedMaze]:
     cells = np.stack([puzzle.cells for puzzle in puzzles]).astype(np.int32)
     mazes = isinstance(puzzles[0], Maze)
-    asking = partial(watched, options=options) if is_watched(options) else predict
     plan = asked_reasoning(options, loaded)
     answers = asking(
         loaded.model,

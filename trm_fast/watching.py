@@ -11,25 +11,35 @@ from __future__ import annotations
 import argparse
 import math
 import os
-import shutil
+import signal
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from trm_fast.answers import Answers
-from trm_fast.board_image import PictureError, moving_picture, need_pillow, sheet
+from trm_fast.answers import Answers, Frame
+from trm_fast.board_image import (
+    PictureError,
+    highest,
+    moving_picture,
+    need_pillow,
+    sheet,
+    steps_shown,
+)
 from trm_fast.board_view import (
     MAZE,
     SUDOKU,
     BoardView,
     Glance,
     answer_glance,
-    best_of,
     glances,
     view_of,
 )
@@ -39,9 +49,18 @@ from trm_fast.inference import plan_for, watch
 from trm_fast.loading import USAGE, CommandError
 from trm_fast.model import Model
 from trm_fast.reasoning import Reasoning
+from trm_fast.rollouts import Budget
 from trm_fast.viz import BOLD, PLAIN, side_by_side
 
-__all__ = ["Screen", "add_options", "board_text", "frame_text", "is_watched", "watched"]
+__all__ = [
+    "Screen",
+    "Watching",
+    "add_options",
+    "board_text",
+    "check_picture",
+    "frame_text",
+    "is_watched",
+]
 
 UNSURE = 0.5
 """Below this probability a cell is marked in plain text."""
@@ -151,7 +170,7 @@ def frame_text(
     if size is not None:
         across = max(1, (size[0] + GAP) // (width + GAP))
         down = max(1, (size[1] - 2) // (boards + 1))
-    shown = sorted(_highest(seen, across * down), key=lambda glance: glance.rollout)
+    shown = sorted(highest(seen, across * down), key=lambda glance: glance.rollout)
     blocks = []
     for glance in shown:
         heads = [text.ljust(width) for text in head_text(glance, depth, len(seen), width)]
@@ -163,15 +182,6 @@ def frame_text(
     if len(shown) < len(seen):
         rows.append(f"{len(shown)} of {len(seen)} rollouts shown, those with the highest q")
     return "\n\n".join(rows)
-
-
-def _highest(seen: Sequence[Glance], count: int) -> list[Glance]:
-    left = list(seen)
-    taken: list[Glance] = []
-    while left and len(taken) < count:
-        taken.append(best_of(left))
-        left.remove(taken[-1])
-    return taken
 
 
 class Screen:
@@ -195,31 +205,56 @@ class Screen:
         stream = sys.stderr if err else sys.stdout
         plain = bool(environment.get("NO_COLOR")) or environment.get("TERM", "dumb") == "dumb"
         self.live = stream is not None and stream.isatty() and not plain
+        self._stream, self._before = stream, None  # type: Any, Any
         self._err, self._pause = err, 1 / (fps or FPS)
         self._clock, self._sleep = clock, sleep
         self._height, self._due = 0, -math.inf
 
     def __enter__(self) -> Screen:
         if self.live:
+            with suppress(ValueError):  # not in the main thread
+                self._before = signal.signal(signal.SIGTERM, self._ended)
             say(HIDE, err=self._err, end="")
         return self
 
     def __exit__(self, *error: object) -> None:
         if self.live:
             say(SHOW, err=self._err, end="")
+            if self._before is not None:
+                signal.signal(signal.SIGTERM, self._before)
+
+    def _ended(self, number: int, frame: FrameType | None) -> None:
+        """The terminal is left as it was found; what the signal does without us follows."""
+        with suppress(OSError, ValueError):
+            # Not through the stream, in the midst of whose work this may be.
+            os.write(self._stream.fileno(), SHOW.encode())
+        signal.signal(number, self._before)
+        signal.raise_signal(number)
 
     @property
     def size(self) -> tuple[int, int] | None:
         """Columns and lines of the terminal; None where frames follow each other."""
-        return (shutil.get_terminal_size()[0], shutil.get_terminal_size()[1]) if self.live else None
+        if not self.live:
+            return None
+        try:
+            columns, lines = os.get_terminal_size(self._stream.fileno())
+        except (OSError, ValueError):
+            columns = lines = 0
+        return columns or 80, lines or 24
 
     def draw(self, text: str) -> None:
-        """Show a frame in place of the one before, no sooner than it is due."""
+        """Show a frame in place of the one before, no sooner than it is due. Lines that the
+        terminal has no room for are left out at the end: nothing may scroll."""
         if not self.live:
             say(text + "\n", err=self._err)
             return
         self._sleep(max(0.0, self._due - self._clock()))
         self._due = self._clock() + self._pause
+        assert self.size is not None
+        lines, room = text.split("\n"), max(self.size[1] - 1, 2)
+        if len(lines) > room:
+            left = len(lines) - room + 1
+            text = "\n".join([*lines[: room - 1], f"{left} more lines: the terminal is too small"])
         up = f"\033[{self._height}F" if self._height else ""
         say(f"{up}\033[J{text}", err=self._err)
         self._height = text.count("\n") + 1
@@ -264,61 +299,118 @@ def is_watched(options: argparse.Namespace) -> bool:
     return bool(options.watch or options.gif or options.png)
 
 
-def watched(
-    model: Model,
-    inputs: Tensor,
-    options: argparse.Namespace,
-    *,
-    reasoning: Reasoning | str | None = None,
-    batch_size: int = 256,
-    **settings: Any,
-) -> Answers:
-    """What `predict` answers to puzzles [N, L], with every step shown or drawn as the options say.
+class Watching:
+    """Answers as `predict` gives them, with every step shown or kept as the options say: call it,
+    then have it `draw` the pictures.
 
     Raises:
-        CommandError: pictures of more than one puzzle, without Pillow, or not to be written.
-        ValueError: as `predict`.
+        CommandError: pictures without Pillow, of another ending, or in a folder that is not there.
     """
-    pictures = [name for name in (options.gif, options.png) if name]
-    if pictures and len(inputs) != 1:
-        raise CommandError(USAGE, f"--gif and --png are for one puzzle, {len(inputs)} are given")
-    for name in pictures:
-        if Path(name).is_dir():
-            raise CommandError(USAGE, f"{name}: cannot be written: it is a folder")
-    try:
-        if pictures:
-            need_pillow()
-    except PictureError as error:
-        raise CommandError(USAGE, error) from None
-    plan = plan_for(model, reasoning, **settings)
-    assert plan.depth is not None
-    parts = []
-    with Screen(options.fps, err=options.json) as screen:
-        for number, puzzle in enumerate(inputs):
-            view = view_of(model.config, puzzle.numpy())
-            seen = watch(
-                model,
-                puzzle[None],
-                reasoning=plan,
-                batch_size=batch_size,
-                numbers=torch.tensor([number]),
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self._options = options
+        self._pictures: Callable[[], None] | None = None
+        named = {"gif": options.gif, "png": options.png}
+        for kind, name in named.items():
+            if name:
+                check_picture(name, kind)
+        try:
+            if any(named.values()):
+                need_pillow()
+        except PictureError as error:
+            raise CommandError(USAGE, error) from None
+
+    def __call__(
+        self,
+        model: Model,
+        inputs: Tensor,
+        *,
+        reasoning: Reasoning | str | None = None,
+        batch_size: int = 256,
+        **settings: Any,
+    ) -> Answers:
+        """What `predict` answers to puzzles [N, L].
+
+        Raises:
+            CommandError: pictures of more than one puzzle.
+            ValueError: as `predict`.
+        """
+        options = self._options
+        pictures = bool(options.gif or options.png)
+        if pictures and len(inputs) != 1:
+            raise CommandError(
+                USAGE, f"--gif and --png are for one puzzle, {len(inputs)} are given"
             )
-            frames = []
-            for frame in seen:
-                frames.append(glances(view, frame))
-                if options.watch:
-                    text = frame_text(
-                        view, frames[-1], plan.depth, colour=screen.live, size=screen.size
-                    )
-                    screen.draw(text)
-                if not pictures:
-                    frames = frames[-1:]
-                if frame.answer is not None:
-                    parts.append(frame.answer)
-            screen.keep()
-    if pictures:
-        _draw(view, frames, parts[0], plan.depth, options)
-    return Answers(*(torch.cat(column) for column in zip(*map(_columns, parts), strict=True)))
+        plan = plan_for(model, reasoning, **settings)
+        assert plan.depth is not None
+        budget = Budget(plan.budget)
+        parts = []
+        with Screen(options.fps, err=options.json) as screen:
+            for number, puzzle in enumerate(inputs):
+                view = view_of(model.config, puzzle.numpy())
+                seen = watch(
+                    model,
+                    puzzle[None],
+                    reasoning=plan,
+                    batch_size=batch_size,
+                    numbers=torch.tensor([number]),
+                    shared=budget,
+                )
+                frames: list[list[Glance]] = []
+                shown: list[Glance] = []
+                for frame in seen:
+                    shown = _glances(view, frame, shown)
+                    if options.watch:
+                        size = screen.size
+                        text = frame_text(view, shown, plan.depth, colour=screen.live, size=size)
+                        screen.draw(text)
+                    if pictures:
+                        frames.append(shown)
+                    if frame.answer is not None:
+                        parts.append(frame.answer)
+                screen.keep()
+        if pictures:
+            self._pictures = partial(_draw, view, frames, parts[0], plan.depth, options)
+        return Answers(*(torch.cat(t) for t in zip(*map(_columns, parts), strict=True)))
+
+    def draw(self) -> None:
+        """Write the pictures of the answer, and say so on standard error.
+
+        Raises:
+            CommandError: one cannot be written.
+        """
+        if self._pictures is not None:
+            self._pictures()
+
+
+def check_picture(name: str, kind: str) -> None:
+    """CommandError unless a picture can be written under this name: its ending is that of `kind`,
+    such as "png", and its folder is there."""
+    path = Path(name)
+    if path.suffix.lower() != f".{kind}":
+        raise CommandError(
+            USAGE, f"{name}: is to be a {kind.upper()}, its name must end in .{kind}"
+        )
+    if path.is_dir():
+        raise CommandError(USAGE, f"{name}: cannot be written: it is a folder")
+    if not path.parent.is_dir():
+        raise CommandError(USAGE, f"{name}: cannot be written: there is no folder {path.parent}")
+
+
+def _glances(view: BoardView, frame: Frame, before: Sequence[Glance]) -> list[Glance]:
+    """As `glances`; of rollouts that stand where they stood, what was seen of them `before`."""
+    now = list(zip(frame.steps.tolist(), frame.running.tolist(), strict=True))
+    known = dict(enumerate(before))
+    rows = [k for k, at in enumerate(now) if k not in known or _place(known[k]) != at]
+    columns = ("tokens", "certainty", "q", "steps", "running")
+    moved = replace(frame, **{name: getattr(frame, name)[rows] for name in columns})
+    for row, glance in zip(rows, glances(view, moved), strict=True):
+        known[row] = replace(glance, rollout=row + 1)
+    return [known[k] for k in range(len(now))]
+
+
+def _place(glance: Glance) -> tuple[int, bool]:
+    return glance.step, glance.running
 
 
 def _columns(part: Answers) -> tuple[Tensor, ...]:
@@ -335,9 +427,14 @@ def _draw(
     answer = answer_glance(view, frames, answers)
     try:
         if options.gif:
+            shown = len(steps_shown(len(frames)))
+            if shown < len(frames):
+                say(f"{options.gif} shows {shown} of {len(frames)} steps", err=True)
             content = moving_picture(view, frames, answer, depth, options.fps or FPS)
             write_bytes(Path(options.gif), content)
+            say(f"{options.gif} written", err=True)
         if options.png:
             write_bytes(Path(options.png), sheet(view, frames, answer, depth))
+            say(f"{options.png} written", err=True)
     except CheckpointError as error:
         raise CommandError(USAGE, error) from None

@@ -18,6 +18,7 @@ import json
 import re
 import select
 import socket
+import socketserver
 import sys
 import threading
 import time
@@ -131,6 +132,11 @@ class DemoServer(ThreadingHTTPServer):
         names = [f"{LOOPBACK}:{self.server_port}", f"localhost:{self.server_port}"]
         self.hosts = {*names, *((LOOPBACK, "localhost") if self.server_port == 80 else ())}
 
+    def server_bind(self) -> None:
+        """As the base class of the base class, which looks no name up."""
+        socketserver.TCPServer.server_bind(self)
+        self.server_name, self.server_port = LOOPBACK, self.server_address[1]
+
     @property
     def url(self) -> str:
         """Where the page is."""
@@ -167,8 +173,12 @@ class DemoServer(ThreadingHTTPServer):
         """Have running work end, and wait for it so long at most."""
         self.stopping.set()
         until = time.monotonic() + seconds
-        for slot in self.slots.values():
-            slot.acquire(timeout=max(0.0, until - time.monotonic()))
+        places = {"solve": self.limits.solving, "puzzle": self.limits.puzzles}
+        for name, count in places.items():
+            for _ in range(count):
+                if not self.slots[name].acquire(timeout=max(0.0, until - time.monotonic())):
+                    say(f"trm-fast demo: work goes on after {seconds:g} seconds", err=True)
+                    return
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -237,7 +247,7 @@ class _Handler(BaseHTTPRequestHandler):
         if path in posts:
             asked = self._body()
             posts[path](asked)
-        elif known and path != "/api/models":
+        elif path in self.server.pages:
             self._send(200, *self.server.pages[path])
         else:
             self._send_json(self.server.demo.models())
@@ -303,11 +313,12 @@ class _Handler(BaseHTTPRequestHandler):
             slot.release()
 
     def _gone(self) -> bool:
-        """Whether the client has closed its side."""
+        """Whether the client has gone. One that only sends no more still gets its answer; that it
+        has closed both sides shows when something is sent to it."""
         try:
-            if not select.select([self.connection], [], [], 0)[0]:
-                return False
-            return self.connection.recv(1, socket.MSG_PEEK) == b""
+            poll = select.poll()
+            poll.register(self.connection, 0)
+            return bool(poll.poll(0))  # POLLERR and POLLHUP are always told
         except (OSError, ValueError):
             return True
 

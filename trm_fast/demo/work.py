@@ -8,6 +8,7 @@ Dims legend: L tokens of a board, K rollouts.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import re
@@ -175,7 +176,7 @@ class Demo:
         yield {"start": {"rollouts": len(first.q), "depth": reasoning.depth, "cells": view.side**2}}
         steps = [0] * len(first.q)
         last = None
-        for frame in _chained(first, seen):
+        for frame in itertools.chain([first], seen):
             shown = glances(view, frame)
             rows = [
                 _row(view, glance) if glance.step > before else None
@@ -376,11 +377,6 @@ def _reasoning(served: Served, settings: object) -> Reasoning:
             more = " (rollouts times depth)" if name == "passes" else ""
             raise RequestError(f"{name}{more} is {value}; at most {LIMITS[name]} are allowed here")
     return Reasoning(**{**_settings(reasoning), "depth": depth}, budget=LIMITS["seconds"])
-
-
-def _chained(first: Any, rest: Any) -> Iterator[Any]:
-    yield first
-    yield from rest
 
 
 def _row(view: BoardView, glance: Glance) -> dict[str, Any]:

@@ -214,6 +214,7 @@ def test_a_maze_is_answered(demo):
         ({"noise": "x"}, "noise must be "),
         ({"noise": 10**400}, "noise must be a number of at least 0, got 1000"),
         ({"noise": []}, "noise must be "),
+        ({"noise": True}, "noise must be a number of at least 0, got True"),
         ({"select": "best"}, "select must be one of "),
         ({"select": {}}, "select must be one of "),
         ({"schedule": "sequential"}, "schedule='sequential' stops at the first good answer"),

@@ -104,7 +104,8 @@ class Reasoning:
             given = getattr(self, name)
             if given is None and name in ("budget", "threshold"):
                 continue
-            number = isinstance(given, (int, float)) and abs(given) <= sys.float_info.max
+            real = isinstance(given, (int, float)) and not isinstance(given, bool)
+            number = real and abs(given) <= sys.float_info.max
             if not number or (given < 0 and name != "threshold"):
                 more = "a number" if name == "threshold" else "a number of at least 0"
                 raise ValueError(f"{name} must be {more}, got {given!r}")

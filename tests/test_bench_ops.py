@@ -99,6 +99,7 @@ def test_every_operation_has_a_benchmark_of_its_name():
         "bench_model",
         "bench_micro",
         "bench_memory",
+        "bench_reasoning",
     }
     assert found == {f"bench_{op}" for op in OP_NAMES}
 

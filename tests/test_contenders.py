@@ -215,7 +215,9 @@ def test_solving_is_every_supervision_step(extension):
         assert loss is None
         assert logits.shape == (2, 9, 11)
         counts.append(counter.get_total_flops())
-    assert counts == [step_flops(config, "solve")] * 2
+    # Reading q in float32 is no product of matrices, so that it is the same in every batch.
+    q = 4 * 2 * 2 * config.hidden_size * config.q_logits
+    assert counts == [step_flops(config, "solve") - q] * 2
     check_parity(entries[1], "solve", None, CPU)
     assert set(entries[1].errors) == {"one_cycle", "loss"}
     with torch.no_grad():

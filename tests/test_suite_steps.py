@@ -74,13 +74,13 @@ class Switch:
         self.on = False
 
     def step(self, model: object, size: int, captured: bool) -> SimpleNamespace:
-        best = SimpleNamespace(tokens=torch.zeros(size, 81))
+        said = SimpleNamespace(preds=torch.zeros(size, 81))
 
         def start(boards: dict[str, torch.Tensor]) -> None:
             self.seen.append((captured, self.on))
-            best.tokens = torch.full((size, 81), float(self.on and self.wrong))
+            said.preds = torch.full((size, 81), float(self.on and self.wrong))
 
-        return SimpleNamespace(start=start, run=lambda: None, best=best, captured=captured)
+        return SimpleNamespace(start=start, run=lambda: said, captured=captured)
 
 
 @pytest.mark.parametrize(("batch", "pdl"), [(1, ["graph, PDL"]), (8, [])])

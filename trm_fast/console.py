@@ -8,16 +8,27 @@ be imported by any module; imports nothing of the package.
 import argparse
 import contextlib
 import logging
+import math
 import os
 import re
 import shlex
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NoReturn, TextIO
 
-__all__ = ["Parser", "as_log", "integer", "percent", "positive", "program", "say", "show_builds"]
+__all__ = [
+    "Parser",
+    "as_log",
+    "integer",
+    "number_in",
+    "percent",
+    "positive",
+    "program",
+    "say",
+    "show_builds",
+]
 
 _lossy = False  # of `as_log`
 
@@ -84,6 +95,21 @@ def positive(text: str) -> int:
     if not re.fullmatch("0*[1-9][0-9]{0,8}", text):
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 to 999999999")
     return int(text)
+
+
+def number_in(low: float, high: float) -> Callable[[str], float]:
+    """For an argument parser: what takes a number from `low` to `high`."""
+
+    def number(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a number from {low:g} to {high:g}")
+        return value
+
+    return number
 
 
 def percent(value: float | None) -> str:

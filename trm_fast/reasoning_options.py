@@ -7,10 +7,10 @@ command modules.
 from __future__ import annotations
 
 import argparse
-import math
 from collections.abc import Callable
 from typing import Any
 
+from trm_fast.console import number_in
 from trm_fast.inference import plan_for
 from trm_fast.loading import USAGE, CommandError, Loaded, supervision_depth
 from trm_fast.puzzle_kind import kind_of
@@ -19,15 +19,7 @@ from trm_fast.reasoning import CHOICES, PRESETS, Reasoning, reasoning_of
 __all__ = ["add_reasoning", "asked_reasoning", "is_asked", "share"]
 
 
-def share(text: str) -> float:
-    """argparse type: a number in [0, 1]."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 to 1")
-    return value
+share = number_in(0, 1)
 
 
 def add_reasoning(parser: argparse.ArgumentParser) -> None:

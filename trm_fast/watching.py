@@ -43,7 +43,7 @@ from trm_fast.board_view import (
     glances,
     view_of,
 )
-from trm_fast.console import say
+from trm_fast.console import number_in, say
 from trm_fast.durable import CheckpointError, write_bytes
 from trm_fast.inference import plan_for, watch
 from trm_fast.loading import USAGE, CommandError
@@ -274,7 +274,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="show the board after every step, and every rollout's, before the answer",
     )
     parser.add_argument(
-        "--fps", type=_rate, metavar="F", help=f"frames a second of --watch and --gif ({FPS:g})"
+        "--fps",
+        type=number_in(0.1, 50),
+        metavar="F",
+        help=f"frames a second of --watch and --gif ({FPS:g})",
     )
     parser.add_argument(
         "--gif", metavar="FILE", help="one puzzle's steps as a moving picture (needs trm-fast[viz])"
@@ -282,16 +285,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--png", metavar="FILE", help="the puzzle, its answer and the steps as a picture (the same)"
     )
-
-
-def _rate(text: str) -> float:
-    try:
-        rate = float(text)
-    except ValueError:
-        rate = math.nan
-    if not 0.1 <= rate <= 50:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0.1 to 50")
-    return rate
 
 
 def is_watched(options: argparse.Namespace) -> bool:

@@ -4,6 +4,7 @@ counted by hand over what `predict` answers."""
 import json
 import struct
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ import torch
 from answering import CELLS, SOLVED, boards, save_run, tiny_model, write_data
 from foreign_models import s4nj1th_weights
 
-from trm_fast import evaluate, solve
+from trm_fast import evaluate, rollouts, solve
 from trm_fast.inference import supervision_steps
 from trm_fast.rules import sudoku_rules
 from trm_fast.thresholds import FILE, keep_threshold
@@ -262,6 +263,24 @@ def test_the_threshold_of_the_model_is_the_default(measure, run, tmp_path, data)
     assert json.loads(measure(*asked)[1])["reasoning"]["threshold"] == 4
 
 
+def test_one_budget_is_for_all_sets(measure, data, tmp_path, monkeypatch):
+    root, inputs, labels = data
+    other = write_data(tmp_path / "other", inputs, labels)
+    now = [0.0]
+    monkeypatch.setattr(rollouts, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    real = rollouts.Lanes.step
+
+    def step(self):
+        now[0] += 1.0
+        return real(self)
+
+    monkeypatch.setattr(rollouts.Lanes, "step", step)
+    asked = ("--data", root, "--data", other, "--depth", "2", "--json")
+    reports = json.loads(measure(*asked, "--budget", "3")[1])["sets"]
+    assert [report["passes"] for report in reports.values()] == [2, 1]
+    assert [report["seconds"] for report in reports.values()] == pytest.approx([2 / 9, 1 / 9])
+
+
 def test_a_budget_that_is_up_answers_nothing(measure):
     (report,) = json.loads(measure("--budget", "0", "--json")[1])["sets"].values()
     assert (report["exact"], report["cell"], report["passes"], report["puzzles"]) == (0, 0, 0, 9)
@@ -342,8 +361,7 @@ def test_a_picture_that_cannot_be_does_not_cost_the_report(measure, tmp_path, mo
         (("--rollouts", "2", "--depth", "65536"), "depth must be a whole number from 1 to 65535"),
         (
             ("--rollouts", "65535", "--depth", "65535"),
-            "rollouts times depth must be at most 178956970 for puzzles of 16 tokens, got 65535 "
-            "times 65535",
+            "rollouts times depth must be at most 134217728, got 65535 times 65535",
         ),
         (("--noise", "-1"), "noise must be a number of at least 0, got -1.0"),
         (("--noise", "nan"), "noise must be a number of at least 0, got nan"),
@@ -373,8 +391,8 @@ def test_a_picture_that_cannot_be_does_not_cost_the_report(measure, tmp_path, mo
 def test_bad_options_are_one_line_before_any_work(
     run, capsys, monkeypatch, command, arguments, said
 ):
-    monkeypatch.setattr("trm_fast.inference.records", lambda *a: pytest.fail("worked"))
-    monkeypatch.setattr("trm_fast.reasoning_report.records", lambda *a: pytest.fail("worked"))
+    monkeypatch.setattr("trm_fast.inference.blocks", lambda *a: pytest.fail("worked"))
+    monkeypatch.setattr("trm_fast.reasoning_report.blocks", lambda *a: pytest.fail("worked"))
     if command == "evaluate":
         status = evaluate.main([str(run), *arguments])
     elif "--calibrate" in arguments:

@@ -60,7 +60,7 @@ ORDER = [
     ["losses", "optimizers", "ema", "inference_step"],
     ["optim"],
     ["checkpoint", "viz", "progress"],
-    ["reasoning"],
+    ["reasoning", "labelled"],
     ["lanes"],
     ["rollouts"],
     ["selectors"],

@@ -2,6 +2,7 @@
 
 import math
 from itertools import permutations
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,8 +11,9 @@ from answering import CELLS, SOLVED, boards, tiny_model
 
 from trm_fast import reasoning_report, rollouts
 from trm_fast.inference import plan_for, supervision_steps
-from trm_fast.reasoning_report import Labelled, measure, steps_shown, traces
-from trm_fast.rollouts import Record
+from trm_fast.labelled import Labelled
+from trm_fast.reasoning_report import measure, steps_shown, traces
+from trm_fast.rollouts import Budget, Record, Result, Stepped, record_bytes
 
 N, K, D = 16, 4, 5
 SELECTORS = ("last", "q", "mode", "residual", "first-q")
@@ -181,8 +183,46 @@ def labelled(inputs, labels):
     )
 
 
-def record_of(rows, tokens, q, moved, steps):
-    return Record(*(torch.from_numpy(t[rows].copy()) for t in (tokens, q, moved, steps)))
+class Recorded:
+    """What rollouts are to the report: steps one by one, then the result."""
+
+    def __init__(self, rows, plan, tokens, q, moved, steps):
+        self.plan = plan
+        self.tokens, self.q, self.moved, self.steps = (t[rows] for t in (tokens, q, moved, steps))
+
+    def run(self):
+        for d in range(D):
+            found = [(n, k) for n, k in np.ndindex(self.steps.shape) if d < self.steps[n, k]]
+            if found:
+                n, k = np.array(found).T
+                tokens = torch.from_numpy(self.tokens[n, k, d].astype(np.int64))
+                yield Stepped(
+                    n * K + k, np.full(len(n), d + 1), None, SimpleNamespace(tokens=tokens)
+                )
+
+    def result(self):
+        number = {}
+        said = [number.setdefault(t.tobytes(), len(number)) for t in self.tokens.reshape(-1, CELLS)]
+        at = np.arange(len(self.steps))[:, None], np.arange(K)
+        ran = np.arange(D) < self.steps[..., None]
+        last = self.tokens[(*at, np.maximum(self.steps - 1, 0))]
+        best = self.tokens[(*at, np.where(ran, self.q, -np.inf).argmax(-1))]
+        arrays = self.q, self.moved, np.array(said).reshape(self.q.shape), self.steps
+        record = Record(*(torch.from_numpy(t.copy()) for t in arrays))
+        if self.plan.stops:
+            return AnyStep(record, torch.from_numpy(self.tokens))
+        return Result(record, torch.from_numpy(best), torch.from_numpy(last), None)
+
+
+class AnyStep:
+    """A result that has the answers of all steps: the made up records of plans that end each other
+    do not end where an answer is found."""
+
+    def __init__(self, record, tokens):
+        self.record, self.said = record, tokens
+
+    def tokens(self, rollout, step):
+        return self.said[torch.arange(len(step)), rollout, (step - 1).clamp(min=0)].long()
 
 
 PLANS = {
@@ -213,14 +253,20 @@ def test_the_report_is_a_plain_loop(monkeypatch, settings, parts):
     rows = [slice(end - count, end) for end, count in zip(ends, parts, strict=True)]
     given = []
 
-    def steps_of(model, puzzles, plan, batch_size):
+    def steps_of(model, puzzles, plan, batch_size, budget):
         given.append((puzzles.numbers.tolist(), puzzles.inputs.tolist(), batch_size))
-        yield from ((part, record_of(part, *said[2:])) for part in rows)
+        for part in rows:
+            budget.used += 0.5
+            yield part, Recorded(part, plan, *said[2:])
 
-    monkeypatch.setattr(reasoning_report, "records", steps_of)
+    monkeypatch.setattr(reasoning_report, "blocks", steps_of)
     seen = []
     puzzles = labelled(inputs, labels)
-    report = measure(model, puzzles, plan, batch_size=9, abstain=0.7, observe=seen.append).to_dict()
+    spent = Budget()
+    spent.used = 40.0  # on another set
+    report = measure(
+        model, [puzzles], plan, batch_size=9, abstain=0.7, observe=seen.append, budget=spent
+    ).to_dict()
     assert given == [(list(range(N)), inputs.tolist(), 9)]
 
     logits = sorted([*(quarter / 4 for quarter in range(-32, 33)), math.log(0.7 / 0.3)])
@@ -234,6 +280,7 @@ def test_the_report_is_a_plain_loop(monkeypatch, settings, parts):
 
     # Seconds are shared out by passes.
     seconds, most = report.pop("seconds"), report.pop("seconds_max")
+    assert seconds == pytest.approx(0.5 * len(parts) / N)
     assert most == pytest.approx(seconds / report["passes"] * report["passes_max"])
     for curve in ("by_depth", "by_rollouts"):
         of_it = want.pop(curve)
@@ -275,11 +322,13 @@ def test_the_cases_tell_selectors_and_points_apart():
 def test_any_confidence_can_be_asked_for(monkeypatch, abstain):
     said = made()
     monkeypatch.setattr(
-        reasoning_report, "records", lambda *a: iter([(slice(N), record_of(slice(N), *said[2:]))])
+        reasoning_report,
+        "blocks",
+        lambda *a: iter([(slice(N), Recorded(slice(N), plan, *said[2:]))]),
     )
     model = tiny_model()
     plan = plan_for(model, rollouts=K, depth=D)
-    risk = measure(model, labelled(*said[:2]), plan, abstain=abstain).risk
+    risk = measure(model, [labelled(*said[:2])], plan, abstain=abstain).risk
     asked = min(risk, key=lambda r: abs(r.confidence - abstain))
     assert asked.confidence == pytest.approx(abstain)
     want = plain_report(plan, *said, [abstain])["risk"][0]
@@ -291,11 +340,13 @@ def test_where_the_time_was_up_nothing_counts(monkeypatch):
     said = made()
     said[5][:] = 0
     monkeypatch.setattr(
-        reasoning_report, "records", lambda *a: iter([(slice(N), record_of(slice(N), *said[2:]))])
+        reasoning_report,
+        "blocks",
+        lambda *a: iter([(slice(N), Recorded(slice(N), plan, *said[2:]))]),
     )
     model, seen = tiny_model(), []
     plan = plan_for(model, rollouts=K, depth=D)
-    report = measure(model, labelled(*said[:2]), plan, observe=seen.append)
+    report = measure(model, [labelled(*said[:2])], plan, observe=seen.append)
     assert (report.exact, report.cell, report.valid, report.rule) == (0, 0, 0, 0)
     assert (report.passes, report.passes_max, report.seconds_max) == (0, 0, 0)
     assert set(report.selectors.values()) == {0}
@@ -308,7 +359,7 @@ def test_no_rules_no_valid():
     model = tiny_model(**changes)
     inputs = torch.from_numpy(boards(3, cells=10, vocab=9)).int()
     puzzles = Labelled(inputs, inputs, torch.zeros(3, dtype=torch.int32), torch.arange(3))
-    report = measure(model, puzzles, plan_for(model, rollouts=2, noise=0.5, depth=2))
+    report = measure(model, [puzzles], plan_for(model, rollouts=2, noise=0.5, depth=2))
     assert report.valid is None and report.rule is None
     assert {p.rule for p in [*report.by_depth, *report.by_rollouts]} == {None}
 
@@ -362,7 +413,7 @@ def test_traces_are_every_step_of_every_image():
     )
     asked = {"select": "first-q", "halt": "q", "threshold": -9.0, "budget": 0.0}
     plan = plan_for(model, rollouts=8, depth=4, schedule="sequential", **asked)
-    q, right = traces(model, puzzles, plan, batch_size=5)
+    q, right = traces(model, [puzzles], plan, batch_size=5)
     assert q.shape == right.shape == (6, 8, 4)
     assert np.allclose(q[:, 0], by_hand[0], atol=1e-5) and (right[:, 0].numpy() == hits[0]).all()
     want = [sorted((*np.round(by_hand[i][n], 3), *hits[i][n]) for i in range(8)) for n in range(6)]
@@ -394,13 +445,13 @@ def test_records_of_a_few_puzzles_each_give_the_same_report(monkeypatch, setting
     labels[::2] = answers.tokens[::2].int()
     ids = torch.zeros(7, dtype=torch.int32)
     puzzles = Labelled(inputs, labels, ids, torch.arange(7))
-    whole = without_seconds(measure(model, puzzles, plan))
+    whole = without_seconds(measure(model, [puzzles], plan))
     assert whole["exact"] == pytest.approx(4 / 7)
     assert whole["passes"] == pytest.approx(float(answers.passes.double().mean()))
-    size = plan.rollouts * plan.depth * (CELLS + 8)
+    size = record_bytes(plan.rollouts, plan.depth, CELLS, 6)
     for room, batch_size in ((2 * size, 4), (1, 256)):
         monkeypatch.setattr(rollouts, "RECORD_BYTES", room)
-        assert without_seconds(measure(model, puzzles, plan, batch_size=batch_size)) == whole
+        assert without_seconds(measure(model, [puzzles], plan, batch_size=batch_size)) == whole
 
 
 def test_nothing_to_evaluate_and_the_mode_of_the_model():
@@ -409,5 +460,5 @@ def test_nothing_to_evaluate_and_the_mode_of_the_model():
     nothing = torch.zeros(0, CELLS, dtype=torch.int32)
     none = torch.zeros(0, dtype=torch.int64)
     with pytest.raises(ValueError, match="nothing to evaluate: the data has no puzzles"):
-        measure(model, Labelled(nothing, nothing, none, none), plan)
+        measure(model, [Labelled(nothing, nothing, none, none)], plan)
     assert model.training

@@ -9,10 +9,12 @@ from capturing import InPlace
 
 from trm_fast import inference, inference_step, rollouts
 from trm_fast.inference_step import InferenceStep
+from trm_fast.lanes import Puzzles
 from trm_fast.noise import normal, truncated_normal
 from trm_fast.philox import philox
 from trm_fast.puzzle_kind import kind_of
 from trm_fast.recursion import named, state_of
+from trm_fast.rollouts import Rollouts
 
 N, K, D, SEED = 5, 4, 6, 11
 INPUTS = torch.as_tensor(boards(N), dtype=torch.int32)
@@ -355,6 +357,42 @@ def test_a_budget_ends_it_with_what_is_there(model, monkeypatch):
         seen.append(frame.steps.tolist())
         now[0] += 100.0  # looking costs nothing
     assert seen == [[step] * 2 for step in range(1, 5)]
+
+
+def test_a_record_holds_two_answers_of_a_rollout_however_deep_it_is(model):
+    """What memory a plan takes: its answers are not kept step by step."""
+    kind = kind_of(model.config)
+    for select in ("q", "valid"):
+        plan = inference.plan_for(model, rollouts=K, depth=D, select=select)
+        run = Rollouts(model, kind, Puzzles(BLANKED, torch.zeros(N), torch.arange(N)), plan, 7)
+        for _ in run.run():
+            pass
+        result = run.result()
+        held = [result.best, result.last, *vars(result.record).values()]
+        if select == "valid":
+            held.append(result.valid)
+        whole = rollouts.record_bytes(K, D, 16, 6)
+        assert whole == K * (D * 17 + 2 * 16)
+        steps = 8 - (0 if select == "valid" else D)  # [K] of 8 bytes; flags are not always there
+        assert sum(t.nbytes for t in held) == N * (whole + K * steps)
+        assert rollouts.puzzles_at_once(plan, 16, 6) == rollouts.RECORD_BYTES // whole
+    deep = inference.plan_for(model, rollouts=4096, depth=32768)
+    assert rollouts.puzzles_at_once(deep, 16, 6) == 1
+
+
+def test_different_answers_have_different_numbers():
+    """Also where one cell differs, and where two are exchanged."""
+    weights = rollouts._fingerprint_weights(900)
+    generator = torch.Generator().manual_seed(5)
+    one = torch.randint(0, 12, (900,), generator=generator)
+    others = one.repeat(900, 1)
+    others[torch.arange(900), torch.arange(900)] += 1
+    swapped = one.repeat(899, 1)
+    for row in range(899):
+        swapped[row, [row, row + 1]] = swapped[row, [row + 1, row]]
+    whole = torch.cat([one[None], others, swapped])
+    numbers = (whole * weights).sum(-1)
+    assert numbers.unique().numel() == whole.unique(dim=0).shape[0]
 
 
 def test_frames_show_every_step(model):

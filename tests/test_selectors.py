@@ -8,9 +8,9 @@ import torch
 
 from trm_fast.reasoning import Reasoning
 from trm_fast.rollouts import Record
-from trm_fast.selectors import choose, keeps_rules
+from trm_fast.selectors import choose
 
-P, K, D, L = 60, 4, 5, 3
+P, K, D = 60, 4, 5
 
 
 def some_record(seed=0, whole=False):
@@ -20,8 +20,8 @@ def some_record(seed=0, whole=False):
     q = rng.choice([-np.inf, -1.0, 0.5, 1.0, 2.0, 3.0], (P, K, D)).astype(np.float32)
     moved = rng.choice([0.25, 0.5, 1.0, 4.0], (P, K, D)).astype(np.float32)
     moved[:, :, 0] = np.inf
-    tokens = rng.integers(0, 2, (P, K, D, L)).astype(np.uint8)
-    return Record(*map(torch.from_numpy, (tokens, q, moved, steps)))
+    said = rng.integers(-4, 4, (P, K, D)) << 60
+    return Record(*map(torch.from_numpy, (q, moved, said, steps)))
 
 
 def sigmoid(x):
@@ -62,12 +62,10 @@ def by_loops(record, plan, valid, p):
     if plan.select == "mode":
         votes = {}
         for k, (d, q) in entries.items():
-            said = tuple(record.tokens[p, k, d].tolist())
+            said = int(record.said[p, k, d])
             votes[said] = votes.get(said, 0.0) + (1.0 if plan.entry == "last" else sigmoid(q))
         won = max(votes, key=votes.get)  # the first of several
-        backers = {
-            k: q for k, (d, q) in entries.items() if tuple(record.tokens[p, k, d].tolist()) == won
-        }
+        backers = {k: q for k, (d, q) in entries.items() if int(record.said[p, k, d]) == won}
         k = max(backers, key=backers.get)
         return k, entries[k][0], votes[won] / len(entries)
     if plan.select == "residual":
@@ -96,7 +94,7 @@ def test_every_selector(select, schedule, kept, whole):
         )
         valid = torch.from_numpy(np.random.default_rng(seed).random((P, K, D)) < 0.05)
         chosen = choose(record, plan, valid)
-        tokens, q = chosen.of(record.tokens), chosen.of(record.q)
+        said, q = chosen.of(record.said), chosen.of(record.q)
         for p in range(P):
             k, d, share = by_loops(record, plan, valid, p)
             assert chosen.step[p] == d + 1
@@ -104,7 +102,7 @@ def test_every_selector(select, schedule, kept, whole):
                 assert chosen.q[p] == -math.inf and chosen.confidence[p] == 0
                 continue
             assert chosen.rollout[p] == k
-            assert torch.equal(tokens[p], record.tokens[p, k, d])
+            assert said[p] == record.said[p, k, d]
             assert chosen.q[p] == q[p] == record.q[p, k, d]
             want = sigmoid(float(record.q[p, k, d])) if share is None else share
             assert float(chosen.confidence[p]) == pytest.approx(want, rel=1e-5)
@@ -113,33 +111,13 @@ def test_every_selector(select, schedule, kept, whole):
 def test_a_cut_is_what_fewer_rollouts_and_steps_would_have_said():
     record = some_record()
     part = record.cut(rollouts=2, depth=3)
-    assert part.q.shape == part.moved.shape == part.tokens.shape[:3] == (P, 2, 3)
+    assert part.q.shape == part.moved.shape == part.said.shape == (P, 2, 3)
     assert torch.equal(part.steps, record.steps[:, :2].clamp(max=3))
     assert torch.equal(part.ran.sum(-1), part.steps)
     assert torch.equal(record.cut().q, record.q) and torch.equal(record.cut().steps, record.steps)
-
-
-def test_rules_are_asked_of_the_steps_that_were_run():
-    record = some_record()
-    inputs = torch.arange(P)[:, None].expand(P, L).int()
-    asked = []
-
-    def rules(inputs, answers):
-        asked.append(len(inputs))
-        return (inputs[:, 0] % 2 == 0) & (answers.sum(-1) == 3)
-
-    kept = keeps_rules(record, inputs, rules)
-    assert sum(asked) == int(record.steps.sum())
-    for p in range(P):
-        for k in range(K):
-            for d in range(D):
-                run = d < record.steps[p, k]
-                want = run and p % 2 == 0 and int(record.tokens[p, k, d].sum()) == 3
-                assert bool(kept[p, k, d]) == bool(want)
 
 
 def test_no_puzzles():
     record = Record(*(t[:0] for t in vars(some_record()).values()))
     for select in ("last", "q", "mode", "residual", "first-q"):
         assert len(choose(record, Reasoning(select=select, threshold=1.0)).step) == 0
-    assert keeps_rules(record, torch.zeros(0, L), lambda a, b: a > b).shape == (0, K, D)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,12 +25,12 @@ from trm_fast.evaluate_rollouts import (
     calibrated,
     check_asked,
     draw,
-    gathered,
     measured,
     set_lines,
 )
 from trm_fast.evaluators import Evaluators, score_line
 from trm_fast.inference import SetReport, evaluate
+from trm_fast.labelled import labelled_sets, unlabelled
 from trm_fast.loading import (
     MISMATCH,
     UNREADABLE,
@@ -194,21 +194,13 @@ def _reports(
         return _measure(options, loaded, source, evaluators, ranks)
     ranks.together(lambda: check_asked(options, loaded, ranks))
     observe = evaluators.begin(source.dataset.directories)
-    sets = gathered(source.dataset, options.max_puzzles, ranks)
-    _check_boards({name: sum(ranks.numbers(len(s.inputs))) for name, s in sets.items()}, source)
+    sets = labelled_sets(source.dataset, options.max_puzzles, ranks)
     if options.calibrate is not None:
         calibrated(options, loaded, sets, source.names)
         if not asks:
             return {}
+        sets = labelled_sets(source.dataset, options.max_puzzles, ranks)
     return measured(options, loaded, sets, observe, ranks)
-
-
-def _check_boards(counts: Mapping[str, int], source: Source) -> None:
-    empty = [name for name, count in counts.items() if not count]
-    if empty:
-        raise CommandError(
-            UNREADABLE, f"{', '.join(source.names)}: no labelled boards in set {empty[0]}"
-        )
 
 
 def _source(options: argparse.Namespace, loaded: Loaded, ranks: Ranks) -> Source:
@@ -236,6 +228,11 @@ def _source(options: argparse.Namespace, loaded: Loaded, ranks: Ranks) -> Source
             raise CommandError(
                 MISMATCH, f"{', '.join(source.names)}: {theirs} {what}, the model has {ours}"
             )
+    empty = unlabelled(source.dataset)
+    if empty:
+        raise CommandError(
+            UNREADABLE, f"{', '.join(source.names)}: no labelled boards in set {empty[0]}"
+        )
     return source
 
 
@@ -272,11 +269,10 @@ def _read_directories(options: argparse.Namespace, loaded: Loaded, ranks: Ranks)
 
 
 def _visit(paths: Sequence[str], options: argparse.Namespace, ranks: Ranks) -> PuzzleDatasetConfig:
-    size = min(options.batch_size, options.max_puzzles or options.batch_size)
     return PuzzleDatasetConfig(
         seed=0,
         dataset_paths=tuple(paths),
-        global_batch_size=size * ranks.world,
+        global_batch_size=options.batch_size * ranks.world,
         test_set_mode=True,
         rank=ranks.rank,
         num_replicas=ranks.world,
@@ -320,21 +316,16 @@ def _measure(
     ranks: Ranks,
 ) -> dict[str, SetReport]:
     arch = loaded.config.get("arch") or {}
-    try:
-        reports = evaluate(
-            loaded.model,
-            source.dataset,
-            steps=supervision_depth(loaded, options.steps),
-            max_puzzles=options.max_puzzles,
-            loss_type=arch.get("loss_type", "stablemax_cross_entropy"),
-            rules=rules_of(source.dataset.metadata),
-            observe=evaluators.begin(source.dataset.directories),
-            ranks=ranks,
-        )
-    except ValueError as error:  # no boards at all
-        raise CommandError(UNREADABLE, f"{', '.join(source.names)}: {error}") from None
-    _check_boards({name: report.puzzles for name, report in reports.items()}, source)
-    return reports
+    return evaluate(
+        loaded.model,
+        source.dataset,
+        steps=supervision_depth(loaded, options.steps),
+        max_puzzles=options.max_puzzles,
+        loss_type=arch.get("loss_type", "stablemax_cross_entropy"),
+        rules=rules_of(source.dataset.metadata),
+        observe=evaluators.begin(source.dataset.directories),
+        ranks=ranks,
+    )
 
 
 def _document(

@@ -7,24 +7,22 @@ only.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from trm_fast.console import percent, say
-from trm_fast.data.dataset import PuzzleDataset
-from trm_fast.data.format import IGNORE_LABEL_ID
 from trm_fast.distributed import Ranks
+from trm_fast.labelled import Labelled
 from trm_fast.loading import MODEL, USAGE, CommandError, Loaded
 from trm_fast.pretrained import SHIPPED
 from trm_fast.puzzle_kind import kind_of
 from trm_fast.reasoning import PRESETS, Reasoning
 from trm_fast.reasoning_options import asked_reasoning
 from trm_fast.reasoning_report import (
-    Labelled,
     Point,
     ReasoningReport,
     Risk,
@@ -32,38 +30,14 @@ from trm_fast.reasoning_report import (
     measure,
     traces,
 )
+from trm_fast.rollouts import Budget
 from trm_fast.thresholds import Fit, beside, fit_threshold, keep_threshold, said_of
 from trm_fast.viz import Curve, accuracy_curves
 
-__all__ = ["calibrated", "check_asked", "draw", "gathered", "measured", "set_lines"]
+__all__ = ["calibrated", "check_asked", "draw", "measured", "set_lines"]
 
 ENOUGH = 1000  # answers are, for any threshold
 SHOWN_LOGITS = (0, 1, 2, 3, 4, 5, 6)  # confidences that get a row
-
-
-def gathered(dataset: PuzzleDataset, max_puzzles: int | None, ranks: Ranks) -> dict[str, Labelled]:
-    """The labelled puzzles of each set that this process has, numbered through all processes."""
-    parts: dict[str, list[dict[str, Tensor]]] = {}
-    seen: dict[str, int] = {}
-    for name, batch, _ in dataset:
-        rows = (batch["labels"] != IGNORE_LABEL_ID).any(-1).nonzero().squeeze(-1)
-        sizes = ranks.numbers(len(rows))
-        before = seen.setdefault(name, 0)
-        first = before + sum(sizes[: ranks.rank])
-        seen[name] = before + sum(sizes)
-        if max_puzzles is not None:
-            rows = rows[: max(0, max_puzzles - first)]
-        numbers = torch.arange(first, first + len(rows))
-        found = {key: batch[key][rows].cpu() for key in ("inputs", "labels", "puzzle_identifiers")}
-        parts.setdefault(name, []).append(found | {"numbers": numbers})
-    whole = {
-        name: {key: torch.cat([part[key] for part in found]) for key in found[0]}
-        for name, found in parts.items()
-    }
-    return {
-        name: Labelled(t["inputs"], t["labels"], t["puzzle_identifiers"], t["numbers"])
-        for name, t in whole.items()
-    }
 
 
 def check_asked(options: argparse.Namespace, loaded: Loaded, ranks: Ranks) -> None:
@@ -80,23 +54,25 @@ def check_asked(options: argparse.Namespace, loaded: Loaded, ranks: Ranks) -> No
 def measured(
     options: argparse.Namespace,
     loaded: Loaded,
-    sets: Mapping[str, Labelled],
+    sets: Iterable[tuple[str, Iterable[Labelled]]],
     observe: Callable[[str, Mapping[str, Tensor]], None],
     ranks: Ranks,
 ) -> dict[str, ReasoningReport]:
-    """Raises ValueError for a set without a labelled puzzle."""
+    """Set by set; one budget is for all of them."""
     plan = asked_reasoning(options, loaded)
+    budget = Budget(plan.budget)
     found = {}
-    for name, puzzles in sets.items():
+    for name, parts in sets:
 
         def told(outputs: Mapping[str, Tensor], name: str = name) -> None:
             observe(name, outputs)
 
         found[name] = measure(
             loaded.model,
-            puzzles,
+            parts,
             plan,
             batch_size=options.batch_size,
+            budget=budget,
             ranks=ranks,
             observe=told,
             abstain=options.abstain,
@@ -107,7 +83,7 @@ def measured(
 def calibrated(
     options: argparse.Namespace,
     loaded: Loaded,
-    sets: Mapping[str, Labelled],
+    sets: Iterable[tuple[str, Iterable[Labelled]]],
     names: tuple[str, ...],
 ) -> None:
     """Fit the threshold to all puzzles, say what was found, give it to the model and keep it.
@@ -116,8 +92,8 @@ def calibrated(
         CommandError: nothing or too little to fit to, or it cannot be kept.
     """
     plan = _restarts(options, loaded)
-    found = [traces(loaded.model, puzzles, plan, options.batch_size) for puzzles in sets.values()]
-    q, right = (torch.cat(parts) for parts in zip(*found, strict=True))
+    every = chain.from_iterable(parts for _, parts in sets)
+    q, right = traces(loaded.model, every, plan, options.batch_size)
     try:
         fit = fit_threshold(q, right, options.calibrate)
     except ValueError as error:

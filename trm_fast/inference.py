@@ -11,7 +11,7 @@ Dims legend: B batch, L puzzle tokens, M supervision steps.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -24,14 +24,15 @@ from trm_fast.answers import Answers, Frame
 from trm_fast.data.format import IGNORE_LABEL_ID
 from trm_fast.distributed import SINGLE, Ranks
 from trm_fast.inference_step import StepOutput, borrowed
+from trm_fast.labelled import Batches, labelled_batches
 from trm_fast.lanes import Puzzles
 from trm_fast.losses import LOSSES
 from trm_fast.model import Model
-from trm_fast.puzzle_kind import PuzzleKind, kind_of
+from trm_fast.puzzle_kind import kind_of
 from trm_fast.reasoning import Reasoning, reasoning_of
-from trm_fast.rollouts import Budget, Record, Rollouts, puzzles_at_once
+from trm_fast.rollouts import Budget, Result, Rollouts, puzzles_at_once
 from trm_fast.rules import Rules
-from trm_fast.selectors import choose, keeps_rules
+from trm_fast.selectors import choose
 
 Observer = Callable[[str, dict[str, Tensor]], None]
 
@@ -120,7 +121,6 @@ class _Tally:
         self.per_step = np.zeros((steps, 4))  # accuracy, exact, q agrees, valid
         self.ends = np.zeros(6)  # lm loss, q loss; best-q accuracy, exact, valid, step
         self.puzzles = 0
-        self.seen = 0  # labelled boards of all processes so far, where only some are measured
         self.loss = LOSSES[loss_type]
         self.rules = rules
         self.cuda_graph = cuda_graph
@@ -180,7 +180,7 @@ class _Tally:
 
 def evaluate(
     model: Model,
-    batches: Iterable[tuple[str, dict[str, Tensor], int]],
+    batches: Batches,
     *,
     steps: int | None = None,
     max_puzzles: int | None = None,
@@ -195,16 +195,14 @@ def evaluate(
 
     Args:
         model: put into evaluation mode, and back as it was.
-        batches: (set name, Batch, size) as `PuzzleDataset` yields them; rows that are all padding
-            (every label -100) do not count.
+        batches, max_puzzles, ranks: see `labelled_batches`; all processes get the results of the
+            whole.
         steps: supervision steps M; None is the model's halt_max_steps.
-        max_puzzles: boards to measure per set, from its start; None is all.
         loss_type: a name in `LOSSES`.  rules: adds `valid`, see `rules_of`.
         collect: lists that get, batch by batch, the tensors they are named after: those of the
             batch, or "logits", "preds", "q_halt_logits" of the last step.
         observe: called with the set's name and all of these, batch by batch.
         cuda_graph: False runs call by call on NVIDIA GPUs too.
-        ranks: the processes among which each batch is divided; all get the results of the whole.
 
     Raises:
         ValueError: no puzzles at all, or steps < 1.
@@ -213,16 +211,10 @@ def evaluate(
     depth = _depth(model, steps)
     tallies: dict[str, _Tally] = {}
     with evaluating(model):
-        for name, batch, _ in batches:
+        for name, batch, numbers in labelled_batches(batches, max_puzzles, ranks):
             tally = tallies.setdefault(name, _Tally(depth, loss_type, rules, cuda_graph))
-            rows = (batch["labels"] != IGNORE_LABEL_ID).any(-1).nonzero().squeeze(-1)
-            if max_puzzles is not None:
-                sizes = ranks.numbers(len(rows))
-                rows = rows[: max(0, max_puzzles - tally.seen - sum(sizes[: ranks.rank]))]
-                tally.seen += sum(sizes)
-            if len(rows):
-                labelled = {key: value[rows].to(device) for key, value in batch.items()}
-                outputs = tally.add(model, labelled)
+            if len(numbers):
+                outputs = tally.add(model, {key: t.to(device) for key, t in batch.items()})
                 for key, parts in (collect or {}).items():
                     parts.append(outputs[key].cpu())
                 if observe is not None:
@@ -258,10 +250,11 @@ def predict(
     """
     puzzles = _puzzles(model, inputs, puzzle_identifiers, numbers)
     plan = plan_for(model, reasoning, **settings)
-    parts = [
-        _answers(puzzles.inputs[rows].cpu(), record, plan, kind_of(model.config))
-        for rows, record in records(model, puzzles, plan, batch_size)
-    ]
+    parts = []
+    for rows, rollouts in blocks(model, puzzles, plan, batch_size, Budget(plan.budget)):
+        for _ in rollouts.run():
+            pass
+        parts.append(_answers(puzzles.inputs[rows].cpu(), rollouts.result(), plan))
     columns = zip(*(vars(part).values() for part in parts), strict=True)
     return Answers(*(torch.cat(column) for column in columns))
 
@@ -295,7 +288,6 @@ def watch(
 def _frames(
     model: Model, puzzles: Puzzles, plan: Reasoning, width: int, budget: Budget
 ) -> Iterator[Frame]:
-    budget.start()
     kind, k = kind_of(model.config), plan.rollouts
     tokens = puzzles.inputs.cpu().long().repeat(k, 1)
     certainty = kind.given(tokens).float()
@@ -306,9 +298,7 @@ def _frames(
         held: Frame | None = None
         for number, seen in enumerate(rollouts.run(), 1):
             if held is not None:
-                budget.pause()
                 yield held
-                budget.start()
             rows = torch.from_numpy(seen.items)
             assert seen.said.certainty is not None
             tokens[rows] = seen.said.tokens.cpu()
@@ -318,10 +308,9 @@ def _frames(
             running[rows] = torch.from_numpy(seen.going_on)
             now = [t.clone() for t in (tokens, certainty, q, steps, running)]
             held = Frame(number, now[0], now[1], now[2], now[3], now[4])
-        answer = _answers(puzzles.inputs.cpu(), rollouts.record(), plan, kind)
+        answer = _answers(puzzles.inputs.cpu(), rollouts.result(), plan)
         if held is None:
             held = Frame(0, tokens, certainty, q, steps, running)
-        budget.pause()
         yield replace(held, running=torch.zeros_like(running), answer=answer)
 
 
@@ -332,22 +321,18 @@ def plan_for(model: Model, reasoning: Reasoning | str | None = None, **settings:
     return reasoning_of(reasoning, kind, settings).resolved(model.config, kind, model.q_threshold)
 
 
-def records(
-    model: Model, puzzles: Puzzles, plan: Reasoning, batch_size: int
-) -> Iterator[tuple[slice, Record]]:
-    """Run the rollouts of all puzzles, as many as memory for their records allows at a time; yields
-    which puzzles, and what was said of them."""
-    budget, kind = Budget(plan.budget), kind_of(model.config)
-    budget.start()
+def blocks(
+    model: Model, puzzles: Puzzles, plan: Reasoning, batch_size: int, budget: Budget
+) -> Iterator[tuple[slice, Rollouts]]:
+    """The rollouts of all puzzles, as many puzzles at a time as memory for their records allows:
+    which puzzles, and their rollouts, to be run before the next ones are asked for."""
+    kind = kind_of(model.config)
     at_once = puzzles_at_once(plan, puzzles.inputs.shape[1], model.config.vocab_size)
     with evaluating(model):
         for start in range(0, max(len(puzzles.inputs), 1), at_once):
             rows = slice(start, start + at_once)
             part = Puzzles(*(t[rows] for t in vars(puzzles).values()))
-            rollouts = Rollouts(model, kind, part, plan, batch_size, budget)
-            for _ in rollouts.run():
-                pass
-            yield rows, rollouts.record()
+            yield rows, Rollouts(model, kind, part, plan, batch_size, budget)
 
 
 @contextmanager
@@ -361,12 +346,11 @@ def evaluating(model: Model) -> Iterator[None]:
         model.train(was_training)
 
 
-def _answers(inputs: Tensor, record: Record, plan: Reasoning, kind: PuzzleKind) -> Answers:
-    valid = None
-    if plan.select == "valid" and kind.rules is not None:
-        valid = keeps_rules(record, inputs, kind.rules)
-    choice = choose(record, plan, valid)
-    tokens = torch.where(choice.step.unsqueeze(-1) > 0, choice.of(record.tokens), inputs).long()
+def _answers(inputs: Tensor, result: Result, plan: Reasoning) -> Answers:
+    record = result.record
+    choice = choose(record, plan, result.valid)
+    answered = choice.step.unsqueeze(-1) > 0
+    tokens = torch.where(answered, result.tokens(choice.rollout, choice.step), inputs.long())
     passes = record.steps.sum(-1)
     return Answers(tokens, choice.q, choice.step, choice.rollout, passes, choice.confidence)
 

@@ -38,7 +38,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
 }
 STOPPING = ("first-q", "valid")  # selectors that know an answer when they see it
 _MOST = 1 << 16  # rollouts and steps: what a counter of the random numbers holds
-_RECORD = 1 << 32  # bytes: what all steps of one puzzle say
+_PASSES = 1 << 27  # of one puzzle: what is known of each takes memory until it is answered
 
 
 @dataclass(frozen=True)
@@ -159,11 +159,9 @@ class Reasoning:
             raise ValueError("select='valid' is for Sudoku and mazes, whose rules are known")
         limit = self.threshold if self.threshold is not None else threshold
         depth = config.halt_max_steps if self.depth is None else self.depth
-        most = _RECORD // (config.seq_len + 8)
-        if self.rollouts * depth > most:
+        if self.rollouts * depth > _PASSES:
             raise ValueError(
-                f"rollouts times depth must be at most {most} for puzzles of {config.seq_len} "
-                f"tokens, got {self.rollouts} times {depth}"
+                f"rollouts times depth must be at most {_PASSES}, got {self.rollouts} times {depth}"
             )
         return replace(
             self,

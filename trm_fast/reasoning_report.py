@@ -1,6 +1,6 @@
 """How good a way of asking is: accuracy and cost, against depth, rollouts and confidence.
 
-Owns the measuring of rollouts on labelled puzzles; running them is `inference.records`. Imported
+Owns the measuring of rollouts on labelled puzzles; running them is `inference.blocks`. Imported
 by `evaluate.py`. Terms are those of `reasoning.py`. What the rules of the puzzle know is reported
 beside what the model alone does, never mixed with it.
 
@@ -9,8 +9,7 @@ Dims legend: P puzzles, K rollouts, D steps, L tokens.
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -20,16 +19,17 @@ from torch import Tensor
 
 from trm_fast.data.format import IGNORE_LABEL_ID
 from trm_fast.distributed import SINGLE, Ranks
-from trm_fast.inference import records
+from trm_fast.inference import blocks
+from trm_fast.labelled import Labelled
 from trm_fast.lanes import Puzzles
 from trm_fast.model import Model
 from trm_fast.puzzle_kind import kind_of
 from trm_fast.reasoning import Reasoning
-from trm_fast.rollouts import Record
-from trm_fast.selectors import SELECTORS, Choice, choose, keeps_rules
+from trm_fast.rollouts import Budget, Record, Result, Stepped
+from trm_fast.rules import Rules
+from trm_fast.selectors import SELECTORS, Choice, choose
 
 __all__ = [
-    "Labelled",
     "Point",
     "ReasoningReport",
     "Risk",
@@ -40,23 +40,6 @@ __all__ = [
 ]
 
 LOGITS = np.arange(-32, 33) / 4  # confidences that are told apart, as logits
-
-
-@dataclass(frozen=True)
-class Labelled:
-    """P puzzles with labels: inputs and labels [P, L] int, identifiers [P] int, and their numbers
-    [P] int64 in the whole set, all on the CPU."""
-
-    inputs: Tensor
-    labels: Tensor
-    identifiers: Tensor
-    numbers: Tensor
-
-    def right(self, tokens: Tensor) -> Tensor:
-        """Which answers [P, ..., L] are the label wherever there is one, [P, ...] bool."""
-        count, length = self.labels.shape
-        labels = self.labels.view(count, *(1,) * (tokens.dim() - 2), length)
-        return ((tokens == labels) | (labels == IGNORE_LABEL_ID)).all(-1)
 
 
 @dataclass(frozen=True)
@@ -136,10 +119,11 @@ Observe = Callable[[dict[str, Tensor]], None]
 
 def measure(
     model: Model,
-    puzzles: Labelled,
+    parts: Iterable[Labelled],
     plan: Reasoning,
     *,
     batch_size: int = 256,
+    budget: Budget | None = None,
     ranks: Ranks = SINGLE,
     observe: Observe | None = None,
     abstain: float | None = None,
@@ -148,8 +132,10 @@ def measure(
 
     Args:
         model: put into evaluation mode, and back as it was.
-        puzzles: of this process; all processes get the results of the whole.
+        parts: the puzzles of this process, some at a time; all processes get the results of the
+            whole.
         plan: resolved for the model, see `inference.plan_for`.
+        budget: seconds shared with other sets; None is the plan's, for these puzzles alone.
         observe: called with "inputs", "labels", "puzzle_identifiers", "preds" and
             "q_halt_logits" of the answers, some puzzles at a time; not of puzzles that no step was
             made for.
@@ -158,38 +144,77 @@ def measure(
     Raises ValueError where no process has a puzzle.
     """
     tally = _Tally(model, plan, abstain)
-    begun = time.monotonic()
-    for rows, record in records(model, _on_device(model, puzzles), plan, batch_size):
-        part = Labelled(*(t[rows] for t in vars(puzzles).values()))
-        seconds = time.monotonic() - begun
-        chosen = tally.add(part, record, seconds)
+    budget = budget or Budget(plan.budget)
+    before = budget.used
+    for puzzles, result, marks in _run(model, parts, plan, batch_size, budget, tally.rules):
+        chosen, tokens = tally.add(puzzles, result, marks)
         there = chosen.step > 0
         if observe is not None and bool(there.any()):
             observe(
                 {
-                    "inputs": part.inputs[there],
-                    "labels": part.labels[there],
-                    "puzzle_identifiers": part.identifiers[there],
-                    "preds": chosen.of(record.tokens)[there].long(),
+                    "inputs": puzzles.inputs[there],
+                    "labels": puzzles.labels[there],
+                    "puzzle_identifiers": puzzles.identifiers[there],
+                    "preds": tokens[there],
                     "q_halt_logits": chosen.q[there],
                 }
             )
-        begun = time.monotonic()
-    return tally.report(ranks)
+    return tally.report(ranks, budget.used - before)
 
 
 def traces(
-    model: Model, puzzles: Labelled, plan: Reasoning, batch_size: int = 256
+    model: Model, parts: Iterable[Labelled], plan: Reasoning, batch_size: int = 256
 ) -> tuple[Tensor, Tensor]:
     """q [P, K, D] float32 and whether the answer is right, bool, of every step of a plan that ends
     none early."""
     plan = replace(plan, select="q", halt="never", schedule="parallel", budget=None)
-    found = []
-    for rows, record in records(model, _on_device(model, puzzles), plan, batch_size):
-        part = Labelled(*(t[rows] for t in vars(puzzles).values()))
-        found.append((record.q, part.right(record.tokens)))
+    found = [
+        (result.record.q, marks.right)
+        for _, result, marks in _run(model, parts, plan, batch_size, Budget(), None)
+    ]
     q, right = zip(*found, strict=True)
     return torch.cat(q), torch.cat(right)
+
+
+class _Marks:
+    """What is known of the answers of every step: `right` and whether the rules are `kept`,
+    [P, K, D] bool; False where no step was made."""
+
+    def __init__(self, puzzles: Labelled, plan: Reasoning, rules: Rules | None) -> None:
+        assert plan.depth is not None
+        self._puzzles, self._rules = puzzles, rules
+        self.right, self.kept = torch.zeros(
+            2, len(puzzles.inputs), plan.rollouts, plan.depth, dtype=torch.bool
+        )
+
+    def see(self, stepped: Stepped) -> None:
+        """Note a step."""
+        puzzle, rollout = np.divmod(stepped.items, self.right.shape[1])
+        rows = torch.from_numpy(puzzle)
+        at = rows, torch.from_numpy(rollout), torch.from_numpy(stepped.taken - 1)
+        tokens = stepped.said.tokens.cpu()
+        self.right[at] = self._puzzles.right(rows, tokens)
+        if self._rules is not None:
+            kept = self._rules(self._puzzles.inputs[rows].numpy(), tokens.numpy())
+            self.kept[at] = torch.from_numpy(kept)
+
+
+def _run(
+    model: Model,
+    parts: Iterable[Labelled],
+    plan: Reasoning,
+    batch_size: int,
+    budget: Budget,
+    rules: Rules | None,
+) -> Iterator[tuple[Labelled, Result, _Marks]]:
+    """Run all rollouts, some puzzles at a time."""
+    for part in parts:
+        for rows, rollouts in blocks(model, _on_device(model, part), plan, batch_size, budget):
+            puzzles = part.of(rows)
+            marks = _Marks(puzzles, plan, rules)
+            for stepped in rollouts.run():
+                marks.see(stepped)
+            yield puzzles, rollouts.result(), marks
 
 
 def _on_device(model: Model, puzzles: Labelled) -> Puzzles:
@@ -205,7 +230,7 @@ def _on_device(model: Model, puzzles: Labelled) -> Puzzles:
 class _Sums:
     """Sums over puzzles of one process."""
 
-    whole: np.ndarray  # puzzles, exact, cell, valid, rule, passes, seconds
+    whole: np.ndarray  # puzzles, exact, cell, valid, rule, passes
     selectors: np.ndarray
     by_depth: np.ndarray  # [points, exact, rule, passes]
     by_rollouts: np.ndarray
@@ -228,7 +253,7 @@ def _logit(confidence: np.ndarray) -> np.ndarray:
 class _Tally:
     def __init__(self, model: Model, plan: Reasoning, abstain: float | None) -> None:
         assert plan.depth is not None
-        self._plan, self._rules = plan, kind_of(model.config).rules
+        self._plan, self.rules = plan, kind_of(model.config).rules
         self._depths = steps_shown(plan.depth)
         # Parallel rollouts that end each other would have gone on without the later ones.
         ended = plan.stops and plan.schedule == "parallel" and plan.rollouts > 1
@@ -236,23 +261,22 @@ class _Tally:
         more = [] if abstain is None else [_logit(np.array(abstain))]
         self._logits = np.unique([*LOGITS, *more])
         self._sums = _Sums(
-            np.zeros(7),
+            np.zeros(6),
             np.zeros(len(SELECTORS)),
             np.zeros((len(self._depths), 3)),
             np.zeros((len(self._rollouts), 3)),
             np.zeros((len(self._logits), 2)),
         )
 
-    def add(self, puzzles: Labelled, record: Record, seconds: float) -> Choice:
-        plan, sums = self._plan, self._sums
-        right = puzzles.right(record.tokens) & record.ran
-        kept = torch.zeros_like(right)
-        if self._rules is not None:
-            kept = keeps_rules(record, puzzles.inputs, self._rules)
+    def add(self, puzzles: Labelled, result: Result, marks: _Marks) -> tuple[Choice, Tensor]:
+        """Count some puzzles; what was chosen for each, and the answers [P, L] int64."""
+        plan, sums, record = self._plan, self._sums, result.record
+        right, kept = marks.right & record.ran, marks.kept & record.ran
         chosen = choose(record, plan, kept)
+        tokens = result.tokens(chosen.rollout, chosen.step)
         exact = chosen.of(right) & (chosen.step > 0)
         labelled = puzzles.labels != IGNORE_LABEL_ID
-        same = (chosen.of(record.tokens) == puzzles.labels) & labelled
+        same = (tokens == puzzles.labels) & labelled
         cell = same.sum(-1) / labelled.sum(-1) * (chosen.step > 0)
         passes = record.steps.sum(-1)
         columns = (
@@ -263,7 +287,7 @@ class _Tally:
             kept.flatten(1).any(-1),
             passes,
         )
-        sums.whole += [*(float(c.double().sum()) for c in columns), seconds]
+        sums.whole += [float(c.double().sum()) for c in columns]
         sums.most = max(sums.most, int(passes.max()) if len(passes) else 0)
         for place, select in enumerate(SELECTORS.values()):
             by = select(record, plan)
@@ -280,20 +304,27 @@ class _Tally:
             logit = _logit(chosen.confidence.double().numpy())
         at_least = logit[:, None] >= self._logits
         sums.risk += np.stack([at_least.sum(0), (at_least & exact.numpy()[:, None]).sum(0)], -1)
-        return chosen
+        return chosen, tokens
 
     def _point(self, record: Record, right: Tensor, kept: Tensor) -> list[float]:
         chosen = choose(record, self._plan, kept)
-        ran = record.ran
         exact = (chosen.of(right) & (chosen.step > 0)).sum()
-        return [int(exact), int((kept & ran).flatten(1).any(-1).sum()), int(record.steps.sum())]
+        return [int(exact), int(kept.flatten(1).any(-1).sum()), int(record.steps.sum())]
 
-    def report(self, ranks: Ranks) -> ReasoningReport:
+    def report(self, ranks: Ranks, seconds: float) -> ReasoningReport:
+        """Of all processes, this one having worked for so many seconds."""
         sums = self._sums
-        parts = [sums.whole, sums.selectors, sums.by_depth, sums.by_rollouts, sums.risk]
+        parts = [
+            np.array([seconds]),
+            sums.whole,
+            sums.selectors,
+            sums.by_depth,
+            sums.by_rollouts,
+            sums.risk,
+        ]
         flat = torch.from_numpy(np.concatenate([part.ravel() for part in parts]))
         totals = ranks.totals(flat).numpy()
-        whole, selectors, by_depth, by_rollouts, risk = (
+        time, whole, selectors, by_depth, by_rollouts, risk = (
             piece.reshape(part.shape)
             for piece, part in zip(
                 np.split(totals, np.cumsum([part.size for part in parts])[:-1]), parts, strict=True
@@ -303,12 +334,12 @@ class _Tally:
         count = whole[0]
         if not count:
             raise ValueError("there is nothing to evaluate: the data has no puzzles")
-        _, exact, cell, valid, rule, passes, seconds = (whole / count).tolist()
-        of_a_pass = whole[6] / max(whole[5], 1)
+        _, exact, cell, valid, rule, passes = (whole / count).tolist()
+        of_a_pass = float(time[0]) / max(whole[5], 1)
 
         def curve(places: Sequence[int], values: np.ndarray) -> list[Point]:
             return [
-                Point(at, right, known if self._rules else None, steps, steps * of_a_pass)
+                Point(at, right, known if self.rules else None, steps, steps * of_a_pass)
                 for at, (right, known, steps) in zip(places, (values / count).tolist(), strict=True)
             ]
 
@@ -317,11 +348,11 @@ class _Tally:
             exact=exact,
             cell=cell,
             selectors=dict(zip(SELECTORS, (selectors / count).tolist(), strict=True)),
-            valid=valid if self._rules else None,
-            rule=rule if self._rules else None,
+            valid=valid if self.rules else None,
+            rule=rule if self.rules else None,
             passes=passes,
             passes_max=most,
-            seconds=seconds,
+            seconds=float(time[0]) / count,
             seconds_max=most * of_a_pass,
             by_depth=curve(self._depths, by_depth),
             by_rollouts=curve(self._rollouts, by_rollouts),

@@ -13,6 +13,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,37 +24,65 @@ from trm_fast.lanes import Lanes, Puzzles, Said
 from trm_fast.model import Model
 from trm_fast.puzzle_kind import PuzzleKind
 from trm_fast.reasoning import Reasoning
+from trm_fast.timing import synchronize
 
-__all__ = ["Budget", "Record", "Rollouts", "Stepped", "puzzles_at_once"]
+__all__ = ["Budget", "Record", "Result", "Rollouts", "Stepped", "puzzles_at_once", "record_bytes"]
 
 RECORD_BYTES = 1 << 28  # of one record, where it holds more than one puzzle
 
 
 @dataclass(frozen=True)
 class Record:
-    """What the rollouts said at every step, in each puzzle's own frame, the givens written over.
+    """What the rollouts said at every step, but for the answers themselves.
 
     Attributes:
-        tokens: [P, K, D, L], of the type of `token_dtype`.
         q: [P, K, D] float32.  moved: [P, K, D] float32; both see `lanes.Said`.
+        said: [P, K, D] int64, the same number for the same answer to a puzzle, and for two that
+            differ with a chance of less than 2**-50.
         steps: [P, K] int64, steps run: what lies beyond means nothing.
     """
 
-    tokens: Tensor
     q: Tensor
     moved: Tensor
+    said: Tensor
     steps: Tensor
 
     def cut(self, rollouts: int | None = None, depth: int | None = None) -> Record:
         """The first rollouts, and of each the first steps."""
         k, d = slice(rollouts), slice(depth)
         steps = self.steps[:, k] if depth is None else self.steps[:, k].clamp(max=depth)
-        return Record(self.tokens[:, k, d], self.q[:, k, d], self.moved[:, k, d], steps)
+        return Record(self.q[:, k, d], self.moved[:, k, d], self.said[:, k, d], steps)
 
     @property
     def ran(self) -> Tensor:
         """[P, K, D] bool: which steps were run."""
         return torch.arange(self.q.shape[2]) < self.steps.unsqueeze(-1)
+
+
+@dataclass(frozen=True)
+class Result:
+    """A record, and of each rollout the two answers that can be chosen, in the puzzle's own frame
+    with the givens written over.
+
+    Attributes:
+        best: [P, K, L] of the step of highest q, the first of several.
+        last: [P, K, L] of the last step; where a rollout was found to have gone on for nothing, of
+            a later one. Both of the type of `token_dtype`.
+        valid: [P, K, D] bool, which answers keep the rules; None unless the plan selects by them.
+    """
+
+    record: Record
+    best: Tensor
+    last: Tensor
+    valid: Tensor | None
+
+    def tokens(self, rollout: Tensor, step: Tensor) -> Tensor:
+        """[P, L] int64, the answers of these rollouts [P] at steps [P], 1-based: the last ones or
+        those of highest q."""
+        rows = torch.arange(len(step))
+        ended = step == self.record.steps[rows, rollout]
+        best, last = self.best[rows, rollout], self.last[rows, rollout]
+        return torch.where(ended.unsqueeze(-1), last, best).long()
 
 
 @dataclass(frozen=True)
@@ -77,45 +106,50 @@ def token_dtype(values: int) -> torch.dtype:
 
 
 class Budget:
-    """Seconds of work, or None for no limit; only what passes between `start` and `pause` counts.
+    """Seconds of work, or None for no limit; only what passes inside `counting` is charged.
 
     Several puzzles that share one get what those before them left.
     """
 
-    def __init__(self, seconds: float | None) -> None:
-        self._left, self._since = seconds, 0.0
+    def __init__(self, seconds: float | None = None) -> None:
+        self._seconds = seconds
+        self.used = 0.0
 
-    def start(self) -> None:
-        """Work begins, or goes on."""
-        self._since = time.monotonic()
-
-    def pause(self) -> None:
-        """Others have their turn, which is not charged."""
-        if self._left is not None:
-            self._left -= time.monotonic() - self._since
+    @contextmanager
+    def counting(self) -> Iterator[None]:
+        """Work is done."""
+        begun = time.monotonic()
+        try:
+            yield
+        finally:
+            self.used += time.monotonic() - begun
 
     @property
     def spent(self) -> bool:
-        """Whether nothing is left; to be asked while work goes on."""
-        return self._left is not None and time.monotonic() - self._since >= self._left
+        """Whether nothing is left."""
+        return self._seconds is not None and self.used >= self._seconds
+
+
+def record_bytes(rollouts: int, depth: int, length: int, values: int) -> int:
+    """Of the record of one puzzle of `length` tokens of so many values."""
+    of_a_step = 4 + 4 + 8 + 1
+    return rollouts * (depth * of_a_step + 2 * length * token_dtype(values).itemsize)
 
 
 def puzzles_at_once(plan: Reasoning, length: int, values: int) -> int:
-    """P, so that the record of a plan on puzzles of `length` tokens of so many values takes no more
-    than it may."""
+    """P, so that their records take no more than they may; arguments as `record_bytes`."""
     assert plan.depth is not None
-    step = length * token_dtype(values).itemsize + 8
-    return max(1, RECORD_BYTES // (plan.rollouts * plan.depth * step))
+    return max(1, RECORD_BYTES // record_bytes(plan.rollouts, plan.depth, length, values))
 
 
 class Rollouts:
-    """The rollouts of some puzzles: `run` them, then look at the `record`.
+    """The rollouts of some puzzles: `run` them, then look at the `result`.
 
     Args:
         model: in evaluation mode, on the device of the puzzles.
         kind: of the puzzles.  plan: resolved for the model.
         width: items side by side, at most.
-        budget: started; when it is spent no further step is made. None is no limit.
+        budget: when it is spent no further step is made. None is no limit.
         watched, cuda_graph: see `Lanes`.
     """
 
@@ -135,14 +169,20 @@ class Rollouts:
             raise ValueError(f"batch_size must be a whole number of at least 1, got {width!r}")
         self._lanes = Lanes(model, kind, puzzles, plan, watched, cuda_graph)
         self._kind, self._plan, self._width = kind, plan, width
-        self._budget = budget or Budget(None)
+        self._budget = budget or Budget()
         self._inputs = puzzles.inputs
         device, (count, length) = puzzles.inputs.device, puzzles.inputs.shape
-        dtype = token_dtype(model.config.vocab_size)
         shape = (count * plan.rollouts, plan.depth)
-        self._tokens = torch.zeros(*shape, length, dtype=dtype, device=device)
-        self._q = torch.full(shape, -torch.inf, device=device)
-        self._moved = torch.full(shape, torch.inf, device=device)
+        self._q = torch.zeros(shape, device=device)
+        self._moved = torch.zeros(shape, device=device)
+        self._said = torch.zeros(shape, dtype=torch.int64, device=device)
+        self._valid = np.zeros(shape, bool) if plan.select == "valid" else None
+        tokens = torch.zeros(
+            2, shape[0], length, dtype=token_dtype(model.config.vocab_size), device=device
+        )
+        self._best, self._last = tokens
+        self._highest = torch.full(shape[:1], -torch.inf, device=device)
+        self._weights = _fingerprint_weights(length).to(device)
         self._taken = np.zeros(shape[0], np.int64)  # steps of every item
         self._limit = np.full(count, plan.depth)  # steps that count of every rollout of a puzzle
         self._answered = np.zeros(count, bool)
@@ -157,23 +197,30 @@ class Rollouts:
         # Rollouts that one answer ends go together; else every puzzle has its first one early.
         return (items if self._plan.stops else items.T).ravel().tolist()
 
-    def record(self) -> Record:
+    def result(self) -> Result:
         """Everything so far, on the CPU."""
         k = self._plan.rollouts
         taken = np.minimum(self._taken.reshape(-1, k), self._limit[:, None])
-        tokens, q, moved = (
-            t.cpu().unflatten(0, (-1, k)) for t in (self._tokens, self._q, self._moved)
+        q, moved, said, best, last = (
+            t.cpu().unflatten(0, (-1, k))
+            for t in (self._q, self._moved, self._said, self._best, self._last)
         )
-        return Record(tokens, q, moved, torch.from_numpy(taken))
+        valid = None
+        if self._valid is not None:
+            valid = torch.from_numpy(self._valid).unflatten(0, (-1, k))
+        return Result(Record(q, moved, said, torch.from_numpy(taken)), best, last, valid)
 
     @torch.inference_mode()
     def run(self) -> Iterator[Stepped]:
         """Make every step there is to make, and yield what each one did."""
         with self._lanes as lanes:
-            while self._refill(lanes):
-                if self._budget.spent:
-                    return
-                yield self._note(lanes.step())
+            while not self._budget.spent:
+                with self._budget.counting():
+                    if not self._refill(lanes):
+                        return
+                    stepped = self._note(lanes.step())
+                    synchronize(self._inputs.device)
+                yield stepped
 
     def _refill(self, lanes: Lanes) -> bool:
         """Put waiting items where there is room; False where none is left."""
@@ -204,9 +251,14 @@ class Rollouts:
         if len(places) < len(self._items):
             rows = self._on_device(places)
             said = said.of(rows)
-        at = self._on_device(items), self._on_device(self._taken[items])
-        self._tokens[at] = said.tokens.to(self._tokens.dtype)
+        rows, tokens = self._on_device(items), said.tokens.to(self._last.dtype)
+        at = rows, self._on_device(self._taken[items])
         self._q[at], self._moved[at] = said.q, said.moved
+        self._said[at] = (said.tokens * self._weights).sum(-1)
+        better = (said.q > self._highest[rows]) | (at[1] == 0)
+        self._highest[rows] = torch.where(better, said.q, self._highest[rows])
+        self._best[rows] = torch.where(better.unsqueeze(-1), tokens, self._best[rows])
+        self._last[rows] = tokens
         self._taken[items] += 1
         over = self._ended(items, said)
         self._items[places[over]] = -1
@@ -222,7 +274,7 @@ class Rollouts:
         elif plan.halt == "fixed-point":
             over |= ((said.moved <= plan.tolerance) & said.stayed).cpu().numpy()
         if plan.stops:
-            found = self._above(said) if plan.select == "first-q" else self._valid(puzzle, said)
+            found = self._above(said) if plan.select == "first-q" else self._keeps(items, said)
             over |= found
             if plan.schedule == "sequential":
                 self._answered[puzzle[found]] = True
@@ -238,7 +290,16 @@ class Rollouts:
         assert self._plan.threshold is not None
         return (said.q > self._plan.threshold).cpu().numpy()
 
-    def _valid(self, puzzle: np.ndarray, said: Said) -> np.ndarray:
-        assert self._kind.rules is not None
-        inputs = self._inputs[self._on_device(puzzle)].cpu().numpy()
-        return self._kind.rules(inputs, said.tokens.cpu().numpy())
+    def _keeps(self, items: np.ndarray, said: Said) -> np.ndarray:
+        assert self._kind.rules is not None and self._valid is not None
+        inputs = self._inputs[self._on_device(items // self._plan.rollouts)].cpu().numpy()
+        kept = self._kind.rules(inputs, said.tokens.cpu().numpy())
+        self._valid[items, self._taken[items] - 1] = kept
+        return kept
+
+
+def _fingerprint_weights(length: int) -> Tensor:
+    """[L] int64: sums of tokens times these, modulo 2**64, tell answers apart."""
+    ends = torch.iinfo(torch.int64)
+    drawn = torch.Generator().manual_seed(0)
+    return torch.randint(ends.min, ends.max, (length,), generator=drawn)

@@ -18,12 +18,8 @@ from torch import Tensor
 
 from trm_fast.reasoning import Reasoning
 from trm_fast.rollouts import Record
-from trm_fast.rules import Rules
 
-__all__ = ["SELECTORS", "Choice", "choose", "keeps_rules"]
-
-
-CHECKED = 1 << 14  # answers that the rules are asked about at once
+__all__ = ["SELECTORS", "Choice", "choose"]
 
 
 @dataclass(frozen=True)
@@ -53,26 +49,12 @@ def choose(record: Record, plan: Reasoning, valid: Tensor | None = None) -> Choi
     Args:
         record: of at least one rollout and step.
         plan: resolved for the model.
-        valid: [P, K, D] bool, for select="valid" only, see `keeps_rules`.
+        valid: [P, K, D] bool, which answers keep the rules; for select="valid" only.
     """
     if plan.select == "valid":
         assert valid is not None, "select='valid' needs to know which answers keep the rules"
         return _first(record, plan, valid & record.ran)
     return SELECTORS[plan.select](record, plan)
-
-
-def keeps_rules(record: Record, inputs: Tensor, rules: Rules) -> Tensor:
-    """[P, K, D] bool: which of the steps that were run say an answer that keeps the rules of its
-    puzzle, inputs [P, L] on the CPU."""
-    ran = record.ran
-    puzzle, tokens = ran.nonzero()[:, 0], record.tokens[ran]
-    kept = np.zeros(len(puzzle), bool)
-    for start in range(0, len(puzzle), CHECKED):  # what is checked at once takes much more room
-        part = slice(start, start + CHECKED)
-        kept[part] = rules(inputs[puzzle[part]].numpy(), tokens[part].numpy())
-    found = torch.zeros_like(ran)
-    found[ran] = torch.from_numpy(kept)
-    return found
 
 
 def _at(record: Record, rollout: Tensor, step: Tensor) -> Choice:
@@ -106,8 +88,7 @@ def _mode(record: Record, plan: Reasoning) -> Choice:
     """The entry of highest q among those that say what was found most often."""
     step, q = _entries(record, plan)
     rows = torch.arange(len(step))
-    index = step[..., None, None].expand(-1, -1, 1, record.tokens.shape[-1])
-    answer = _alike(record.tokens.gather(2, index).squeeze(2))
+    answer = _alike(record.said.gather(2, step.unsqueeze(-1)).squeeze(2))
     voted = record.steps > 0
     weights = voted.double() if plan.entry == "last" else torch.sigmoid(q.double()) * voted
     of_answer = np.bincount(answer.numpy().ravel(), weights.numpy().ravel(), minlength=1)
@@ -122,14 +103,11 @@ def _mode(record: Record, plan: Reasoning) -> Choice:
     return Choice(chosen.rollout, chosen.step, chosen.q, share.float())
 
 
-def _alike(tokens: Tensor) -> Tensor:
-    """[P, K] int64: the same number for the same answers [P, K, L] to a puzzle, for no others."""
-    count, k, length = tokens.shape
-    lines = np.empty((count * k, 8 + length * tokens.itemsize), np.uint8)
-    lines[:, :8] = np.arange(count).repeat(k).astype(np.int64).view(np.uint8).reshape(-1, 8)
-    lines[:, 8:] = tokens.reshape(count * k, length).contiguous().numpy().view(np.uint8)
-    _, number = np.unique(lines.view(f"V{lines.shape[1]}").ravel(), return_inverse=True)
-    return torch.from_numpy(number.reshape(count, k).astype(np.int64))
+def _alike(said: Tensor) -> Tensor:
+    """[P, K] int64 from 0: the same number for the same answer [P, K] to a puzzle, for no other."""
+    puzzle = torch.arange(len(said)).unsqueeze(-1).expand_as(said)
+    pairs = torch.stack([puzzle, said], -1).flatten(0, 1)
+    return pairs.unique(dim=0, return_inverse=True)[1].view_as(said)
 
 
 def _residual(record: Record, plan: Reasoning) -> Choice:

@@ -1,7 +1,8 @@
 """How one call is timed on a device, what a rate is a fraction of, what a number depends on.
 
 Owns the clocks, the two peaks (matrix product, copy) and the facts recorded beside every result.
-Imported by the benchmarks: `bench.py`, `op_bench.py` and the modules of `suite`.
+Imported by the benchmarks (`bench.py`, `op_bench.py`, the modules of `suite`) and whatever else
+times a device (`profiling.py`, `rollouts.py`).
 """
 
 from __future__ import annotations

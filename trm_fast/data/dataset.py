@@ -243,6 +243,11 @@ class PuzzleDataset(IterableDataset):  # type: ignore[type-arg]
         for name, examples in self._choices(start):
             yield name, self.collate(name, examples), self.config.global_batch_size
 
+    def skip_set(self) -> None:
+        """Go on with the next set in the test-mode iteration that is under way."""
+        if self.config.test_set_mode and self._position is not None:
+            self._position = {"set": self._position["set"] + 1, "first": 0}
+
     def _iter_test(self, start: dict[str, Any] | None) -> Iterator[tuple[str, Batch, int]]:
         names = list(self._sets)
         size = self.config.global_batch_size
@@ -257,6 +262,8 @@ class PuzzleDataset(IterableDataset):  # type: ignore[type-arg]
                 examples = np.arange(local, max(local, min(local + self.local_batch_size, end)))
                 self._position = {"set": set_index, "first": begin + size}
                 yield name, self.collate(name, examples), end - begin
+                if self._position is not None and self._position["set"] > set_index:
+                    break
         self._position = None
 
     def collate(self, name: str, examples: np.ndarray) -> Batch:

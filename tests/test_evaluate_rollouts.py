@@ -251,7 +251,7 @@ def test_where_no_rules_are_known_no_column_speaks_of_them(measure, tmp_path):
 
 def test_the_threshold_of_the_model_is_the_default(measure, run, tmp_path, data):
     own = save_run(tmp_path / "own", data=data[0])
-    keep_threshold(own / FILE, 7, "ema", {"threshold": -20.0})
+    keep_threshold(own / FILE, 7, "ema", tiny_model(107), {"threshold": -20.0})
     asked = ("--preset", "restarts", *SMALL, "--json")
     document = json.loads(measure(*asked, model=own)[1])
     assert document["reasoning"]["threshold"] == -20

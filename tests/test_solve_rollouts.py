@@ -99,7 +99,7 @@ def test_the_votes_of_one_rollout_are_its_own(ask):
 
 def test_the_threshold_of_the_model_ends_the_restarts(ask, tmp_path):
     own = save_run(tmp_path / "own")
-    keep_threshold(own / FILE, 7, "ema", {"threshold": -30.0})
+    keep_threshold(own / FILE, 7, "ema", tiny_model(107), {"threshold": -30.0})
     asked = (CLUES, "--preset", "restarts", *OPTIONS, "--json")
     document = json.loads(ask(*asked, model=own)[1])
     assert document["reasoning"]["threshold"] == -30

@@ -19,12 +19,14 @@ from trm_fast.thresholds import (
     Candidate,
     Fit,
     beside,
+    digest_of,
     fit_threshold,
     keep_threshold,
     kept_threshold,
     said_of,
 )
 
+MODEL = tiny_model()
 GRID = [quarter * 0.25 for quarter in range(-32, 65)]
 
 
@@ -123,17 +125,64 @@ def test_what_cannot_be_fitted(q, target, said):
 
 def test_what_is_kept_is_read_and_others_stay(tmp_path):
     path = tmp_path / "run" / FILE
-    assert kept_threshold(path, 7, "ema") == (None, None)
-    keep_threshold(path, 7, "ema", {"threshold": 2.5, "target": 0.99})
-    keep_threshold(path, 7, "raw", {"threshold": -3})
-    keep_threshold(path, 9, "ema", {"threshold": 1.25})
-    keep_threshold(path, 9, "ema", {"threshold": 0.0})
-    assert kept_threshold(path, 7, "ema") == (2.5, None)
-    assert kept_threshold(path, 7, "raw") == (-3.0, None)
-    assert kept_threshold(path, 9, "ema") == (0.0, None)
-    assert kept_threshold(path, 9, "raw") == kept_threshold(path, 8, "ema") == (None, None)
-    assert json.loads(path.read_text())["ema@7"] == {"threshold": 2.5, "target": 0.99}
+    assert kept_threshold(path, 7, "ema", MODEL) == (None, None)
+    keep_threshold(path, 7, "ema", MODEL, {"threshold": 2.5, "target": 0.99})
+    keep_threshold(path, 7, "raw", MODEL, {"threshold": -3})
+    keep_threshold(path, 9, "ema", MODEL, {"threshold": 1.25})
+    keep_threshold(path, 9, "ema", MODEL, {"threshold": 0.0})
+    assert kept_threshold(path, 7, "ema", MODEL) == (2.5, None)
+    assert kept_threshold(path, 7, "raw", MODEL) == (-3.0, None)
+    assert kept_threshold(path, 9, "ema", MODEL) == (0.0, None)
+    assert (
+        kept_threshold(path, 9, "raw", MODEL)
+        == kept_threshold(path, 8, "ema", MODEL)
+        == (None, None)
+    )
+    assert json.loads(path.read_text())["ema@7"] == {
+        "threshold": 2.5,
+        "target": 0.99,
+        "digest": digest_of(MODEL),
+    }
     assert [p.name for p in path.parent.iterdir()] == [FILE]
+
+
+def test_a_threshold_of_other_weights_is_left_aside(tmp_path):
+    """Of the same step in the same place: another run, or a file that was replaced."""
+    path, other = tmp_path / FILE, tiny_model(1)
+    keep_threshold(path, 7, "ema", other, {"threshold": 2.5})
+    said = f"{path}: is left aside: ema@7 is of other weights; evaluate --calibrate fits it anew"
+    assert kept_threshold(path, 7, "ema", MODEL) == (None, said)
+    assert kept_threshold(path, 7, "ema", other) == kept_threshold(path, 7, "ema", tiny_model(1))
+    assert kept_threshold(path, 7, "ema", other) == (2.5, None)
+    path.write_text('{"ema@7": {"threshold": 2.5}}')  # as written before there were digests
+    said = f"{path}: is left aside: ema@7 does not say its weights; evaluate --calibrate fits it"
+    assert kept_threshold(path, 7, "ema", MODEL) == (None, f"{said} anew")
+
+
+def test_products_of_8_bits_have_a_threshold_of_their_own(tmp_path):
+    path = tmp_path / FILE
+    coarse = tiny_model(quantize="int8")
+    assert digest_of(coarse) == digest_of(MODEL)
+    keep_threshold(path, 7, "ema", MODEL, {"threshold": 2.5})
+    assert kept_threshold(path, 7, "ema", coarse) == (None, None)
+    keep_threshold(path, 7, "ema", coarse, {"threshold": 3.5})
+    assert kept_threshold(path, 7, "ema", coarse) == (3.5, None)
+    assert kept_threshold(path, 7, "ema", MODEL) == (2.5, None)
+    assert set(json.loads(path.read_text())) == {"ema@7", "ema@7 int8"}
+
+
+@torch.no_grad()
+def test_every_weight_counts_in_the_digest_but_no_puzzle_row():
+    model = tiny_model(forward_dtype="bfloat16", latents=2)
+    before = digest_of(model)
+    assert before == digest_of(tiny_model(forward_dtype="bfloat16", latents=2))
+    seen = {before}
+    for name, value in model.state_dict().items():
+        value.view(-1)[-1] += 1
+        changed = digest_of(model)
+        assert (changed in seen) is name.startswith("inner.puzzle_emb."), name
+        seen.add(changed)
+    assert len(seen) > 10
 
 
 NOT_FILES = {
@@ -164,13 +213,13 @@ NOT_THRESHOLDS = [
 def test_a_hostile_file_is_left_aside_in_one_line(tmp_path, content):
     path = tmp_path / FILE
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    value, said = kept_threshold(path, 7, "ema")
+    value, said = kept_threshold(path, 7, "ema", MODEL)
     assert value is None
     assert said.startswith(f"{path}: is left aside: ")
     assert "\n" not in said and len(said) < len(str(path)) + 250
     # A threshold that is fitted anew takes its place.
-    keep_threshold(path, 7, "ema", {"threshold": 1.5})
-    assert kept_threshold(path, 7, "ema") == (1.5, None)
+    keep_threshold(path, 7, "ema", MODEL, {"threshold": 1.5})
+    assert kept_threshold(path, 7, "ema", MODEL) == (1.5, None)
 
 
 @pytest.mark.parametrize("value", NOT_THRESHOLDS)
@@ -178,25 +227,29 @@ def test_what_is_no_threshold_is_none(tmp_path, value):
     path = tmp_path / FILE
     path.write_text('{"ema@7": {"threshold": ' + value + '}, "raw@7": [1], "raw@8": {}}')
     said = f"{path}: is left aside: no threshold in it"
-    assert kept_threshold(path, 7, "ema") == (None, said)
-    assert kept_threshold(path, 7, "raw") == kept_threshold(path, 8, "raw") == (None, said)
-    assert kept_threshold(path, 8, "ema") == (None, None)
+    assert kept_threshold(path, 7, "ema", MODEL) == (None, said)
+    assert (
+        kept_threshold(path, 7, "raw", MODEL)
+        == kept_threshold(path, 8, "raw", MODEL)
+        == (None, said)
+    )
+    assert kept_threshold(path, 8, "ema", MODEL) == (None, None)
 
 
 @pytest.mark.parametrize("depth", [300, 900, 980, 5000])
 def test_what_somebody_nested_in_it_does_not_stop_a_new_one(tmp_path, depth):
     path = tmp_path / FILE
     path.write_text('{"x": ' + "[" * depth + "]" * depth + "}")
-    keep_threshold(path, 7, "ema", {"threshold": 1.5})
-    assert kept_threshold(path, 7, "ema") == (1.5, None)
+    keep_threshold(path, 7, "ema", MODEL, {"threshold": 1.5})
+    assert kept_threshold(path, 7, "ema", MODEL) == (1.5, None)
 
 
 def test_a_folder_in_its_place_is_one_line(tmp_path):
     (tmp_path / FILE).mkdir()
-    value, said = kept_threshold(tmp_path / FILE, 7, "ema")
+    value, said = kept_threshold(tmp_path / FILE, 7, "ema", MODEL)
     assert value is None and "Is a directory" in said and "\n" not in said
     with pytest.raises(ValueError, match="cannot be written: Is a directory"):
-        keep_threshold(tmp_path / FILE, 7, "ema", {"threshold": 1.0})
+        keep_threshold(tmp_path / FILE, 7, "ema", MODEL, {"threshold": 1.0})
     model = tiny_model()
     with pytest.raises(ValueError, match=f"{FILE}: cannot be written: Is a directory"):
         model.save_pretrained(tmp_path)
@@ -296,14 +349,35 @@ def test_it_travels_with_the_model(run, tmp_path, capsys):
     assert Model.from_pretrained(folder).q_threshold is None
 
 
+def test_a_run_trained_anew_in_its_folder_has_none(run, capsys):
+    assert fitted(run, capsys)[0] == 0
+    save_run(run, steps=(7,), seed=1)
+    assert evaluate.main([str(run), "--data", str(run.parent / "data"), "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out)["q_threshold"] is None
+    why = "ema@7 is of other weights; evaluate --calibrate fits it anew"
+    assert err == f"note: {run / FILE}: is left aside: {why}\n"
+
+
+def test_the_products_that_are_asked_for_choose_it(run, tmp_path):
+    coarse = load(run, quantize="int8").model
+    keep_threshold(run / FILE, 7, "ema", coarse, {"threshold": 3.5})
+    assert load(run).model.q_threshold is None
+    coarse = load(run, quantize="int8").model
+    assert coarse.q_threshold == 3.5
+    folder = coarse.save_pretrained(tmp_path / "mine")
+    assert Model.from_pretrained(folder).q_threshold == 3.5
+    assert load(folder, quantize="none").model.q_threshold is None
+
+
 def test_it_is_what_predict_trusts(run, capsys):
-    keep_threshold(run / FILE, 7, "ema", {"threshold": -50.0})
+    keep_threshold(run / FILE, 7, "ema", tiny_model(107), {"threshold": -50.0})
     model = Model.from_pretrained(run)
     inputs = torch.from_numpy(boards(4).astype(np.int64))
     settings = {"select": "first-q", "rollouts": 3}
     assert model.predict(inputs, **settings).step.tolist() == [1] * 4
     assert model.predict(inputs, threshold=50.0, **settings).passes.tolist() == [9] * 4
-    keep_threshold(run / FILE, 7, "ema", {"threshold": 50.0})
+    keep_threshold(run / FILE, 7, "ema", tiny_model(107), {"threshold": 50.0})
     assert Model.from_pretrained(run).predict(inputs, **settings).passes.tolist() == [9] * 4
 
 

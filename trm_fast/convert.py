@@ -18,6 +18,7 @@ from trm_fast.foreign import FORMATS
 from trm_fast.foreign_write import WRITERS, Parcel
 from trm_fast.hub import Card
 from trm_fast.loading import MODEL, USAGE, CommandError, Parser, positive
+from trm_fast.model import Model
 from trm_fast.pretrained import Saved, build, card_of, push_to_hub, read_saved, save_pretrained
 from trm_fast.thresholds import FILE, keep_threshold
 
@@ -105,7 +106,7 @@ def _write(options: argparse.Namespace, saved: Saved) -> list[str]:
     try:
         model, chosen = build(saved, weights)
         if options.to == "trm_fast":
-            return _write_run(saved, target, step, weights, model.q_threshold)
+            return _write_run(saved, target, step, weights, model)
         card: Card = card_of(saved)
         if options.to == "pretrained":
             save_pretrained(model, target, card, step)
@@ -134,9 +135,10 @@ def _without(source: str, error: Exception) -> str:
 
 
 def _write_run(
-    saved: Saved, target: Path, step: int, weights: str | None, threshold: float | None
+    saved: Saved, target: Path, step: int, weights: str | None, model: Model
 ) -> list[str]:
-    """A run folder with one step: what evaluate, solve and load_checkpoint read."""
+    """A run folder with one step: what evaluate, solve and load_checkpoint read. `model` is
+    `saved` as built, with its threshold."""
     standing = [folder.name for _, folder in list_steps(target) if not _is_converted(folder)]
     if standing:
         raise CommandError(
@@ -153,9 +155,9 @@ def _write_run(
     folder = save_checkpoint(
         target, step, model=raw, ema=ema, config=config, train_state={"converted": True}
     )
-    if threshold is not None:
+    if model.q_threshold is not None:
         name = "raw" if ema is None else "ema"
-        keep_threshold(target / FILE, step, name, {"threshold": threshold})
+        keep_threshold(target / FILE, step, name, model, {"threshold": model.q_threshold})
     kept = "raw and ema weights" if ema is not None else f"{weights or 'raw'} weights only"
     return [f"{folder}: {kept}; to train on from them: load_checkpoint={target}"]
 

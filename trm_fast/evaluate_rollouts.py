@@ -110,7 +110,7 @@ def calibrated(
         return
     known = {"rollouts": plan.rollouts, "depth": plan.depth, "by": plan.by, "data": list(names)}
     try:
-        keep_threshold(path, loaded.step, loaded.weights, said_of(fit) | known)
+        keep_threshold(path, loaded.step, loaded.weights, loaded.model, said_of(fit) | known)
     except ValueError as error:
         raise CommandError(MODEL, error) from None
     say(f"  kept in {path}", err=options.json)

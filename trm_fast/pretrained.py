@@ -311,7 +311,7 @@ def build(
         raise CheckpointError(f"{place}: {chosen} weights are not finite in {broken}")
     kept = thresholds.beside(place)
     if kept is not None:
-        model.q_threshold, fault = thresholds.kept_threshold(kept, saved.step, chosen)
+        model.q_threshold, fault = thresholds.kept_threshold(kept, saved.step, chosen, model)
         saved.notes.extend([fault] if fault else [])
     return model.eval(), chosen
 
@@ -380,7 +380,7 @@ def _write_folder(model: Model, target: Path, card: Card | None, step: int, titl
         except OSError as error:
             raise unwritable(kept, error) from None
     else:  # weights are written once, and read back as raw ones
-        thresholds.keep_threshold(kept, step, "raw", {"threshold": model.q_threshold})
+        thresholds.keep_threshold(kept, step, "raw", model, {"threshold": model.q_threshold})
     return target
 
 

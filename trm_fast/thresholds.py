@@ -1,14 +1,16 @@
 """The q logit above which an answer is trusted: fitted on boards with labels, kept with the model.
 
 Owns the fit and the file `q_threshold.json` beside a checkpoint. Imported by `pretrained.py`, which
-gives a model its threshold, and by what measures. A threshold belongs to weights at a step; of
-others, or where the file cannot be read, there is none.
+gives a model its threshold, and by what measures. A threshold belongs to the very weights that it
+was fitted to, and to their 8-bit products where there are any; of others, or where the file cannot
+be read, there is none.
 
 Dims legend: P puzzles, K rollouts, D steps.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import sys
 from collections.abc import Mapping
@@ -20,12 +22,14 @@ import torch
 from torch import Tensor
 
 from trm_fast.durable import one_line, read_bytes, write_text
+from trm_fast.model import Model
 
 __all__ = [
     "FILE",
     "Candidate",
     "Fit",
     "beside",
+    "digest_of",
     "fit_threshold",
     "keep_threshold",
     "kept_threshold",
@@ -127,14 +131,33 @@ def said_of(fit: Fit) -> dict[str, Any]:
     return {**asdict(fit.chosen), "target": fit.target, "puzzles": fit.puzzles}
 
 
-def keep_threshold(path: Path, step: int, weights: str, entry: Mapping[str, Any]) -> None:
-    """Write a "threshold" and what is known of it into the file; those of other weights and steps
-    stay as they are. Raises CheckpointError where it cannot be written."""
+def digest_of(model: Model) -> str:
+    """What tells these weights from others: SHA-256 over their names, types, shapes and bytes.
+
+    Puzzle rows are left out, which may be gigabytes: runs with `freeze_weights`, which train
+    nothing else, have the digest of the model that they started from.
+    """
+    found = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        if not name.startswith("inner.puzzle_emb."):
+            found.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
+            found.update(value.cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return found.hexdigest()
+
+
+def keep_threshold(
+    path: Path, step: int, weights: str, model: Model, entry: Mapping[str, Any]
+) -> None:
+    """Write a "threshold" and what is known of it into the file; those of other steps, weights
+    ("ema" or "raw") and products stay as they are.
+
+    Raises CheckpointError where it cannot be written.
+    """
     try:
         kept = _read(path)
     except ValueError:
         kept = {}
-    new = {_key(step, weights): dict(entry)}
+    new = {_key(step, weights, model): {**entry, "digest": digest_of(model)}}
     try:
         text = json.dumps(kept | new, indent=2)
     except RecursionError:  # of what somebody else put there
@@ -142,20 +165,32 @@ def keep_threshold(path: Path, step: int, weights: str, entry: Mapping[str, Any]
     write_text(path, text + "\n")
 
 
-def kept_threshold(path: Path, step: int, weights: str) -> tuple[float | None, str | None]:
-    """The threshold of these weights, and one line where the file is there and cannot be read."""
+def kept_threshold(
+    path: Path, step: int, weights: str, model: Model
+) -> tuple[float | None, str | None]:
+    """The threshold of this model, and one line where there is one that cannot be taken: the file
+    cannot be read, or it does not say of which weights it is, or it is of others."""
+    key = _key(step, weights, model)
     try:
-        entry = _read(path).get(_key(step, weights))
+        entry = _read(path).get(key)
     except ValueError as error:
         return None, f"{path}: is left aside: {one_line(error)}"
+    if entry is None:
+        return None, None
     value: Any = entry.get("threshold") if isinstance(entry, dict) else None
-    if type(value) in (int, float) and abs(value) <= sys.float_info.max:  # nor NaN, nor True
-        return float(value), None
-    return None, None if entry is None else f"{path}: is left aside: no threshold in it"
+    if type(value) not in (int, float) or not abs(value) <= sys.float_info.max:  # NaN, True
+        return None, f"{path}: is left aside: no threshold in it"
+    digest = entry.get("digest")
+    if digest != digest_of(model):
+        whose = "does not say its weights" if digest is None else "is of other weights"
+        return None, f"{path}: is left aside: {key} {whose}; evaluate --calibrate fits it anew"
+    return float(value), None
 
 
-def _key(step: int, weights: str) -> str:
-    return f"{weights}@{step}"
+def _key(step: int, weights: str, model: Model) -> str:
+    """ema@5000, and ema@5000 int8 with such products, whose q are others."""
+    quantize = model.config.quantize
+    return f"{weights}@{step}" + (f" {quantize}" if quantize != "none" else "")
 
 
 def _read(path: Path) -> dict[str, Any]:

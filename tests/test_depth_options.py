@@ -229,11 +229,53 @@ def test_weights_go_from_one_latent_to_several_and_back(tmp_path):
         Parcel(damped.config, damped.state_dict(), damped.state_dict())
 
 
-def test_the_report_says_that_the_fused_recursions_are_not_used():
-    for changes, fused in (({"damping": 0.9}, False), ({"noise": 0.1}, False), (RANDOM, True)):
-        (choice,) = [c for c in tiny_model(**changes).backend_report() if c.op == "deep_recursion"]
-        assert ("damping and noise come between its passes" in choice.reason) != fused
-        assert fused or choice.implementation == "reference"
+FUSED = {
+    "damping": ({"damping": 0.9}, False, False),
+    "noise": ({"noise": 0.1}, False, True),
+    "both": ({"damping": 0.9, "noise": 0.1}, False, False),
+    "random-init": (RANDOM, True, True),
+    "latents": ({"latents": 3}, True, True),
+}
+
+
+@pytest.mark.parametrize("case", FUSED)
+def test_where_the_fused_recursion_runs(case, extension):
+    """In training and in answers: what the report says, what is asked, and what comes out."""
+    changes, *expected = FUSED[case]
+    model, plain = (tiny_model(backend=b, num_heads=1, **changes) for b in ("cpp", "reference"))
+    asked = []
+    fused = model.inner.ops.deep_recursion
+
+    def counted(*args):
+        asked.append(fused.__module__)
+        return fused(*args)
+
+    model.inner.ops = replace(model.inner.ops, deep_recursion=counted)
+    for training, want in zip((True, False), expected, strict=True):
+        model.train(training)
+        (choice,) = [c for c in model.backend_report() if c.op == "deep_recursion"]
+        assert choice.implementation == ("cpp" if want else "reference")
+        came = "damping comes" if "damping" in changes else "noise in training comes"
+        assert want or choice.reason == f"{came} between its passes: composed of the others"
+        asked.clear()
+        if training:
+            head = ACTLossHead(model, "softmax_cross_entropy")
+            batch = {**tiny_batch(), "labels": tiny_batch()["inputs"]}
+            head(carry=head.initial_carry(batch), batch=batch, return_keys=[])
+        else:
+            steps = [supervision_steps(m.eval(), tiny_batch(), 3) for m in (model, plain)]
+            for one, other in zip(*steps, strict=True):
+                torch.testing.assert_close(one.logits, other.logits, rtol=1e-4, atol=1e-4)
+                torch.testing.assert_close(one.q, other.q, rtol=1e-4, atol=1e-4)
+        assert set(asked) == ({"trm_fast.extension.deep_recursion"} if want else set())
+
+
+def test_noise_leaves_no_trace_in_answers():
+    """Not even that of another order of the same operations."""
+    batch = tiny_batch()
+    steps = [supervision_steps(tiny_model(**c).eval(), batch, 3) for c in ({"noise": 0.3}, {})]
+    for noisy, plain in zip(*steps, strict=True):
+        assert torch.equal(noisy.logits, plain.logits) and torch.equal(noisy.q, plain.q)
 
 
 @pytest.fixture

@@ -184,6 +184,35 @@ def test_with_dropout_the_engine_is_that_of_the_other_operations(here, capfd, ex
     assert "on cpu (cpp)" in capfd.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("words", "engine", "line"),
+    [
+        ([], "cpp", None),
+        (["arch.noise=0.1"], "cpp, the recursion composed in training", "arch.noise=0.1"),
+        (
+            ["arch.damping=0.9", "arch.noise=0.1", "arch.random_init=true"],
+            "cpp, the recursion composed",
+            "arch.random_init=true arch.noise=0.1 arch.damping=0.9",
+        ),
+        (["arch.damping=0.9", "arch.backend=reference"], "reference", "arch.damping=0.9"),
+        (
+            ["depth_stages=[0.3:1x1]", "step_loss_decay=0.7", "arch.act_enabled=false"],
+            "cpp",
+            "depth_stages=[0.3:1x1] step_loss_decay=0.7 arch.act_enabled=false",
+        ),
+        (["arch.latents=2", "depth_stages=[0.3:1x1, 0.6:1x2]"], "cpp", "depth_stages=[0.3:1x1, "
+         "0.6:1x2] arch.latents=2"),
+    ],
+    ids=["none", "noise", "eqr", "reference", "stage", "latents"],
+)  # fmt: skip
+def test_the_first_lines_say_what_trains_and_how_deep(here, capfd, extension, words, engine, line):
+    width = ["arch.hidden_size=16", "arch.num_heads=2", "arch.intermediate_size=16"]
+    assert run("steps=1", "arch.token_intermediate_size=16", *width, *words) == 0
+    said = capfd.readouterr().out
+    assert f"on cpu ({engine})\n" in said
+    assert (f"\noptions     {line}\n" in said) if line else ("\noptions " not in said)
+
+
 def test_a_run_without_test_data_ends_well(here, capfd):
     shutil.rmtree(here / "boards" / "test")
     assert run("+run_name=r") == 0

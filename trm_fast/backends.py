@@ -129,15 +129,19 @@ ROWS: tuple[Row, ...] = (
 
 
 def _choose(
-    op: str, name: str, device: torch.device, dtype: torch.dtype, config: ModelConfig | None
+    op: str,
+    name: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    config: ModelConfig | None,
+    training: bool,
 ) -> tuple[Row, str]:
     rows = {row.backend: row for row in ROWS if row.op == op}
     if op == "deep_recursion" and config is not None and config.kind != "trm":
         return rows["reference"], f"unused: arch={config.kind} is composed of the others"
-    if op == "deep_recursion" and config is not None and config.mixes_states:
-        return rows[
-            "reference"
-        ], "damping and noise come between its passes: composed of the others"
+    if op == "deep_recursion" and config is not None and config.mixes_states(training):
+        mixed = "damping comes" if config.damping < 1 else "noise in training comes"
+        return rows["reference"], f"{mixed} between its passes: composed of the others"
     reasons: list[str] = []
     for backend in BACKENDS if name == "auto" else (name, "reference"):
         row = rows.get(backend)
@@ -163,7 +167,8 @@ def _check(name: str) -> None:
 def select(
     name: str, device: torch.device, dtype: torch.dtype, config: ModelConfig | None = None
 ) -> Ops:
-    """The operations that a model on `device` in `dtype` runs on.
+    """The operations that a model on `device` in `dtype` runs on, in training and in answers: where
+    these differ, training composes its recursion and does not ask for `deep_recursion`.
 
     Args:
         name: "auto" or one of `BACKENDS`.
@@ -174,7 +179,7 @@ def select(
         ValueError: an unknown name, or a named backend that has an operation and cannot serve it.
     """
     _check(name)
-    loaded = {op: _choose(op, name, device, dtype, config)[0].load() for op in OP_NAMES}
+    loaded = {op: _choose(op, name, device, dtype, config, False)[0].load() for op in OP_NAMES}
     flops.register_if_counting()
     return Ops(**loaded)
 
@@ -183,12 +188,12 @@ def check_device(name: str, device: torch.device, dtype: torch.dtype) -> None:
     """ValueError where the backend `name` cannot serve `device` at all: what `select` would say,
     before the shapes of a model are known."""
     _check(name)
-    _choose("residual_rmsnorm", name, device, dtype, None)  # every backend has it
+    _choose("residual_rmsnorm", name, device, dtype, None, False)  # every backend has it
 
 
 def recursion_engine(device: torch.device, dtype: torch.dtype, config: ModelConfig) -> str:
-    """Whose `deep_recursion` serves there, as `memory` names them."""
-    row, _ = _choose("deep_recursion", config.backend, device, dtype, config)
+    """Whose recursion serves training there, as `memory` names them."""
+    row, _ = _choose("deep_recursion", config.backend, device, dtype, config, True)
     return row.backend
 
 
@@ -209,12 +214,17 @@ def table(backend: str) -> Ops:
 
 
 def report(
-    name: str, device: torch.device, dtype: torch.dtype, config: ModelConfig | None = None
+    name: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    config: ModelConfig | None = None,
+    training: bool = False,
 ) -> list[Choice]:
-    """What `select` takes for the same arguments, one line per operation, with the reason."""
+    """What runs by `select` for the same arguments, in `training` or in answers: one line per
+    operation, with the reason."""
     _check(name)
     choices = []
     for op in OP_NAMES:
-        row, reason = _choose(op, name, device, dtype, config)
+        row, reason = _choose(op, name, device, dtype, config, training)
         choices.append(Choice(op, row.backend, reason))
     return choices

@@ -196,7 +196,7 @@ class InnerModel(Served):
     def _run(self, streams: Tensor | None) -> Run:
         """The order in which the network is applied."""
         config = self.config
-        if not config.mixes_states:
+        if not config.mixes_states(self.training):
             return self.variant.run
         # The first fields are those of random initial states.
         return Damped(config.damping, config.noise, streams, field=config.states)

@@ -123,7 +123,7 @@ class _Network:
     )
     dropout: float = option("dropout inside the block", 0.0, low=0, high=1, open=")")
     damping: float = option(
-        "trm: part of an updated state that is the network's; the rest stays",
+        "trm: part of an updated state that is the network's, 1 for all of it; the rest stays",
         1.0,
         low=0,
         high=1,
@@ -223,10 +223,10 @@ class _Network:
                         f"got {str(getattr(self, key)).lower()}"
                     )
 
-    @property
-    def mixes_states(self) -> bool:
-        """Whether an updated state is more than what the network makes: damped, or with noise."""
-        return self.damping < 1 or self.noise > 0
+    def mixes_states(self, training: bool) -> bool:
+        """Whether an updated state is more than what the network makes: damped, or in training
+        with noise."""
+        return self.damping < 1 or (training and self.noise > 0)
 
     @property
     def draws_states(self) -> bool:

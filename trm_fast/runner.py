@@ -20,7 +20,7 @@ import torch
 from trm_fast import backends, memory
 from trm_fast.capture import graphs_allowed
 from trm_fast.checkpoint import CheckpointError, passed_over
-from trm_fast.config import ModelConfig, TrainConfig
+from trm_fast.config import ModelConfig, TrainConfig, option_fields
 from trm_fast.console import program, say
 from trm_fast.data.maze_generator import maze_job_data
 from trm_fast.data.sudoku import split_of_csv
@@ -34,7 +34,7 @@ from trm_fast.inference import SetReport
 from trm_fast.interop import write_official
 from trm_fast.loading import pick_device
 from trm_fast.optim import GuardState
-from trm_fast.overrides import emit_yaml
+from trm_fast.overrides import emit_yaml, format_value
 from trm_fast.progress import MetricsError, MetricsWriter, StatusLine, make_loggers, read_metrics
 from trm_fast.runs import Place, RunLock, latest, place
 from trm_fast.splits import Splits, open_splits
@@ -375,20 +375,36 @@ def _conclude(trainer: Trainer, spot: Place, seconds: float, finished: bool) -> 
 
 
 def _engine(trainer: Trainer) -> str:
-    """Whose recursion runs, and why not a faster one where that is plain PyTorch."""
-    # Networks other than trm are composed; this is the operation that takes most of their time.
-    kind = trainer.model_config.kind
-    if kind == "gated_mlp":
+    """Whose recursion trains, and why not a faster one where that is plain PyTorch."""
+    # Where the recursion is composed, this is the operation that takes most of its time.
+    config = trainer.model_config
+    if config.kind == "gated_mlp":
         return "plain PyTorch"
-    op = "deep_recursion" if kind == "trm" else "swiglu_rmsnorm"
-    if trainer.model_config.dropout:  # no fused recursion drops anything
+    mixed = config.mixes_states(training=True)
+    op = "deep_recursion" if config.kind == "trm" and not mixed else "swiglu_rmsnorm"
+    if config.dropout:  # no fused recursion drops anything
         op = "residual_rmsnorm"
     (row,) = (r for r in trainer.model.backend_report() if r.op == op)
-    if row.implementation != "reference" or trainer.config.arch.backend == "reference":
-        return row.implementation
+    if trainer.config.arch.backend == "reference":
+        return "reference"
+    if row.implementation != "reference":
+        when = "" if config.mixes_states(training=False) else " in training"
+        return row.implementation + (f", the recursion composed{when}" if mixed else "")
     mine = {"cpu": "cpp: ", "cuda": "triton: "}.get(trainer.device.type, " ")
     why = next((r for r in row.reason.split("; ") if r.startswith(mine)), "")
     return f"plain PyTorch; {why}" if why else "plain PyTorch"
+
+
+def _depth_options(config: TrainConfig) -> str:
+    """Those of docs/training-options.md that are not the default."""
+    keys = ("act_enabled", "random_init", "noise", "damping", "latents")
+    stages = f"[{', '.join(config.depth_stages)}]"
+    words = [f"depth_stages={stages}"] if config.depth_stages else []
+    given = {"step_loss_decay": config.step_loss_decay}
+    given |= {f"arch.{key}": getattr(config.arch, key) for key in keys}
+    usual = option_fields()
+    words += [f"{k}={format_value(v)}" for k, v in given.items() if v != usual[k].default]
+    return " ".join(words)
 
 
 def _products(config: ModelConfig) -> str:
@@ -418,6 +434,8 @@ def _announce(trainer: Trainer, spot: Place) -> None:
         f"model       {parameters:,} parameters, {trainer.config.arch.forward_dtype}, "
         f"on {trainer.device} ({_engine(trainer)})"
     )
+    if options := _depth_options(trainer.config):
+        say(f"options     {options}")
     if trainer.model_config.quantize != "none":
         say(f"products    {_products(trainer.model_config)}")
     if trainer.ranks.world > 1:

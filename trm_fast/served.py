@@ -64,9 +64,10 @@ class Served(nn.Module):
         return self
 
     def backend_report(self) -> list[Choice]:
-        """Which implementation serves each operation here, and why."""
-        like = self.like()
-        return backends.report(self.config.backend, like.device, like.dtype, self.config)
+        """Which implementation serves each operation here, in training or not as it is now, and
+        why."""
+        like, config = self.like(), self.config
+        return backends.report(config.backend, like.device, like.dtype, config, self.training)
 
     def policy(self, batch: int) -> str:
         """What the backward keeps. "auto" is decided once per batch size, when a carry is made, so

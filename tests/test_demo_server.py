@@ -486,7 +486,7 @@ def test_ctrl_c_ends_the_command_and_frees_the_port():
     with subprocess.Popen(words, preexec_fn=heed, **pipes) as process:
         try:
             first, line = process.stdout.readline(), process.stdout.readline()
-            assert first.startswith("sudoku: ") and first.endswith("shipped (raw weights)\n")
+            assert first.startswith("sudoku: ") and first.endswith("shipped (ema weights)\n")
             port = int(line.split("http://127.0.0.1:")[1].split("/")[0])
             with socket.create_connection(("127.0.0.1", port), QUICK) as connection:
                 connection.sendall(f"GET / HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\n\r\n".encode())

@@ -22,6 +22,7 @@ from trm_fast.convert import main
 from trm_fast.evaluate import main as evaluate_main
 from trm_fast.hub import Card, list_files
 from trm_fast.interop import load_weights, write_official
+from trm_fast.loading import load
 from trm_fast.overrides import read_config_file
 from trm_fast.pretrained import card_of, read_saved
 from trm_fast.runs import place
@@ -78,6 +79,26 @@ def test_a_run_gives_its_average_or_its_raw_weights(tmp_path):
     same_model(Model.from_pretrained(run, weights="raw"), raw)
     with pytest.raises(ValueError, match="weights must be 'ema' or 'raw', got 'EMA'"):
         Model.from_pretrained(run, weights="EMA")
+
+
+@pytest.mark.parametrize("to", ["pretrained", "trm_fast"])
+@pytest.mark.parametrize("which", ["ema", "raw"])
+def test_what_is_kept_alone_says_which_weights_it_is(tmp_path, capsys, which, to):
+    source, ours, other = tmp_path / "run", {"raw": 0, "ema": 1}, {"raw": "ema", "ema": "raw"}
+    run_folder(tmp_path, tiny_model(0), tiny_model(1).state_dict())
+    target = tmp_path / "alone"
+    assert main([str(source), str(target), f"--{which}", "--to", to]) == 0
+    assert f"{which} weights" in capsys.readouterr().err
+    again = tmp_path / "again"  # of the one kind that is left
+    assert main([str(target), str(again), "--to", "pretrained"]) == 0
+    for folder in (target, again):
+        for asked in (None, which):
+            loaded = load(folder, weights=asked, device="cpu")
+            assert loaded.weights == which
+            same_model(loaded.model, tiny_model(ours[which]))
+        lacks = {"raw": "no moving average", "ema": "the moving average only"}[which]
+        with pytest.raises(ValueError, match=f"the run kept {lacks}; take weights {which}"):
+            load(folder, weights=other[which], device="cpu")
 
 
 def test_files_of_other_projects(tmp_path):

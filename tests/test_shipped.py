@@ -70,7 +70,9 @@ def test_it_is_named_where_no_path_is_called_so(nowhere, capsys):
     assert load("shipped", device="cpu").config["eval_steps_max"] == 16
     (nowhere / "boards.csv").write_text(f"quizzes,solutions\n{EASY.replace('.', '0')},{SOLVED}\n")
     assert evaluate.main(["shipped", "--csv", "boards.csv"]) == 0
-    assert "1 board, 16 supervision steps" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "1 board, 16 supervision steps" in said
+    assert "\nweights     moving average (ema), optimizer step 5500\n" in said
     (nowhere / "shipped").mkdir()
     with pytest.raises(ValueError, match="^shipped: no readable checkpoint"):
         read_saved("shipped")

@@ -106,13 +106,17 @@ def _write(options: argparse.Namespace, saved: Saved) -> list[str]:
     try:
         model, chosen = build(saved, weights)
         if options.to == "trm_fast":
-            return _write_run(saved, target, step, weights, model)
+            return _write_run(saved, target, step, weights, model, chosen)
         card: Card = card_of(saved)
         if options.to == "pretrained":
-            save_pretrained(model, target, card, step)
+            save_pretrained(model, target, card, step, chosen)
             return [f"{chosen} weights"]
         if options.to == "hub":
-            return [push_to_hub(model, options.target, card, private=options.private, step=step)]
+            private = options.private
+            where = push_to_hub(
+                model, options.target, card, private=private, step=step, weights=chosen
+            )
+            return [where]
         if target.is_dir():
             raise CommandError(USAGE, f"{target}: is a folder; {options.to} is one file")
         arch = saved.config.get("arch")
@@ -135,10 +139,10 @@ def _without(source: str, error: Exception) -> str:
 
 
 def _write_run(
-    saved: Saved, target: Path, step: int, weights: str | None, model: Model
+    saved: Saved, target: Path, step: int, weights: str | None, model: Model, chosen: str
 ) -> list[str]:
     """A run folder with one step: what evaluate, solve and load_checkpoint read. `model` is
-    `saved` as built, with its threshold."""
+    `saved` as built, with its threshold, of the weights `chosen`."""
     standing = [folder.name for _, folder in list_steps(target) if not _is_converted(folder)]
     if standing:
         raise CommandError(
@@ -149,6 +153,7 @@ def _write_run(
         "source": f"trm_fast: {saved.place}",
         **saved.config,
         "finished": True,
+        "weights": chosen,
     }
     raw = saved.ema if weights == "ema" and saved.ema is not None else saved.model
     ema = None if weights is not None else saved.ema
@@ -156,9 +161,8 @@ def _write_run(
         target, step, model=raw, ema=ema, config=config, train_state={"converted": True}
     )
     if model.q_threshold is not None:
-        name = "raw" if ema is None else "ema"
-        keep_threshold(target / FILE, step, name, model, {"threshold": model.q_threshold})
-    kept = "raw and ema weights" if ema is not None else f"{weights or 'raw'} weights only"
+        keep_threshold(target / FILE, step, chosen, model, {"threshold": model.q_threshold})
+    kept = "raw and ema weights" if ema is not None else f"{chosen} weights only"
     return [f"{folder}: {kept}; to train on from them: load_checkpoint={target}"]
 
 

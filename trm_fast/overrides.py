@@ -42,7 +42,7 @@ _DEEPEST = 8
 _LARGEST = 1 << 18  # bytes of a file of settings; YAML is read at 100 kB a second
 # Top-level keys of files that hold no settings: Hydra's own, and what a checkpoint's config.json
 # says of the run, of the data and of the model built for it.
-NOT_SETTINGS = ("hydra", "finished", "model", "data", "source")
+NOT_SETTINGS = ("hydra", "finished", "model", "data", "source", "weights")
 # Where that run lies: settings of it alone, not of another run that takes over its values.
 OF_ONE_RUN = ("run_name", "checkpoint_path", "resume")
 

@@ -72,6 +72,7 @@ class Saved:
         ema: their moving average, where there is one.
         step: optimizer steps.  place: the step folder or file, for messages.
         notes: what was assumed in reading it, a line each.
+        only: where there is no `ema`, which weights `model` are: "raw", or the moving average.
     """
 
     config: dict[str, Any]
@@ -80,6 +81,7 @@ class Saved:
     step: int
     place: Path
     notes: list[str] = field(default_factory=list)
+    only: str = "raw"
 
 
 def find_checkpoint(path: str | os.PathLike[str]) -> Path:
@@ -150,7 +152,8 @@ def read_saved(
     named = path.name == "best" or path.name.startswith("step_")  # neither has a substitute
     fault = None if named else passed_over(folder)
     notes = [fault] if fault else []
-    return Saved(saved.config, saved.model, saved.ema, saved.step, folder, notes)
+    only = _only(saved.config)
+    return Saved(saved.config, saved.model, saved.ema, saved.step, folder, notes, only)
 
 
 def _fetched(repo: str, file: str | None, revision: str | None) -> Path:
@@ -180,7 +183,13 @@ def _from_folder(folder: Path) -> Saved:
         )
     state = parse_tensors(folder / MODEL, read_bytes(folder / MODEL))
     step = config.get("step")
-    return Saved(config, state, None, step if type(step) is int else 0, folder)
+    steps = step if type(step) is int else 0
+    return Saved(config, state, None, steps, folder, only=_only(config))
+
+
+def _only(config: Mapping[str, Any]) -> str:
+    """Which weights those are that lie there alone, by what `convert` and `save_pretrained` say."""
+    return "ema" if config.get("weights") == "ema" else "raw"
 
 
 def _from_foreign(path: Path, foreign: Foreign) -> Saved:
@@ -284,9 +293,12 @@ def build(
     if weights is not None and weights not in WEIGHTS:
         raise ValueError(f"weights must be 'ema' or 'raw', got {weights!r}")
     place = saved.place
-    if weights == "ema" and saved.ema is None:
-        raise CheckpointError(f"{place}: the run kept no moving average; take weights raw")
-    chosen = weights or ("raw" if saved.ema is None else "ema")
+    if saved.ema is None and weights not in (None, saved.only):
+        lacks = "the moving average only; take weights ema"
+        if weights == "ema":
+            lacks = "no moving average; take weights raw"
+        raise CheckpointError(f"{place}: the run kept {lacks}")
+    chosen = weights or (saved.only if saved.ema is None else "ema")
     state = saved.model if chosen == "raw" or saved.ema is None else saved.ema
     values = saved.config.get("model")
     if not isinstance(values, dict):
@@ -344,7 +356,11 @@ def from_pretrained(
 
 
 def save_pretrained(
-    model: Model, folder: str | os.PathLike[str], card: Card | None = None, step: int = 0
+    model: Model,
+    folder: str | os.PathLike[str],
+    card: Card | None = None,
+    step: int = 0,
+    weights: str | None = None,
 ) -> Path:
     """Write config.json, model.safetensors and the model card README.md, and q_threshold.json where
     the model has one; returns the folder.
@@ -353,16 +369,20 @@ def save_pretrained(
         model: on any device.
         folder: made if missing; files of these names in it are replaced.
         card: what the card says beyond the network.  step: optimizer steps, if known.
+        weights: "ema" or "raw", so that whoever reads them is told; None: they count as raw.
 
     Raises CheckpointError for a folder that cannot be written.
     """
     target = Path(folder)
-    return _write_folder(model, target, card, step, target.resolve().name or "model")
+    return _write_folder(model, target, card, step, weights, target.resolve().name or "model")
 
 
-def _write_folder(model: Model, target: Path, card: Card | None, step: int, title: str) -> Path:
+def _write_folder(
+    model: Model, target: Path, card: Card | None, step: int, weights: str | None, title: str
+) -> Path:
     values = model.config.to_dict()
     config = {"library_name": "trm_fast", "model": values, "step": step}
+    config |= {} if weights is None else {"weights": weights}
     parameters = sum(p.numel() for p in model.parameters())
     text = hub.model_card(values, parameters, card or Card(), title)
     try:
@@ -379,8 +399,9 @@ def _write_folder(model: Model, target: Path, card: Card | None, step: int, titl
             kept.unlink(missing_ok=True)
         except OSError as error:
             raise unwritable(kept, error) from None
-    else:  # weights are written once, and read back as raw ones
-        thresholds.keep_threshold(kept, step, "raw", model, {"threshold": model.q_threshold})
+    else:
+        entry = {"threshold": model.q_threshold}
+        thresholds.keep_threshold(kept, step, weights or "raw", model, entry)
     return target
 
 
@@ -391,11 +412,12 @@ def push_to_hub(
     *,
     private: bool = False,
     step: int = 0,
+    weights: str | None = None,
 ) -> str:
     """Send the files of `save_pretrained` to the hub; returns the address.
 
     Args:
-        model, card, step: see `save_pretrained`.
+        model, card, step, weights: see `save_pretrained`.
         repo: owner/name; made if it is not there, then `private` counts.
 
     Raises CheckpointError: huggingface_hub is not installed, no permission, no network.
@@ -404,7 +426,7 @@ def push_to_hub(
     if name is None:
         raise CheckpointError(f"{repo}: not of the form owner/name")
     with tempfile.TemporaryDirectory() as folder:
-        target = _write_folder(model, Path(folder) / name, card, step, name)
+        target = _write_folder(model, Path(folder) / name, card, step, weights, name)
         words = "Model trained with trm_fast"
         return hub.upload(target, name, private=private, message=words, owned=[thresholds.FILE])
 

@@ -60,7 +60,7 @@ ORDER = [
     ["optim"],
     ["checkpoint", "viz", "progress"],
     ["reasoning", "labelled"],
-    ["lanes"],
+    ["lanes", "schedule"],
     ["rollouts"],
     ["selectors"],
     ["inference", "arc_voting"],

@@ -3,6 +3,7 @@
 import argparse
 import io
 import os
+import select
 import signal
 import sys
 from dataclasses import replace
@@ -147,9 +148,16 @@ def terminal():
     termios = pytest.importorskip("termios")
     ours, theirs = os.openpty()
     termios.tcsetwinsize(theirs, (6, 40))
-    os.set_blocking(ours, False)
+
+    def read():
+        """All that was written: the kernel hands it on a little later, and in pieces."""
+        parts = []
+        while select.select([ours], [], [], 0.2)[0]:
+            parts.append(os.read(ours, 1 << 16))
+        return b"".join(parts).decode()
+
     with os.fdopen(theirs, "w") as stream:
-        yield stream, lambda: os.read(ours, 1 << 16).decode()
+        yield stream, read
     os.close(ours)
 
 

@@ -118,10 +118,11 @@ class InferenceStep:
                 place[items] = batch[name].to(place.dtype)
             self._carry.steps[items] = 0
 
-    def go_on_from(self, other: InferenceStep, items: Tensor) -> None:
-        """Take over the `items` [B] int64 of another step of the model, B <= N, as they stand."""
+    def go_on_from(self, other: InferenceStep, items: Tensor, used: int) -> None:
+        """Take over the `items` [M] int64 of another step of the model as they stand; there will be
+        `used` items in all, M <= used <= N, the others given to `restart`."""
         self._refresh()
-        self._used = len(items)
+        self._used = used
         theirs, mine = other._carry, self._carry
         pairs = [(theirs.steps, mine.steps), (theirs.halted, mine.halted)]
         pairs += [(other._data[name], place) for name, place in self._data.items()]
@@ -129,7 +130,7 @@ class InferenceStep:
         states = named(theirs.inner_carry)
         pairs += [(states[n], state) for n, state in named(mine.inner_carry).items()]
         for source, place in pairs:
-            place[: self._used] = source[items]
+            place[: len(items)] = source[items]
 
     def states(self) -> dict[str, Tensor]:
         """The states [N, S, D] that the next step starts from, by name, to be changed in place; of

@@ -128,17 +128,20 @@ class Lanes:
             self._own[name][places] = values
         self._restart(places, batch)
 
-    def keep(self, places: Tensor) -> None:
-        """Go on with the items in these places [M] only."""
+    def change(self, places: Tensor, items: Tensor) -> None:
+        """Go on with the items in these places [M] only, and work on others [E] behind them."""
         before, held = self._step, self._held
         assert before is not None
         self._held = ExitStack()
-        self._borrow(len(places)).go_on_from(before, places)
-        self._own = {name: values[places] for name, values in self._own.items()}
+        count = len(places) + len(items)
+        self._borrow(count).go_on_from(before, places, count)
+        own, batch = self._fresh(items)
+        self._own = {name: torch.cat([kept[places], own[name]]) for name, kept in self._own.items()}
         held.close()
+        self._restart(torch.arange(len(places), count, device=items.device), batch)
 
     def too_wide_for(self, items: int) -> bool:
-        """Whether `keep` is worth while for so few."""
+        """Whether `change` is worth while for so few."""
         assert self._step is not None
         if self._step.captures:  # every size is a graph of its own
             return 4 * items <= self._step.size

@@ -1,9 +1,9 @@
-"""Rollouts of many puzzles: which is worked on when, when each ends, and what all of them said.
+"""Rollouts of many puzzles: worked on side by side, and what all of them said.
 
 Owns the loop: as many items, each one rollout of one puzzle, as fit in a batch are worked on side
-by side (`lanes.py`); one that has ended makes room for the next, and a batch that runs empty is
-made smaller. Which answers are found does not depend on the size of the batch. Imported by
-`inference.py`. Terms are those of `reasoning.py`.
+by side (`lanes.py`); one that has ended makes room for the next (`schedule.py`), and a batch that
+runs empty is made smaller. Which answers are found does not depend on the size of the batch.
+Imported by `inference.py`. Terms are those of `reasoning.py`.
 
 Dims legend: P puzzles, K rollouts, D steps, L tokens, M items of a step.
 """
@@ -11,7 +11,6 @@ Dims legend: P puzzles, K rollouts, D steps, L tokens, M items of a step.
 from __future__ import annotations
 
 import time
-from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,11 +23,13 @@ from trm_fast.lanes import Lanes, Puzzles, Said
 from trm_fast.model import Model
 from trm_fast.puzzle_kind import PuzzleKind
 from trm_fast.reasoning import Reasoning
+from trm_fast.schedule import Schedule
 from trm_fast.timing import synchronize
 
 __all__ = ["Budget", "Record", "Result", "Rollouts", "Stepped", "puzzles_at_once", "record_bytes"]
 
 RECORD_BYTES = 1 << 28  # of one record, where it holds more than one puzzle
+AHEAD = 16  # items side by side on a CPU up to which a further one costs much less than the first
 
 
 @dataclass(frozen=True)
@@ -150,7 +151,7 @@ class Rollouts:
         kind: of the puzzles.  plan: resolved for the model.
         width: items side by side, at most.
         budget: when it is spent no further step is made. None is no limit.
-        watched, cuda_graph: see `Lanes`.
+        watched, cuda_graph: see `Lanes`; of what is watched nothing is begun ahead.
     """
 
     def __init__(
@@ -184,23 +185,14 @@ class Rollouts:
         self._highest = torch.full(shape[:1], -torch.inf, device=device)
         self._weights = _fingerprint_weights(length).to(device)
         self._taken = np.zeros(shape[0], np.int64)  # steps of every item
-        self._limit = np.full(count, plan.depth)  # steps that count of every rollout of a puzzle
-        self._answered = np.zeros(count, bool)
-        self._waiting = deque(self._order(count))
+        self._schedule = Schedule(count, plan)
+        ahead = width if device.type != "cpu" else AHEAD
+        self._ahead = 0 if watched else ahead
         self._items = np.zeros(0, np.int64)  # side by side; -1 where there is room
-
-    def _order(self, count: int) -> list[int]:
-        k = self._plan.rollouts
-        items = np.arange(count * k).reshape(count, k)
-        if self._plan.schedule == "sequential":
-            return items[:, 0].tolist()
-        # Rollouts that one answer ends go together; else every puzzle has its first one early.
-        return (items if self._plan.stops else items.T).ravel().tolist()
 
     def result(self) -> Result:
         """Everything so far, on the CPU."""
         k = self._plan.rollouts
-        taken = np.minimum(self._taken.reshape(-1, k), self._limit[:, None])
         q, moved, said, best, last = (
             t.cpu().unflatten(0, (-1, k))
             for t in (self._q, self._moved, self._said, self._best, self._last)
@@ -208,7 +200,8 @@ class Rollouts:
         valid = None
         if self._valid is not None:
             valid = torch.from_numpy(self._valid).unflatten(0, (-1, k))
-        return Result(Record(q, moved, said, torch.from_numpy(taken)), best, last, valid)
+        steps = torch.from_numpy(self._schedule.counted(self._taken))
+        return Result(Record(q, moved, said, steps), best, last, valid)
 
     @torch.inference_mode()
     def run(self) -> Iterator[Stepped]:
@@ -223,23 +216,23 @@ class Rollouts:
                 yield stepped
 
     def _refill(self, lanes: Lanes) -> bool:
-        """Put waiting items where there is room; False where none is left."""
-        waiting = self._waiting
-        if not len(self._items):
-            first = [waiting.popleft() for _ in range(min(self._width, len(waiting)))]
-            if first:
-                self._items = np.array(first)
-                lanes.begin(self._on_device(self._items))
-            return bool(first)
-        room = np.flatnonzero(self._items < 0)[: len(waiting)]
-        if len(room):
-            self._items[room] = [waiting.popleft() for _ in room]
-            lanes.replace(self._on_device(room), self._on_device(self._items[room]))
+        """Put the next items where there is room; False where none is left."""
         busy = np.flatnonzero(self._items >= 0)
-        if len(busy) and lanes.too_wide_for(len(busy)):
-            lanes.keep(self._on_device(busy))
-            self._items = self._items[busy]
-        return bool(len(busy))
+        taken = self._schedule.take(self._width - len(busy), self._ahead - len(busy))
+        items, count = np.array(taken, np.int64), len(busy) + len(taken)
+        free = np.flatnonzero(self._items < 0)
+        if not len(busy):
+            self._items = items
+            if count:
+                lanes.begin(self._on_device(items))
+        elif count > len(self._items) or lanes.too_wide_for(count):
+            lanes.change(self._on_device(busy), self._on_device(items))
+            self._items = np.concatenate([self._items[busy], items])
+        elif len(items):
+            places = free[: len(items)]
+            self._items[places] = items
+            lanes.replace(self._on_device(places), self._on_device(items))
+        return count > 0
 
     def _on_device(self, numbers: np.ndarray) -> Tensor:
         return torch.from_numpy(numbers).to(self._inputs.device)
@@ -266,25 +259,15 @@ class Rollouts:
 
     def _ended(self, items: np.ndarray, said: Said) -> np.ndarray:
         """Which of the items [M] make no more steps, [M] bool."""
-        plan, taken = self._plan, self._taken[items]
-        puzzle, rollout = np.divmod(items, plan.rollouts)
-        over = np.zeros(len(items), bool)
+        plan = self._plan
+        over, found = np.zeros((2, len(items)), bool)
         if plan.halt == "q":
-            over |= self._above(said)
+            over = self._above(said)
         elif plan.halt == "fixed-point":
-            over |= ((said.moved <= plan.tolerance) & said.stayed).cpu().numpy()
+            over = ((said.moved <= plan.tolerance) & said.stayed).cpu().numpy()
         if plan.stops:
             found = self._above(said) if plan.select == "first-q" else self._keeps(items, said)
-            over |= found
-            if plan.schedule == "sequential":
-                self._answered[puzzle[found]] = True
-            else:
-                np.minimum.at(self._limit, puzzle[found], taken[found])
-        over |= taken >= self._limit[puzzle]
-        if plan.schedule == "sequential":
-            again = over & ~self._answered[puzzle] & (rollout + 1 < plan.rollouts)
-            self._waiting.extend((items[again] + 1).tolist())
-        return over
+        return self._schedule.note(items, self._taken[items], found, over)
 
     def _above(self, said: Said) -> np.ndarray:
         assert self._plan.threshold is not None

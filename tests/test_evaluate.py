@@ -1,12 +1,15 @@
 """The evaluate command: numbers against the library, every option, error and exit status."""
 
+import io
 import json
+import sys
 
 import numpy as np
 import pytest
 import torch
 from answering import BLANK, CELLS, DEPTH, SOLVED, boards, save_run, tiny_model, write_data
 
+from trm_fast import console
 from trm_fast import evaluate as command
 from trm_fast.data.dataset import from_arrays
 from trm_fast.data.format import write_dataset
@@ -171,6 +174,8 @@ def test_other_data_and_several_directories(measure, tmp_path):
     assert list(document["sets"]) == ["all", "all1"]
     for report, pair in zip(document["sets"].values(), sets, strict=True):
         assert report["accuracy"] == pytest.approx(expected(107, *pair, most=3)["accuracy"])
+    _, out, _ = measure("--data", roots[0], "--data", roots[1])
+    assert f"\nset all of {roots[0]}: 4 boards" in out and f"\nset all1 of {roots[1]}: 4 b" in out
 
 
 def test_another_split(measure, tmp_path):
@@ -404,3 +409,27 @@ def test_a_csv_of_another_size_is_status_5(measure, tmp_path):
     status, _, err = measure("--csv", file)
     assert status == 5
     assert err == f"trm-fast evaluate: {file}: 36 tokens per board, the model has 16\n"
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_a_terminal_is_told_how_far_it_is(measure, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(console.time, "monotonic", lambda: now.append(now[-1] + 1) or now[-1])
+    for arguments, said in (
+        (("--batch-size", "4"), "4 of at most 9 boards"),
+        (("--batch-size", "4", "--max-puzzles", "6"), "4 of at most 6 boards"),
+        (("--rollouts", "2", "--depth", "3", "--batch-size", "4"), "16 of at most 54 passes"),
+    ):
+        screen = Terminal()
+        monkeypatch.setattr(sys, "stderr", screen)
+        status, out, _ = measure(*arguments)
+        text = screen.getvalue()
+        assert status == 0 and f"\r\033[K{said}" in text and text.endswith("\r\033[K")
+        assert "passes\r" not in out and "boards\r" not in out
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    measure("--batch-size", "4")
+    assert sys.stderr.getvalue() == "", "what is no terminal is told nothing"

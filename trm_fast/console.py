@@ -5,6 +5,8 @@ library itself never does: it logs, and commands show what is logged where somet
 be imported by any module; imports nothing of the package.
 """
 
+from __future__ import annotations
+
 import argparse
 import contextlib
 import logging
@@ -14,11 +16,13 @@ import re
 import shlex
 import shutil
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NoReturn, TextIO
+from typing import Any, NoReturn, TextIO
 
 __all__ = [
+    "Counting",
     "Parser",
     "as_log",
     "integer",
@@ -124,6 +128,41 @@ def show_builds() -> None:
     if not any(isinstance(handler, _OnStandardError) for handler in log.handlers):
         log.addHandler(_OnStandardError())
         log.setLevel(logging.INFO)
+
+
+class Counting:
+    """A line on standard error that counts what is done, where that is a terminal; gone at the end.
+
+    Args:
+        most: what there is to do, at most.  noun: of what, such as "boards".
+        shown: False shows nothing.
+    """
+
+    def __init__(self, most: int, noun: str, shown: bool = True) -> None:
+        self._most, self._noun, self._done = most, noun, 0
+        stream = sys.stderr
+        self._stream = stream if shown and stream is not None and stream.isatty() else None
+        self._shown = time.monotonic()
+
+    def __enter__(self) -> Counting:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._draw("\r\033[K")
+
+    def add(self, count: int) -> None:
+        """So much more is done."""
+        self._done += count
+        now = time.monotonic()
+        if self._stream is not None and now - self._shown >= 0.2:
+            self._shown = now
+            self._draw(f"\r\033[K{self._done:,} of at most {self._most:,} {self._noun}")
+
+    def _draw(self, text: str) -> None:
+        if self._stream is not None:
+            with contextlib.suppress(OSError, ValueError):  # a terminal that has gone
+                self._stream.write(text)
+                self._stream.flush()
 
 
 def program() -> str:

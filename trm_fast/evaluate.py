@@ -9,14 +9,16 @@ from __future__ import annotations
 import argparse
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from trm_fast.arc_voting import Ballots
 from trm_fast.config import EvaluatorConfig
-from trm_fast.console import percent, positive, say, show_builds
+from trm_fast.console import Counting, percent, positive, say, show_builds
 from trm_fast.data.dataset import PuzzleDataset, PuzzleDatasetConfig, from_arrays
 from trm_fast.data.format import DataError
 from trm_fast.data.sudoku_source import read_puzzles
@@ -195,12 +197,19 @@ def _reports(
     ranks.together(lambda: check_asked(options, loaded, ranks))
     observe = evaluators.begin(source.dataset.directories)
     sets = labelled_sets(source.dataset, options.max_puzzles, ranks)
+    boards = _boards(options, source, ranks)
     if options.calibrate is not None:
-        calibrated(options, loaded, sets, source.names)
+        calibrated(options, loaded, sets, boards, source.names)
         if not asks:
             return {}
         sets = labelled_sets(source.dataset, options.max_puzzles, ranks)
-    return measured(options, loaded, sets, observe, ranks)
+    return measured(options, loaded, sets, boards, observe, ranks)
+
+
+def _boards(options: argparse.Namespace, source: Source, ranks: Ranks) -> int:
+    """How many this process measures, at most."""
+    every = [len(arrays.inputs) for arrays in source.dataset.sets.values()]
+    return -(-sum(min(count, options.max_puzzles or count) for count in every) // ranks.world)
 
 
 def _source(options: argparse.Namespace, loaded: Loaded, ranks: Ranks) -> Source:
@@ -316,16 +325,23 @@ def _measure(
     ranks: Ranks,
 ) -> dict[str, SetReport]:
     arch = loaded.config.get("arch") or {}
-    return evaluate(
-        loaded.model,
-        source.dataset,
-        steps=supervision_depth(loaded, options.steps),
-        max_puzzles=options.max_puzzles,
-        loss_type=arch.get("loss_type", "stablemax_cross_entropy"),
-        rules=rules_of(source.dataset.metadata),
-        observe=evaluators.begin(source.dataset.directories),
-        ranks=ranks,
-    )
+    vote = evaluators.begin(source.dataset.directories)
+    with Counting(_boards(options, source, ranks), "boards", ranks.first) as counting:
+
+        def observe(name: str, outputs: Mapping[str, Tensor]) -> None:
+            counting.add(len(outputs["inputs"]))
+            vote(name, outputs)
+
+        return evaluate(
+            loaded.model,
+            source.dataset,
+            steps=supervision_depth(loaded, options.steps),
+            max_puzzles=options.max_puzzles,
+            loss_type=arch.get("loss_type", "stablemax_cross_entropy"),
+            rules=rules_of(source.dataset.metadata),
+            observe=observe,
+            ranks=ranks,
+        )
 
 
 def _document(
@@ -389,18 +405,21 @@ def _text(
     if loaded.model.config.quantize != "none":
         lines.append(f"products    {loaded.model.config.quantize}")
     for name, report in reports.items():
+        title = name
+        if len(source.names) > 1:
+            title += f" of {source.names[source.dataset.directories[name]]}"
         if isinstance(report, SetReport):
-            lines += ["", *_set_lines(name, report)]
+            lines += ["", *_set_lines(title, report)]
         else:
             plan = asked_reasoning(options, loaded)
-            lines += ["", *set_lines(name, report, plan, options.abstain)]
+            lines += ["", *set_lines(title, report, plan, options.abstain)]
     return "\n".join(lines)
 
 
 WEIGHT_NAMES = {"ema": "moving average (ema)", "raw": "raw"}
 
 
-def _set_lines(name: str, report: SetReport) -> list[str]:
+def _set_lines(title: str, report: SetReport) -> list[str]:
     """One set: the two answers side by side, then a row per supervision step."""
     steps = len(report.accuracy)
     rows: list[tuple[str, float, float | None]] = [
@@ -412,7 +431,7 @@ def _set_lines(name: str, report: SetReport) -> list[str]:
     rows.append(("q accuracy", report.q_halt_accuracy[-1], None))
     noun = "board" if report.puzzles == 1 else "boards"
     lines = [
-        f"set {name}: {report.puzzles} {noun}, {steps} supervision steps",
+        f"set {title}: {report.puzzles} {noun}, {steps} supervision steps",
         f"{'':<16}{'last step':>10}{'highest q':>11}",
     ]
     for label, last, best in rows:

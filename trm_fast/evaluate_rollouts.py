@@ -14,7 +14,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from trm_fast.console import percent, say
+from trm_fast.console import Counting, percent, say
 from trm_fast.distributed import Ranks
 from trm_fast.labelled import Labelled
 from trm_fast.loading import MODEL, USAGE, CommandError, Loaded
@@ -55,35 +55,44 @@ def measured(
     options: argparse.Namespace,
     loaded: Loaded,
     sets: Iterable[tuple[str, Iterable[Labelled]]],
+    boards: int,
     observe: Callable[[str, Mapping[str, Tensor]], None],
     ranks: Ranks,
 ) -> dict[str, ReasoningReport]:
-    """Set by set; one budget is for all of them."""
+    """Set by set; one budget is for all of them. `boards` is how many this process has at most."""
     plan = asked_reasoning(options, loaded)
-    budget = Budget(plan.budget)
+    budget, counting = Budget(plan.budget), _counting(plan, boards, ranks.first)
     found = {}
     for name, parts in sets:
 
         def told(outputs: Mapping[str, Tensor], name: str = name) -> None:
             observe(name, outputs)
 
-        found[name] = measure(
-            loaded.model,
-            parts,
-            plan,
-            batch_size=options.batch_size,
-            budget=budget,
-            ranks=ranks,
-            observe=told,
-            abstain=options.abstain,
-        )
+        with counting:
+            found[name] = measure(
+                loaded.model,
+                parts,
+                plan,
+                batch_size=options.batch_size,
+                budget=budget,
+                ranks=ranks,
+                observe=told,
+                abstain=options.abstain,
+                made=counting.add,
+            )
     return found
+
+
+def _counting(plan: Reasoning, boards: int, shown: bool = True) -> Counting:
+    assert plan.depth is not None
+    return Counting(boards * plan.rollouts * plan.depth, "passes", shown)
 
 
 def calibrated(
     options: argparse.Namespace,
     loaded: Loaded,
     sets: Iterable[tuple[str, Iterable[Labelled]]],
+    boards: int,
     names: tuple[str, ...],
 ) -> None:
     """Fit the threshold to all puzzles, say what was found, give it to the model and keep it.
@@ -93,7 +102,8 @@ def calibrated(
     """
     plan = _restarts(options, loaded)
     every = chain.from_iterable(parts for _, parts in sets)
-    q, right = traces(loaded.model, every, plan, options.batch_size)
+    with _counting(plan, boards) as counting:
+        q, right = traces(loaded.model, every, plan, options.batch_size, counting.add)
     try:
         fit = fit_threshold(q, right, options.calibrate)
     except ValueError as error:
@@ -163,13 +173,13 @@ def _restarts(options: argparse.Namespace, loaded: Loaded) -> Reasoning:
 
 
 def set_lines(
-    name: str, report: ReasoningReport, plan: Reasoning, abstain: float | None
+    title: str, report: ReasoningReport, plan: Reasoning, abstain: float | None
 ) -> list[str]:
     """One set: the answers that count, the selectors, both curves, and confidence."""
     noun = "board" if report.puzzles == 1 else "boards"
     runs = "1 rollout" if plan.rollouts == 1 else f"{plan.rollouts} rollouts by {plan.by}"
     lines = [
-        f"set {name}: {report.puzzles} {noun}, {runs}, up to {plan.depth} steps each{_how(plan)}",
+        f"set {title}: {report.puzzles} {noun}, {runs}, up to {plan.depth} steps each{_how(plan)}",
         f"  {'exact':<14}{percent(report.exact)}   by {plan.select}{_knows(plan)}",
         f"  {'cell accuracy':<14}{percent(report.cell)}",
     ]

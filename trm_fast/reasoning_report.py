@@ -127,6 +127,7 @@ def measure(
     ranks: Ranks = SINGLE,
     observe: Observe | None = None,
     abstain: float | None = None,
+    made: Callable[[int], None] | None = None,
 ) -> ReasoningReport:
     """Measure a way of asking.
 
@@ -140,13 +141,14 @@ def measure(
             "q_halt_logits" of the answers, some puzzles at a time; not of puzzles that no step was
             made for.
         abstain: a confidence in [0, 1] that is to be among those of `risk`.
+        made: told how many passes were made, again and again.
 
     Raises ValueError where no process has a puzzle.
     """
     tally = _Tally(model, plan, abstain)
     budget = budget or Budget(plan.budget)
     before = budget.used
-    for puzzles, result, marks in _run(model, parts, plan, batch_size, budget, tally.rules):
+    for puzzles, result, marks in _run(model, parts, plan, batch_size, budget, tally.rules, made):
         chosen, tokens = tally.add(puzzles, result, marks)
         there = chosen.step > 0
         if observe is not None and bool(there.any()):
@@ -163,14 +165,18 @@ def measure(
 
 
 def traces(
-    model: Model, parts: Iterable[Labelled], plan: Reasoning, batch_size: int = 256
+    model: Model,
+    parts: Iterable[Labelled],
+    plan: Reasoning,
+    batch_size: int = 256,
+    made: Callable[[int], None] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """q [P, K, D] float32 and whether the answer is right, bool, of every step of a plan that ends
-    none early."""
+    none early; arguments as `measure`."""
     plan = replace(plan, select="q", halt="never", schedule="parallel", budget=None)
     found = [
         (result.record.q, marks.right)
-        for _, result, marks in _run(model, parts, plan, batch_size, Budget(), None)
+        for _, result, marks in _run(model, parts, plan, batch_size, Budget(), None, made)
     ]
     q, right = zip(*found, strict=True)
     return torch.cat(q), torch.cat(right)
@@ -206,6 +212,7 @@ def _run(
     batch_size: int,
     budget: Budget,
     rules: Rules | None,
+    made: Callable[[int], None] | None,
 ) -> Iterator[tuple[Labelled, Result, _Marks]]:
     """Run all rollouts, some puzzles at a time."""
     for part in parts:
@@ -214,6 +221,8 @@ def _run(
             marks = _Marks(puzzles, plan, rules)
             for stepped in rollouts.run():
                 marks.see(stepped)
+                if made is not None:
+                    made(len(stepped.items))
             yield puzzles, rollouts.result(), marks
 
 

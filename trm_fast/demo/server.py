@@ -23,6 +23,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.resources import files
@@ -57,6 +58,7 @@ HEADERS = {
 }
 
 
+@dataclass(frozen=True)
 class Limits:
     """Most that clients may take; seconds where nothing else is said.
 
@@ -65,15 +67,18 @@ class Limits:
         body: bytes of a request's body.
         request: until a request has come in whole.  send: until a client has taken what it is
             sent.  wait: that a request waits for another's work to end, before it is refused.
+        linger: that a client which was answered may go on sending.  rest: bytes of that.
     """
 
-    connections = 32
-    solving = 1
-    puzzles = 2
-    body = 1 << 16
-    request = 10.0
-    send = 20.0
-    wait = 3.0
+    connections: int = 32
+    solving: int = 1
+    puzzles: int = 2
+    body: int = 1 << 16
+    request: float = 10.0
+    send: float = 20.0
+    wait: float = 3.0
+    linger: float = 0.5
+    rest: int = 1 << 20
 
 
 class _Refused(Exception):
@@ -106,7 +111,7 @@ class DemoServer(ThreadingHTTPServer):
     """The server, bound when it is made; `serve_forever` runs it.
 
     Args:
-        demo: what it serves.  port: 0 is any that is free.  limits: see there.
+        demo: what it serves.  port: 0 is any that is free.  limits: of its clients.
 
     Attributes:
         stopping: set, it ends all work before the next step.
@@ -118,14 +123,14 @@ class DemoServer(ThreadingHTTPServer):
     daemon_threads = True
     request_queue_size = 16
 
-    def __init__(self, demo: Demo, port: int = 0, limits: type[Limits] = Limits) -> None:
-        self.demo, self.limits = demo, limits
+    def __init__(self, demo: Demo, port: int = 0, limits: Limits | None = None) -> None:
+        self.demo, self.limits = demo, limits or Limits()
         self.stopping = threading.Event()
         self.slots = {
-            "solve": threading.BoundedSemaphore(limits.solving),
-            "puzzle": threading.BoundedSemaphore(limits.puzzles),
+            "solve": threading.BoundedSemaphore(self.limits.solving),
+            "puzzle": threading.BoundedSemaphore(self.limits.puzzles),
         }
-        self._places = threading.BoundedSemaphore(limits.connections)
+        self._places = threading.BoundedSemaphore(self.limits.connections)
         self.pages = {f"/{name}": content for name, content in _pages()}
         self.pages["/"] = self.pages["/index.html"]
         super().__init__((LOOPBACK, port), _Handler)
@@ -358,12 +363,13 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _linger(self) -> None:
         """Take what the client still sends, a little: closing at once would lose our answer."""
+        limits = self.server.limits
         with contextlib.suppress(OSError, ValueError):
             self.wfile.flush()
             self.connection.shutdown(socket.SHUT_WR)
-            until = time.monotonic() + 0.5
+            until = time.monotonic() + limits.linger
             taken = 0
-            while taken < 1 << 20 and (left := until - time.monotonic()) > 0:
+            while taken < limits.rest and (left := until - time.monotonic()) > 0:
                 self.connection.settimeout(left)
                 part = self.connection.recv(1 << 16)
                 if not part:

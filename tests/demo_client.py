@@ -6,6 +6,8 @@ import socket
 import threading
 import time
 
+import pytest
+
 from trm_fast.demo.server import DemoServer, Limits
 from trm_fast.demo.work import RequestError
 
@@ -62,6 +64,17 @@ def serving(demo, limits=SMALL):
             demo.go.set()
             server.shutdown()
             thread.join()
+
+
+@pytest.fixture
+def demo():
+    return FakeDemo()
+
+
+@pytest.fixture
+def server(demo):
+    with serving(demo) as server:
+        yield server
 
 
 class Answer:

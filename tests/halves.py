@@ -12,7 +12,7 @@ from pathlib import Path
 PYTEST = [sys.executable, "-m", "pytest"]
 BESIDE = ["ops", "fuzz", "test_distributed.py", "test_distributed_run.py", "test_torchrun.py"]
 BESIDE += ["test_export.py", "test_faults.py", "test_demo_page.py", "test_demo_server.py"]
-BESIDE += ["test_demo_limits.py", "test_train.py", "test_trainer.py"]
+BESIDE += ["test_demo_limits.py", "test_demo_rollouts.py", "test_train.py", "test_trainer.py"]
 
 
 def main() -> int:

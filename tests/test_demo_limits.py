@@ -15,29 +15,21 @@ from demo_client import (
     QUICK,
     SMALL,
     Answer,
-    FakeDemo,
     connect,
+    demo,
     get,
     host,
     post,
     raw,
     received,
     request,
+    server,
     serving,
 )
 
 from trm_fast.demo import command
 
-
-@pytest.fixture
-def demo():
-    return FakeDemo()
-
-
-@pytest.fixture
-def server(demo):
-    with serving(demo) as server:
-        yield server
+__all__ = ["demo", "server"]  # fixtures
 
 
 def until_there_is_a_place(server):

@@ -3,18 +3,9 @@
 import random
 
 import pytest
-from demo_client import SMALL, FakeDemo, get, host, post, raw, serving
+from demo_client import SMALL, demo, get, host, post, raw, server
 
-
-@pytest.fixture
-def demo():
-    return FakeDemo()
-
-
-@pytest.fixture
-def server(demo):
-    with serving(demo) as server:
-        yield server
+__all__ = ["demo", "server"]  # fixtures
 
 
 def test_it_is_on_loopback_only(server):

@@ -239,6 +239,23 @@ function wire() {
   });
   window.matchMedia("(prefers-color-scheme: dark)").addEventListener("change", drawQuestion);
   window.addEventListener("resize", drawQuestion);
+  window.addEventListener("hashchange", linked);
+}
+
+/** The tab that the page begins with. */
+function home() {
+  const kinds = known.models.map((one) => one.kind);
+  return kinds.includes("sudoku") ? "sudoku" : kinds[0] || "sudoku";
+}
+
+/** A puzzle in the address, .../#solve=53..7....: filled in only, since any site can link to us. */
+async function linked() {
+  const wanted = new URLSearchParams(location.hash.slice(1)).get("solve");
+  if (!wanted || known.missing[home()]) return;
+  open(home());
+  if (await load({ text: wanted }) && !working) {
+    $("status").textContent = "The link filled in this puzzle: press “Solve it” to have it solved.";
+  }
 }
 
 async function begin() {
@@ -250,16 +267,8 @@ async function begin() {
   }
   settings = new Settings(known, $("settings"), $("more"));
   wire();
-  const kinds = known.models.map((one) => one.kind);
-  open(kinds.includes("sudoku") ? "sudoku" : kinds[0] || "sudoku");
-  const wanted = new URLSearchParams(location.hash.slice(1)).get("solve"); // .../#solve=53..7....
-  if (wanted && !known.missing[kind]) {
-    const own = !document.referrer || document.referrer.startsWith(`${location.origin}/`);
-    if (await load({ text: wanted })) {
-      if (own) run();
-      else $("status").textContent = "Another site filled in this puzzle: press “Solve it” to have it solved.";
-    }
-  }
+  open(home());
+  await linked();
   document.body.dataset.ready = "true";
 }
 

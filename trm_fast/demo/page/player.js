@@ -35,6 +35,7 @@ export class Player {
     this.watcher.disconnect();
     this.cards = Array.from({ length: rollouts }, (_, index) => this.card(index));
     $("rollouts").replaceChildren(...this.cards.map((card) => card.button));
+    $("rollouts").scrollTop = 0;
     for (const card of this.cards) this.watcher.observe(card.button);
     $("boards").classList.toggle("single", rollouts === 1);
     $("rollouts").hidden = rollouts === 1;

@@ -346,15 +346,39 @@ def test_the_arc_example_that_is_chosen_is_the_one_solved(browser, tmp_path):
             int, re.match(r"Answer: a grid of (\d+) x (\d+),", page.inner_text("#verdict")).groups()
         )
         assert (rows, columns) != (2, 3)
-        ratio = page.evaluate("large.width - 4 + '/' + (large.height - 4)")
-        width, height = map(int, ratio.split("/"))
-        assert width * max(rows, 2) == height * max(columns, 3)
+        width, height = page.evaluate("[large.width - 4, large.height - 4]")
+        assert height == round(width * max(rows, 2) / max(columns, 3))
         marks = page.evaluate(CELLS, ["large", rows, max(columns, 3)])
         assert marks[-1]["top"] == "255,255,255"
         shows(page, "#legend li:visible", "unlike the solution (marked corner)")
         page.close()
         server.shutdown()
         thread.join()
+
+
+@pytest.mark.parametrize(("width", "scale"), [(1280, 1), (1283, 1), (1000, 1.25), (390, 3)])
+def test_boards_are_drawn_pixel_for_pixel(browser, server, width, scale):
+    """The bitmap is as large as what the screen shows of it, or it is blurred."""
+    page = browser.new_page(viewport={"width": width, "height": 800}, device_scale_factor=scale)
+    page.goto(server.url)
+    page.wait_for_selector("body[data-ready=true]")
+    solved(page)
+    sizes = page.locator("#large, #rollouts canvas").evaluate_all(
+        """all => all.map((canvas) => {
+            const box = canvas.getBoundingClientRect();
+            return [canvas.width, canvas.height, box.width, box.height];
+        })"""
+    )
+    grid = page.locator("#boards > *").evaluate_all(
+        "a => a.map(x => x.getBoundingClientRect().width)"
+    )
+    page.close()
+    assert len(sizes) == 5
+    for columns, rows, wide, high in sizes:
+        assert abs(columns - wide * scale) <= 0.5 and abs(rows - high * scale) <= 1
+        assert columns == rows
+    assert sizes[1][2] > 90, "a card's board can be read at any width"
+    assert width < 900 or grid[0] == pytest.approx(grid[1], abs=0.1)
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

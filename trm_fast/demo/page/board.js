@@ -36,10 +36,12 @@ export function isGiven(puzzle, index) {
  */
 export function draw(canvas, puzzle, state, colours) {
   const [rows, columns] = (state || puzzle).window;
-  const width = canvas.clientWidth || 300;
   const scale = window.devicePixelRatio || 1;
-  const cell = Math.max(1, Math.floor((width * scale - 4) / columns));
-  const size = [cell * columns + 4, cell * rows + 4];
+  // As many pixels as there are on the screen: a picture that is scaled is blurred.
+  const width = Math.round((canvas.getBoundingClientRect().width || 300) * scale);
+  const cell = Math.max(1, (width - 4) / columns);
+  const edge = (number) => 2 + Math.round(number * cell);
+  const size = [edge(columns) + 2, edge(rows) + 2];
   if (canvas.width !== size[0]) canvas.width = size[0]; // even the same width is a new layout
   if (canvas.height !== size[1]) canvas.height = size[1];
   const pen = canvas.getContext("2d");
@@ -58,34 +60,36 @@ export function draw(canvas, puzzle, state, colours) {
         broken: broken.has(index),
         told: Boolean(state),
       };
-      drawCell(pen, puzzle.kind, one, 2 + column * cell, 2 + row * cell, cell, colours);
+      const [x, y] = [edge(column), edge(row)];
+      drawCell(pen, puzzle.kind, one, { x, y, width: edge(column + 1) - x, height: edge(row + 1) - y }, colours);
     }
   }
-  if (puzzle.kind === "sudoku") drawLines(pen, puzzle, cell, colours, scale);
+  if (puzzle.kind === "sudoku") drawLines(pen, puzzle, edge, colours, scale);
   pen.strokeStyle = colours.box;
   pen.lineWidth = 2;
   pen.strokeRect(1, 1, canvas.width - 2, canvas.height - 2);
 }
 
-function drawCell(pen, kind, one, x, y, cell, colours) {
+function drawCell(pen, kind, one, place, colours) {
+  const { x, y, width, height } = place;
   pen.fillStyle = ground(kind, one, colours);
-  pen.fillRect(x, y, cell, cell);
+  pen.fillRect(x, y, width, height);
   const ink = one.broken ? colours["broken-ink"] : colours.ink;
   if (kind === "sudoku" && one.token > 1) {
-    letter(pen, String(one.token - 1), x, y, cell, ink, one.given);
+    letter(pen, String(one.token - 1), place, ink, one.given);
   } else if (kind === "maze" && (one.token === START || one.token === GOAL)) {
-    letter(pen, one.token === START ? "S" : "G", x, y, cell, ink, true);
+    letter(pen, one.token === START ? "S" : "G", place, ink, true);
   } else if (kind === "maze" && one.token === PATH) {
     pen.fillStyle = one.broken ? colours.mark : colours.path;
     pen.beginPath();
-    pen.arc(x + cell / 2, y + cell / 2, cell * 0.24, 0, 2 * Math.PI);
+    pen.arc(x + width / 2, y + height / 2, width * 0.24, 0, 2 * Math.PI);
     pen.fill();
   } else if (kind === "arc") {
     pen.strokeStyle = colours.rule;
     pen.lineWidth = 1;
-    if (cell >= 5 && one.token > 1) pen.strokeRect(x + 0.5, y + 0.5, cell, cell);
+    if (width >= 5 && one.token > 1) pen.strokeRect(x + 0.5, y + 0.5, width, height);
   }
-  if (one.broken && (cell >= 10 || kind === "arc")) corner(pen, kind, x, y, cell, colours);
+  if (one.broken && (width >= 10 || kind === "arc")) corner(pen, kind, x, y, width, colours);
 }
 
 /** The mark of a wrong cell. The ground of ARC is of any colour: there it has a rim. */
@@ -113,21 +117,22 @@ function ground(kind, one, colours) {
   return told ? mixed(colours.unsure, colours.sure, Math.min(1, Math.max(0, one.sure))) : colours.card;
 }
 
-function letter(pen, text, x, y, cell, ink, bold) {
+function letter(pen, text, { x, y, width, height }, ink, bold) {
   pen.fillStyle = ink;
-  pen.font = `${bold ? "700 " : ""}${Math.round(cell * 0.62)}px system-ui, sans-serif`;
-  pen.fillText(text, x + cell / 2, y + cell * 0.54);
+  pen.font = `${bold ? "700 " : ""}${Math.round(height * 0.62)}px system-ui, sans-serif`;
+  pen.fillText(text, x + width / 2, y + height * 0.54);
 }
 
-function drawLines(pen, puzzle, cell, colours, scale) {
+function drawLines(pen, puzzle, edge, colours, scale) {
   const [boxRows, boxColumns] = puzzle.box;
-  const end = 2 + puzzle.side * cell;
+  const end = edge(puzzle.side);
   for (const heavy of [false, true]) {
     pen.strokeStyle = heavy ? colours.box : colours.rule;
-    pen.lineWidth = heavy ? Math.max(1.5, 1.5 * scale) : 1;
+    pen.lineWidth = heavy ? Math.round(1.5 * scale) : 1;
+    const middle = (pen.lineWidth % 2) / 2; // whole pixels, none of them half covered
     pen.beginPath();
     for (let number = 1; number < puzzle.side; number += 1) {
-      const at = 2 + number * cell;
+      const at = edge(number) + middle;
       if ((number % boxColumns === 0) === heavy) { pen.moveTo(at, 2); pen.lineTo(at, end); }
       if ((number % boxRows === 0) === heavy) { pen.moveTo(2, at); pen.lineTo(end, at); }
     }

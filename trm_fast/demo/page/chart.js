@@ -57,7 +57,7 @@ export function drawCurves(svg, frames, depth, now, answer) {
     const at = y(q);
     parts.push(shape("line", { x1: BOX.left, x2: width - BOX.right, y1: at, y2: at, class: q === 0 ? "zero" : "axis" }));
     const near = q !== 0 && Math.abs(at - y(0)) < 12;
-    if (!near) parts.push(shape("text", { x: BOX.left - 6, y: at + 4, "text-anchor": "end" }, q.toFixed(q ? 1 : 0)));
+    if (!near) parts.push(shape("text", { x: BOX.left - 10, y: at + 4, "text-anchor": "end" }, q.toFixed(q ? 1 : 0)));
   }
   parts.push(shape("text", { x: BOX.left, y: BOX.height - 6 }, "step 1"));
   parts.push(shape("text", { x: width - BOX.right, y: BOX.height - 6, "text-anchor": "end" }, `step ${depth}`));

@@ -40,6 +40,7 @@ export class Player {
     $("boards").classList.toggle("single", rollouts === 1);
     $("rollouts").hidden = rollouts === 1;
     $("rollouts").classList.toggle("few", rollouts <= 4);
+    $("intro").hidden = true;
     for (const id of ["player", "boards", "curve-box"]) $(id).hidden = false;
     const arc = puzzle.kind === "arc";
     $("legend").hidden = arc && !puzzle.solution;

@@ -1,6 +1,7 @@
 """solve --watch, --gif and --png: frames as text, the terminal they are drawn on, pictures."""
 
 import argparse
+import errno
 import io
 import os
 import select
@@ -342,6 +343,22 @@ def test_what_cannot_be_drawn_is_one_line(run, capsys, monkeypatch, tmp_path, ar
     assert (status, out) == (2, "")
     assert err.startswith(f"trm-fast solve: {said}")
     assert err.count("\n") == 1 and list(here.iterdir()) == []
+
+
+def test_a_disk_that_is_full_takes_neither_the_answer_nor_the_old_picture(
+    run, capsys, monkeypatch, tmp_path
+):
+    def full(*places):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    (tmp_path / "x.png").write_text("old")
+    monkeypatch.setattr("trm_fast.durable.os.replace", full)
+    status, out, err = ask(run, capsys, CLUES, "--png", tmp_path / "x.png")
+    assert status == 2 and "halting confidence" in out
+    assert err.startswith(f"trm-fast solve: {tmp_path / 'x.png'}: cannot be written: ")
+    assert err.count("\n") == 1 and "No space left on device" in err
+    assert [path.name for path in tmp_path.iterdir()] == ["x.png"]
+    assert (tmp_path / "x.png").read_text() == "old"
 
 
 def test_a_name_of_another_ending_is_refused_before_a_model_is_read(capsys):

@@ -162,6 +162,27 @@ def test_what_ends_a_command_early_is_one_line(raised, status, text, monkeypatch
     assert capsys.readouterr() == ("", text)
 
 
+@pytest.mark.parametrize(
+    "name",
+    ["trm_fast.console", "trm_fast.extension.build", "trm_fast.info", "torch", "trm_fast.demo"],
+)
+def test_an_interrupt_while_modules_are_loaded_is_one_line(name):
+    """Of the package nothing but itself is loaded where no interrupt is caught yet."""
+    code = (
+        "import sys\n"
+        "class Interrupts:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        f"        if name == {name!r}:\n"
+        "            sys.meta_path.remove(self)\n"
+        "            raise KeyboardInterrupt\n"
+        "sys.meta_path.insert(0, Interrupts())\n"
+        "from trm_fast.__main__ import main\n"
+        f"sys.exit(main([{'demo' if name == 'trm_fast.demo' else 'info'!r}]))\n"
+    )
+    done = run("-c", code)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted\n")
+
+
 def test_info_as_text():
     done = run("-m", "trm_fast", "info")
     assert done.returncode == 0, done.stderr

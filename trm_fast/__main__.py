@@ -1,17 +1,13 @@
 """`trm-fast COMMAND ...`, the same as `python -m trm_fast COMMAND ...`.
 
 Owns the list of commands. Each is a module with `main(argv) -> int`, imported only when it is
-called, so that `trm-fast --help` answers at once. Imported by nobody.
+called, so that `trm-fast --help` answers at once. Imported by nobody. It imports nothing of the
+package before `main` runs: a Ctrl-C while modules are loaded, too, ends on one line.
 """
 
 import sys
 from collections.abc import Sequence
 from importlib import import_module
-
-from trm_fast import __version__
-from trm_fast.console import say
-from trm_fast.extension.build import BuildError
-from trm_fast.options import did_you_mean
 
 __all__ = ["main"]
 
@@ -38,9 +34,21 @@ BUILDERS = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; `argv` without the program name (default: the process's own).
 
-    Returns the command's exit status; 2 for a command that does not exist.
+    Returns the command's exit status; 2 for a command that does not exist; 130 after Ctrl-C.
     """
-    args = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return _main(list(sys.argv[1:] if argv is None else argv))
+    except KeyboardInterrupt:
+        from trm_fast.console import say
+
+        say("interrupted", err=True)
+        return 130
+
+
+def _main(args: list[str]) -> int:
+    from trm_fast import __version__
+    from trm_fast.console import say
+
     if not args or args[0] in ("-h", "--help", "help"):
         say(_help())
         return 0
@@ -56,6 +64,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _data(args: list[str]) -> int:
+    from trm_fast.console import say
+
     if not args or args[0] in ("-h", "--help"):
         say("usage: trm-fast data BUILDER ...\n\nbuilders:\n" + _table(BUILDERS))
         return 0
@@ -65,17 +75,20 @@ def _data(args: list[str]) -> int:
 
 
 def _run(module: str, args: list[str]) -> int:
+    from trm_fast.console import say
+    from trm_fast.extension.build import BuildError
+
     try:
         return int(import_module(module).main(args))
     except BuildError as error:  # TRM_FAST_EXT=require, or another word there
         say(f"trm-fast: {error}", err=True)
         return 2
-    except KeyboardInterrupt:
-        say("interrupted", err=True)
-        return 130
 
 
 def _unknown(kind: str, given: str, allowed: list[str]) -> int:
+    from trm_fast.console import say
+    from trm_fast.options import did_you_mean
+
     hint = did_you_mean(given, allowed)
     say(f"trm-fast: unknown {kind} {given!r}{hint}; allowed: {', '.join(allowed)}", err=True)
     return 2

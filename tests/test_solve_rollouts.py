@@ -124,6 +124,10 @@ def test_an_answer_that_is_not_sure_is_withheld(ask):
     step = answers.step[places[0]].item()
     want = f"no answer: halting confidence {sure[0]:.3f} at step {step}, below {least:g}\n"
     assert parts == (1, want, "")
+    out = ask(*ASKED, "--abstain", least)[1]
+    parts = out.rstrip("\n").split("\n\n")
+    assert f"argument {places[0] + 1}: {want}".rstrip("\n") in parts, "which of several"
+    assert sum("argument" in part for part in parts) == 1
 
 
 def test_withholding_a_right_answer_is_status_1(ask):
@@ -143,7 +147,7 @@ def test_where_the_time_is_up_there_is_no_answer(ask, more):
     said = "no answer: the time was up before a step was made"
     status, out, err = ask(CLUES, SOLVED, "--budget", "0", *more)
     assert status == 1 and err == ""
-    assert out.endswith(f"{said}\n\n{said}\n")
+    assert out.endswith(f"argument 1: {said}\n\nargument 2: {said}\n")
     told = json.loads(ask(CLUES, "--budget", "0", *more, "--json")[1])["answers"][0]
     assert (told["answer"], told["valid"], told["abstained"]) == (None, False, True)
     assert told["broken"] is None, "there is no answer that could break a rule"

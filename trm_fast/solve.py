@@ -369,7 +369,7 @@ def _shown(
     answers: Sequence[Solved | SolvedMaze], loaded: Loaded, options: argparse.Namespace
 ) -> str:
     if not options.json:
-        return "\n\n".join(answer.text() for answer in answers)
+        return "\n\n".join(_named(answer, len(answers) > 1) for answer in answers)
     plan = asked_reasoning(options, loaded)
     document = {
         "checkpoint": str(loaded.folder),
@@ -381,6 +381,12 @@ def _shown(
         "answers": [answer.to_dict() for answer in answers],
     }
     return json.dumps(document, indent=2)
+
+
+def _named(answer: Solved | SolvedMaze, several: bool) -> str:
+    """The answer as text; one that is withheld shows nothing of its puzzle, which is then named."""
+    named = several and answer.found.withheld
+    return f"{answer.puzzle.place}: {answer.text()}" if named else answer.text()
 
 
 def _write(text: str, path: str | None) -> None:

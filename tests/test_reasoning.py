@@ -74,7 +74,8 @@ def test_what_is_not_said_follows(settings, want):
         ({"budget": -1}, "budget must be a number of at least 0, got -1"),
         ({"tolerance": "x"}, "tolerance must be a number of at least 0, got 'x'"),
         ({"threshold": float("inf")}, "threshold must be a number, got inf"),
-        ({"by": "noise"}, "rollouts by noise need noise above 0, got noise=0"),
+        ({"by": "noise"}, "by='noise' needs noise: noise must be above 0, got 0"),
+        ({"select": "first"}, r"valid, got 'first' \(did you mean 'first-q'\?\)$"),
         ({"schedule": "sequential"}, "select must be first-q or valid, got 'q'"),
     ],
 )
@@ -87,7 +88,7 @@ def test_what_is_refused(settings, said):
 @pytest.mark.parametrize(
     ("config", "settings", "said"),
     [
-        (OTHER, {"rollouts": 2}, "no symmetry is known of this model's puzzles"),
+        (OTHER, {"rollouts": 2}, "no symmetry is known of .*: by must be noise or init"),
         (OTHER, {"select": "valid"}, "select='valid' is for Sudoku and mazes"),
         (MAZE, {"rollouts": 9}, "a maze has 8 symmetries: rollouts must be at most 8 or differ by"),
         (
@@ -140,7 +141,9 @@ def test_no_such_preset_or_setting():
     kind = kind_of(OTHER)
     with pytest.raises(ValueError, match="preset must be one of restarts, vote, ptrm, eqr, got"):
         reasoning_of("best", kind, {})
-    with pytest.raises(ValueError, match="preset 'vote' needs symmetries, none is known"):
+    with pytest.raises(ValueError, match=r"eqr, got 'votes' \(did you mean 'vote'\?\)$"):
+        reasoning_of("votes", kind, {})
+    with pytest.raises(ValueError, match="preset='vote' needs symmetries, none is known"):
         reasoning_of("vote", kind, {})
     with pytest.raises(ValueError, match=r"no setting 'rollout' .*did you mean 'rollouts'\?"):
         reasoning_of(None, kind, {"rollout": 3})

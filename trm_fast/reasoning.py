@@ -92,7 +92,8 @@ class Reasoning:
         for name, allowed in CHOICES.items():
             given = getattr(self, name)
             if given not in allowed and not (name == "by" and given is None):
-                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {given!r}")
+                hint = did_you_mean(given, allowed) if isinstance(given, str) else ""
+                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {given!r}{hint}")
         for name, least, most in (("depth", 1, _MOST), ("rollouts", 1, _MOST), ("seed", 0, 2**64)):
             given = getattr(self, name)
             if name == "depth" and given is None:
@@ -114,7 +115,7 @@ class Reasoning:
 
     def _check_together(self) -> None:
         if self.by == "noise" and not self.noise:
-            raise ValueError("rollouts by noise need noise above 0, got noise=0")
+            raise ValueError("by='noise' needs noise: noise must be above 0, got 0")
         if self.schedule == "sequential" and self.select not in STOPPING:
             raise ValueError(
                 "schedule='sequential' stops at the first good answer: select must be first-q or "
@@ -147,8 +148,7 @@ class Reasoning:
         if by == "symmetry" and self.rollouts > 1:
             if kind.symmetries == 0:
                 raise ValueError(
-                    "no symmetry is known of this model's puzzles: rollouts must be by noise or by "
-                    "init"
+                    "no symmetry is known of this model's puzzles: by must be noise or init"
                 )
             if kind.symmetries is not None and self.rollouts > kind.symmetries and not differs:
                 raise ValueError(
@@ -232,9 +232,10 @@ def reasoning_of(
         raise ValueError(f"reasoning must be a Reasoning or the name of a preset, got {got}")
     if isinstance(base, str):
         if base not in PRESETS:
-            raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {base!r}")
+            hint = did_you_mean(base, PRESETS)
+            raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {base!r}{hint}")
         if kind.name not in PRESETS[base]:
-            raise ValueError(f"preset {base!r} needs symmetries, none is known of these puzzles")
+            raise ValueError(f"preset={base!r} needs symmetries, none is known of these puzzles")
         base = PRESETS[base][kind.name]
     known = [field.name for field in fields(Reasoning)]
     for name in changes:

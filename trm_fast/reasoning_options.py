@@ -7,12 +7,14 @@ command modules.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 from trm_fast.console import number_in
 from trm_fast.inference import plan_for
 from trm_fast.loading import USAGE, CommandError, Loaded, supervision_depth
+from trm_fast.options import did_you_mean, show
 from trm_fast.puzzle_kind import kind_of
 from trm_fast.reasoning import CHOICES, PRESETS, Reasoning, reasoning_of
 
@@ -27,13 +29,12 @@ def add_reasoning(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("reasoning")
 
     def add(name: str, words: str, kind: Callable[[str], Any] = str, metavar: str = "X") -> None:
-        choices = CHOICES.get(_field(name))
-        shown: dict[str, Any] = {"choices": choices} if choices else {"metavar": metavar}
-        group.add_argument(f"--{name}", type=kind, help=words, dest=name, **shown)
+        choices = PRESETS if name == "preset" else CHOICES.get(_field(name))
+        if choices:
+            kind, metavar = _one_of(tuple(choices)), f"{{{','.join(choices)}}}"
+        group.add_argument(f"--{name}", type=kind, help=words, dest=name, metavar=metavar)
 
-    group.add_argument(
-        "--preset", choices=tuple(PRESETS), help="settings that go together (docs/reasoning.md)"
-    )
+    add("preset", "settings that go together (docs/reasoning.md)")
     add("rollouts", "runs over each puzzle (default: 1)", int, "K")
     add("rollouts-by", "what makes them differ (default: what is given below, or else symmetry)")
     add("noise", "deviation of what is added to the states before every step", float, "SIGMA")
@@ -55,8 +56,48 @@ NAMES = (
 )
 
 
+def _one_of(choices: Sequence[str]) -> Callable[[str], str]:
+    """For an argument parser: as its own `choices`, with the one that may be meant."""
+
+    def chosen(text: str) -> str:
+        if text not in choices:
+            allowed = f"choose from {', '.join(choices)}"
+            hint = did_you_mean(text, choices)
+            raise argparse.ArgumentTypeError(f"invalid choice: {show(text)} ({allowed}){hint}")
+        return text
+
+    return chosen
+
+
 def _field(name: str) -> str:
     return "by" if name == "rollouts-by" else name.replace("-", "_")
+
+
+OPTIONS = {_field(name): f"--{name}" for name in (*NAMES, "depth", "preset")}
+_SETTING = re.compile(
+    r"\b(?:(?P<limited>NAME)(?= must be| times )|(?P<set>NAME)='(?P<to>[^']*)')".replace(
+        "NAME", "|".join(OPTIONS)
+    )
+)
+
+
+def _as_options(message: str, given: Collection[str], preset: str | None) -> str:
+    """What `Reasoning` says, in the words of the command line.
+
+    Settings are named as the options that set them, `noise_on='z_L'` as `--noise-on z_L`. Of a
+    value that is not among the `given` it is said that the preset has it.
+    """
+
+    bases = PRESETS.get(preset or "", {}).values()
+
+    def named(found: re.Match[str]) -> str:
+        if found["limited"]:
+            return OPTIONS[found["limited"]]
+        name, value = found["set"], found["to"]
+        of_preset = name not in given and value in {getattr(base, name, None) for base in bases}
+        return f"{OPTIONS[name]} {value}" + (f" of --preset {preset}" if of_preset else "")
+
+    return _SETTING.sub(named, message)
 
 
 def asked_reasoning(options: argparse.Namespace, loaded: Loaded) -> Reasoning:
@@ -80,7 +121,7 @@ def asked_reasoning(options: argparse.Namespace, loaded: Loaded) -> Reasoning:
             changes["depth"] = supervision_depth(loaded, options.steps)
         return plan_for(model, options.preset, **changes)
     except ValueError as error:
-        raise CommandError(USAGE, error) from None
+        raise CommandError(USAGE, _as_options(str(error), changes, options.preset)) from None
 
 
 def is_asked(options: argparse.Namespace) -> bool:

@@ -355,33 +355,36 @@ def test_a_picture_that_cannot_be_does_not_cost_the_report(measure, tmp_path, mo
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (("--rollouts", "0"), "rollouts must be a whole number from 1 to 65535, got 0"),
-        (("--rollouts", "65536"), "rollouts must be a whole number from 1 to 65535, got 65536"),
+        (("--rollouts", "0"), "--rollouts must be a whole number from 1 to 65535, got 0"),
+        (("--rollouts", "65536"), "--rollouts must be a whole number from 1 to 65535, got 65536"),
         (("--rollouts", "x"), "argument --rollouts: invalid int value: 'x'"),
-        (("--rollouts", "2", "--depth", "65536"), "depth must be a whole number from 1 to 65535"),
+        (("--rollouts", "2", "--depth", "65536"), "--depth must be a whole number from 1 to 65535"),
         (
             ("--rollouts", "65535", "--depth", "65535"),
-            "rollouts times depth must be at most 134217728, got 65535 times 65535",
+            "--rollouts times --depth must be at most 134217728, got 65535 times 65535",
         ),
-        (("--noise", "-1"), "noise must be a number of at least 0, got -1.0"),
-        (("--noise", "nan"), "noise must be a number of at least 0, got nan"),
-        (("--noise", "inf"), "noise must be a number of at least 0, got inf"),
-        (("--rollouts-by", "noise"), "rollouts by noise need noise above 0, got noise=0"),
+        (("--noise", "-1"), "--noise must be a number of at least 0, got -1.0"),
+        (("--noise", "nan"), "--noise must be a number of at least 0, got nan"),
+        (("--noise", "inf"), "--noise must be a number of at least 0, got inf"),
+        (("--rollouts-by", "noise"), "--rollouts-by noise needs noise: --noise must be above"),
         (("--rollouts-by", "luck"), "argument --rollouts-by: invalid choice: 'luck'"),
-        (("--seed", "-1"), "seed must be a whole number from 0 to"),
-        (("--budget", "-1"), "budget must be a number of at least 0, got -1.0"),
-        (("--threshold", "nan"), "threshold must be a number, got nan"),
-        (("--tolerance", "-0.5"), "tolerance must be a number of at least 0, got -0.5"),
+        (("--seed", "-1"), "--seed must be a whole number from 0 to"),
+        (("--budget", "-1"), "--budget must be a number of at least 0, got -1.0"),
+        (("--threshold", "nan"), "--threshold must be a number, got nan"),
+        (("--tolerance", "-0.5"), "--tolerance must be a number of at least 0, got -0.5"),
         (("--select", "best"), "argument --select: invalid choice: 'best'"),
         (("--preset", "magic"), "argument --preset: invalid choice: 'magic'"),
-        (("--schedule", "sequential"), "schedule='sequential' stops at the first good answer: "),
+        (("--schedule", "sequential"), "--schedule sequential stops at the first good answer: "),
         (
             ("--schedule", "sequential", "--select", "q"),
-            "schedule='sequential' stops at the first good answer: select must be first-q or "
+            "--schedule sequential stops at the first good answer: --select must be first-q or "
             "valid, got 'q'",
         ),
-        (("--preset", "restarts", "--select", "mode"), "schedule='sequential' stops at the first"),
-        (("--calibrate", "--select", "q", "--schedule", "sequential"), "schedule='sequential'"),
+        (
+            ("--preset", "restarts", "--select", "mode"),
+            "--schedule sequential of --preset restarts",
+        ),
+        (("--calibrate", "--select", "q", "--schedule", "sequential"), "--schedule sequential"),
         (("--abstain", "2"), "argument --abstain: '2' is not a number from 0 to 1; see --help"),
         (("--abstain", "x"), "argument --abstain: 'x' is not a number from 0 to 1; see --help"),
         (("--noise", "0.1", "--noise-on", "z"), "argument --noise-on: invalid choice: 'z'"),
@@ -411,10 +414,10 @@ def test_what_a_model_has_not_is_refused(measure, tmp_path):
     root = write_data(tmp_path / "d", inputs, inputs, vocab=9)
     run = save_run(tmp_path / "run", data=root, changes=changes)
     for arguments, said in (
-        (("--select", "valid"), "select='valid' is for Sudoku and mazes, whose rules are known"),
-        (("--preset", "vote"), "preset 'vote' needs symmetries, none is known of these puzzles"),
-        (("--preset", "restarts"), "preset 'restarts' needs symmetries, none is known of these"),
-        (("--rollouts", "2"), "no symmetry is known of this model's puzzles: rollouts must be by"),
+        (("--select", "valid"), "--select valid is for Sudoku and mazes, whose rules are known"),
+        (("--preset", "vote"), "--preset vote needs symmetries, none is known of these puzzles"),
+        (("--preset", "restarts"), "--preset restarts needs symmetries, none is known of these"),
+        (("--rollouts", "2"), "no symmetry is known of this model's puzzles: --rollouts-by must"),
     ):
         status, out, err = measure(*arguments, model=run)
         assert (status, out) == (2, "") and err.count("\n") == 1
@@ -427,7 +430,7 @@ def test_what_a_model_has_not_is_refused(measure, tmp_path):
         changes = {"name": name, "H_layers": 1}
         run = save_run(tmp_path / name, data=root, changes=changes)
         status, out, err = measure("--noise", "0.1", "--noise-on", wanted, model=run)
-        said = f"noise_on='{wanted}': the network {name} has {states}"
+        said = f"--noise-on {wanted}: the network {name} has {states}"
         assert (status, out, err) == (2, "", f"trm-fast evaluate: {said}\n")
         assert measure("--noise", "0.1", "--noise-on", "both", model=run)[0] == 0
     settings = {"H_cycles": 2, "L_cycles": 3, "dropout": 0.1, "hidden_dim": 12}
@@ -436,8 +439,8 @@ def test_what_a_model_has_not_is_refused(measure, tmp_path):
     nine = tmp_path / "nine.csv"
     nine.write_text(f"quizzes,solutions\n{'0' * 81},{NINE}\n")
     for arguments, said in (
-        (("--noise", "0.1"), "noise_on='z_L': the network gated_mlp has no state"),
-        (("--init", "random"), "init='random' is for networks with states, gated_mlp has none"),
+        (("--noise", "0.1"), "--noise-on z_L: the network gated_mlp has no state"),
+        (("--init", "random"), "--init random is for networks with states, gated_mlp has none"),
     ):
         status, out, err = measure(*arguments, "--csv", nine, model=file)
         assert (status, out) == (2, "") and err.endswith(f"trm-fast evaluate: {said}\n")

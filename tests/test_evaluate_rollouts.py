@@ -300,13 +300,13 @@ def size_of(path):
 
 def test_the_picture_has_a_panel_for_each_curve(measure, tmp_path):
     pytest.importorskip("matplotlib")
-    both, one = tmp_path / "both.png", tmp_path / "one"
+    both, one = tmp_path / "both.png", tmp_path / "one.PNG"
     both.write_text("old")
     status, out, err = measure("--preset", "vote", *SMALL, "--plot", both, "--json")
     assert (status, err) == (0, "") and json.loads(out)["sets"]
     assert measure("--plot", one)[0] == 0  # of one rollout: against depth alone
     assert size_of(both) == (1210, 495) and size_of(one) == (605, 495)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["both.png", "one"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["both.png", "one.PNG"]
 
 
 def test_both_curves_and_their_cost_are_drawn(measure, monkeypatch, tmp_path):
@@ -332,17 +332,21 @@ def test_both_curves_and_their_cost_are_drawn(measure, monkeypatch, tmp_path):
 
 def test_a_picture_that_cannot_be_does_not_cost_the_report(measure, tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
-    (tmp_path / "folder").mkdir()
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder.png").mkdir()
     for path, said in (
-        ("no/such/x.png", "x.png is not drawn: No such file or directory"),
-        ("folder", "folder is not drawn: Is a directory"),
-        (".", ". is not drawn: "),
+        ("no/such/x.png", "no/such/x.png: cannot be written: there is no folder no/such"),
+        ("folder.png", "folder.png: cannot be written: it is a folder"),
+        ("x.pdf", "x.pdf: is to be a PNG, its name must end in .png"),
     ):
-        status, out, err = measure(*SMALL, "--plot", path)
-        assert status == 2 and out.startswith("checkpoint") and "by q" in out
-        assert err.startswith(f"trm-fast evaluate: {said}") and err.count("\n") == 1
-    assert [p.name for p in tmp_path.iterdir()] == ["folder"]
+        status, out, err = measure(*SMALL, "--plot", path)  # known before anything is measured
+        assert (status, out, err) == (2, "", f"trm-fast evaluate: {said}\n")
+    monkeypatch.setattr("trm_fast.evaluate_rollouts.check_picture", lambda *a: None)
+    status, out, err = measure(*SMALL, "--plot", "no/such/x.png")  # gone in the meantime
+    assert status == 2 and out.startswith("checkpoint") and "by q" in out
+    said = "trm-fast evaluate: x.png is not drawn: No such file or directory"
+    assert err.startswith(said) and err.count("\n") == 1
+    assert [p.name for p in tmp_path.iterdir()] == ["folder.png"]
     monkeypatch.setitem(sys.modules, "matplotlib.backends.backend_agg", None)
     status, out, err = measure(*SMALL, "--plot", tmp_path / "x.png", "--json")
     assert status == 2 and json.loads(out)["sets"]

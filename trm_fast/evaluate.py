@@ -178,7 +178,7 @@ def _parser() -> Parser:
         "keep it with the checkpoint (default: 0.99); measure on others",
     )
     parser.add_argument(
-        "--plot", metavar="FILE", help="draw accuracy against depth and rollouts, a PNG"
+        "--plot", metavar="FILE", help="draw accuracy against depth and rollouts, as a .png"
     )
     return parser
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from trm_fast.console import Counting, percent, say
 from trm_fast.distributed import Ranks
 from trm_fast.labelled import Labelled
-from trm_fast.loading import MODEL, USAGE, CommandError, Loaded
+from trm_fast.loading import MODEL, USAGE, CommandError, Loaded, check_picture
 from trm_fast.pretrained import SHIPPED
 from trm_fast.puzzle_kind import kind_of
 from trm_fast.reasoning import PRESETS, Reasoning
@@ -43,6 +43,8 @@ SHOWN_LOGITS = (0, 1, 2, 3, 4, 5, 6)  # confidences that get a row
 def check_asked(options: argparse.Namespace, loaded: Loaded, ranks: Ranks) -> None:
     """CommandError for options that cannot be followed, before anything is worked out."""
     asked_reasoning(options, loaded)
+    if options.plot:
+        check_picture(options.plot, "png")
     if options.calibrate is None:
         return
     if not options.calibrate:

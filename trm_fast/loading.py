@@ -53,6 +53,20 @@ class Loaded:
     notes: Sequence[str] = ()
 
 
+def check_picture(name: str, kind: str) -> None:
+    """CommandError unless a picture can be written under this name: its ending is that of `kind`,
+    such as "png", and its folder is there."""
+    path = Path(name)
+    if path.suffix.lower() != f".{kind}":
+        raise CommandError(
+            USAGE, f"{name}: is to be a {kind.upper()}, its name must end in .{kind}"
+        )
+    if path.is_dir():
+        raise CommandError(USAGE, f"{name}: cannot be written: it is a folder")
+    if not path.parent.is_dir():
+        raise CommandError(USAGE, f"{name}: cannot be written: there is no folder {path.parent}")
+
+
 def pick_device(name: str = "auto") -> torch.device:
     """The device of that name; `auto` is CUDA, else MPS, else the CPU. ValueError if not there."""
     if name == "auto":

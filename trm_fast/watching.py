@@ -46,7 +46,7 @@ from trm_fast.board_view import (
 from trm_fast.console import number_in, say
 from trm_fast.durable import CheckpointError, write_bytes
 from trm_fast.inference import plan_for, watch
-from trm_fast.loading import USAGE, CommandError
+from trm_fast.loading import USAGE, CommandError, check_picture
 from trm_fast.model import Model
 from trm_fast.reasoning import Reasoning
 from trm_fast.rollouts import Budget
@@ -57,7 +57,6 @@ __all__ = [
     "Watching",
     "add_options",
     "board_text",
-    "check_picture",
     "frame_text",
     "is_watched",
 ]
@@ -374,20 +373,6 @@ class Watching:
         """
         if self._pictures is not None:
             self._pictures()
-
-
-def check_picture(name: str, kind: str) -> None:
-    """CommandError unless a picture can be written under this name: its ending is that of `kind`,
-    such as "png", and its folder is there."""
-    path = Path(name)
-    if path.suffix.lower() != f".{kind}":
-        raise CommandError(
-            USAGE, f"{name}: is to be a {kind.upper()}, its name must end in .{kind}"
-        )
-    if path.is_dir():
-        raise CommandError(USAGE, f"{name}: cannot be written: it is a folder")
-    if not path.parent.is_dir():
-        raise CommandError(USAGE, f"{name}: cannot be written: there is no folder {path.parent}")
 
 
 def _glances(view: BoardView, frame: Frame, before: Sequence[Glance]) -> list[Glance]:

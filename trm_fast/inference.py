@@ -250,8 +250,8 @@ def predict(
     """
     puzzles = _puzzles(model, inputs, puzzle_identifiers, numbers)
     plan = plan_for(model, reasoning, **settings)
-    parts = []
-    for rows, rollouts in blocks(model, puzzles, plan, batch_size, Budget(plan.budget)):
+    budget, parts = Budget(plan.budget, timed=False), []
+    for rows, rollouts in blocks(model, puzzles, plan, batch_size, budget):
         for _ in rollouts.run():
             pass
         parts.append(_answers(puzzles.inputs[rows].cpu(), rollouts.result(), plan))
@@ -282,7 +282,7 @@ def watch(
     if len(puzzles.inputs) != 1:
         raise ValueError(f"one puzzle is watched at a time, got {len(puzzles.inputs)}")
     plan = plan_for(model, reasoning, **settings)
-    return _frames(model, puzzles, plan, batch_size, shared or Budget(plan.budget))
+    return _frames(model, puzzles, plan, batch_size, shared or Budget(plan.budget, timed=False))
 
 
 def _frames(

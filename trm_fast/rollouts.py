@@ -67,8 +67,8 @@ class Result:
 
     Attributes:
         best: [P, K, L] of the step of highest q, the first of several.
-        last: [P, K, L] of the last step; where a rollout was found to have gone on for nothing, of
-            a later one. Both of the type of `token_dtype`.
+        last: [P, K, L] of the last step; of a rollout that went further than counts, of one that
+            does not count. Both of the type of `token_dtype`.
         valid: [P, K, D] bool, which answers keep the rules; None unless the plan selects by them.
     """
 
@@ -110,19 +110,25 @@ class Budget:
     """Seconds of work, or None for no limit; only what passes inside `counting` is charged.
 
     Several puzzles that share one get what those before them left.
+
+    Args:
+        timed: whether the seconds used are wanted also where there is no limit, which has the
+            device waited for after every step.
     """
 
-    def __init__(self, seconds: float | None = None) -> None:
-        self._seconds = seconds
+    def __init__(self, seconds: float | None = None, timed: bool = True) -> None:
+        self._seconds, self._timed = seconds, timed or seconds is not None
         self.used = 0.0
 
     @contextmanager
-    def counting(self) -> Iterator[None]:
-        """Work is done."""
+    def counting(self, device: torch.device) -> Iterator[None]:
+        """Work is done on this device."""
         begun = time.monotonic()
         try:
             yield
         finally:
+            if self._timed:
+                synchronize(device)
             self.used += time.monotonic() - begun
 
     @property
@@ -170,7 +176,7 @@ class Rollouts:
             raise ValueError(f"batch_size must be a whole number of at least 1, got {width!r}")
         self._lanes = Lanes(model, kind, puzzles, plan, watched, cuda_graph)
         self._kind, self._plan, self._width = kind, plan, width
-        self._budget = budget or Budget()
+        self._budget = budget or Budget(timed=False)
         self._inputs = puzzles.inputs
         device, (count, length) = puzzles.inputs.device, puzzles.inputs.shape
         shape = (count * plan.rollouts, plan.depth)
@@ -208,11 +214,10 @@ class Rollouts:
         """Make every step there is to make, and yield what each one did."""
         with self._lanes as lanes:
             while not self._budget.spent:
-                with self._budget.counting():
+                with self._budget.counting(self._inputs.device):
                     if not self._refill(lanes):
                         return
                     stepped = self._note(lanes.step())
-                    synchronize(self._inputs.device)
                 yield stepped
 
     def _refill(self, lanes: Lanes) -> bool:

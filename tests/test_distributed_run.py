@@ -194,7 +194,7 @@ def test_rollouts_are_measured_together(tmp_path, capsys):
     assert mine["puzzles"] == 1
     for told, other, said in (
         (first[2], second[2], "--calibrate is for one process"),
-        (first[3], second[3], "seed must be a whole number from 0 to"),
+        (first[3], second[3], "--seed must be a whole number from 0 to"),
     ):
         assert told[:2] == (2, "") and told[2].startswith(f"trm-fast evaluate: {said}")
         assert told[2].count("\n") == 1 and other[1:] == ("", "")

@@ -70,7 +70,7 @@ def test_no_more_is_read_of_a_set_than_is_measured():
         )
     # What is no PuzzleDataset is read to its end.
     whole = list(dataset())
-    assert [len(n) for *_, n in labelled_batches(whole, 1)] == [1, 0, 0, 1]
+    assert [len(batch["labels"]) for _, batch, _ in labelled_batches(whole, 1)] == [1, 0, 0, 1]
 
 
 def test_a_skipped_set_is_not_gone_back_to():
@@ -78,12 +78,20 @@ def test_a_skipped_set_is_not_gone_back_to():
     batches = iter(data)
     assert next(batches)[0] == "one"
     data.skip_set()
+    data.skip_set()  # once is enough
     state = data.state_dict()
     assert [name for name, *_ in batches] == ["two"]
     again = dataset()
     again.load_state_dict(state)
     assert [name for name, *_ in again] == ["two"]
     assert [name for name, *_ in again] == ["one", "one", "one", "two"], "the next time all of it"
+    last = iter(again)
+    assert [next(last)[0] for _ in range(4)][-1] == "two"
+    again.skip_set()  # the last one: then it is over
+    state = again.state_dict()
+    assert list(last) == []
+    data.load_state_dict(state)
+    assert next(iter(data))[0] == "one"
 
 
 class Pair:
@@ -135,7 +143,9 @@ def test_numbers_are_asked_for_only_where_they_matter():
         def numbers(self, number):
             raise AssertionError("asked")
 
-    assert sum(len(n) for *_, n in labelled_batches(dataset(), None, Mute())) == 12
+    found = list(labelled_batches(dataset(), None, Mute()))
+    assert sum(len(batch["labels"]) for _, batch, _ in found) == 12
+    assert {numbers for *_, numbers in found} == {None}
     assert SINGLE.numbers(3) == [3]
 
 

@@ -186,8 +186,8 @@ def labelled(inputs, labels):
 class Recorded:
     """What rollouts are to the report: steps one by one, then the result."""
 
-    def __init__(self, rows, plan, tokens, q, moved, steps):
-        self.plan = plan
+    def __init__(self, rows, plan, inputs, labels, tokens, q, moved, steps):
+        self.plan, self.inputs = plan, inputs[rows]
         self.tokens, self.q, self.moved, self.steps = (t[rows] for t in (tokens, q, moved, steps))
 
     def run(self):
@@ -209,20 +209,35 @@ class Recorded:
         best = self.tokens[(*at, np.where(ran, self.q, -np.inf).argmax(-1))]
         arrays = self.q, self.moved, np.array(said).reshape(self.q.shape), self.steps
         record = Record(*(torch.from_numpy(t.copy()) for t in arrays))
-        if self.plan.stops:
-            return AnyStep(record, torch.from_numpy(self.tokens))
-        return Result(record, torch.from_numpy(best), torch.from_numpy(last), None)
+        valid = None
+        if self.plan.select == "valid":
+            kept = [keeps(self.inputs[at[0]], self.tokens[at]) for at in np.ndindex(self.q.shape)]
+            valid = torch.tensor(kept, dtype=torch.bool).view(self.q.shape)
+        return Result(record, torch.from_numpy(best), torch.from_numpy(last), valid)
 
 
-class AnyStep:
-    """A result that has the answers of all steps: the made up records of plans that end each other
-    do not end where an answer is found."""
-
-    def __init__(self, record, tokens):
-        self.record, self.said = record, tokens
-
-    def tokens(self, rollout, step):
-        return self.said[torch.arange(len(step)), rollout, (step - 1).clamp(min=0)].long()
+def ended(plan, inputs, tokens, q, steps):
+    """The steps [N, K] where what is found ends the rollouts of its puzzle."""
+    steps = steps.copy()
+    for n in range(N):
+        good = [
+            (k, d)
+            for k in range(K)
+            for d in range(steps[n, k])
+            if (
+                keeps(inputs[n], tokens[n, k, d])
+                if plan.select == "valid"
+                else q[n, k, d] > plan.threshold
+            )
+        ]
+        if not plan.stops or not good:
+            continue
+        if plan.schedule == "sequential":
+            k, d = good[0]
+            steps[n, k], steps[n, k + 1 :] = d + 1, 0
+        else:
+            steps[n] = np.minimum(steps[n], min(d for _, d in good) + 1)
+    return steps
 
 
 PLANS = {
@@ -249,6 +264,7 @@ def test_the_report_is_a_plain_loop(monkeypatch, settings, parts):
         said[5][0], said[5][1] = 1, [1, 1, 2, 1]
     model = tiny_model()
     plan = plan_for(model, rollouts=K, depth=D, **settings)
+    said = *said[:5], ended(plan, inputs, said[2], said[3], said[5])
     ends = np.cumsum(parts)
     rows = [slice(end - count, end) for end, count in zip(ends, parts, strict=True)]
     given = []
@@ -257,7 +273,7 @@ def test_the_report_is_a_plain_loop(monkeypatch, settings, parts):
         given.append((puzzles.numbers.tolist(), puzzles.inputs.tolist(), batch_size))
         for part in rows:
             budget.used += 0.5
-            yield part, Recorded(part, plan, *said[2:])
+            yield part, Recorded(part, plan, *said)
 
     monkeypatch.setattr(reasoning_report, "blocks", steps_of)
     seen = []
@@ -324,7 +340,7 @@ def test_any_confidence_can_be_asked_for(monkeypatch, abstain):
     monkeypatch.setattr(
         reasoning_report,
         "blocks",
-        lambda *a: iter([(slice(N), Recorded(slice(N), plan, *said[2:]))]),
+        lambda *a: iter([(slice(N), Recorded(slice(N), plan, *said))]),
     )
     model = tiny_model()
     plan = plan_for(model, rollouts=K, depth=D)
@@ -342,7 +358,7 @@ def test_where_the_time_was_up_nothing_counts(monkeypatch):
     monkeypatch.setattr(
         reasoning_report,
         "blocks",
-        lambda *a: iter([(slice(N), Recorded(slice(N), plan, *said[2:]))]),
+        lambda *a: iter([(slice(N), Recorded(slice(N), plan, *said))]),
     )
     model, seen = tiny_model(), []
     plan = plan_for(model, rollouts=K, depth=D)

@@ -1,5 +1,7 @@
 """Rollouts against hand-written loops; halting, schedules, budgets, and what changes nothing."""
 
+from contextlib import contextmanager
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -306,7 +308,9 @@ def test_as_on_gpus(model, asked, monkeypatch):
 
 
 def test_what_has_ended_costs_nothing(model, monkeypatch):
-    """The rows of the network's calls are the passes that are reported."""
+    """The rows of the network's calls are the passes that are reported; of rollouts that are begun
+    ahead there are more."""
+    monkeypatch.setattr(rollouts, "AHEAD", 0)
     rows = []
     real = InferenceStep.run
 
@@ -321,6 +325,76 @@ def test_what_has_ended_costs_nothing(model, monkeypatch):
         found = model.predict(BLANKED, **asked, **more)
         assert sum(rows) == int(found.passes.sum()) < N * K * D
         assert max(rows) <= more.get("batch_size", N * K)
+    monkeypatch.setattr(rollouts, "AHEAD", 16)
+    rows.clear()
+    asked = {"reasoning": "restarts", "rollouts": 24, "depth": D, "threshold": 2.0}
+    found = model.predict(BLANKED, **asked)
+    assert int(found.passes.sum()) < sum(rows) < 2 * int(found.passes.sum())
+    assert max(rows) <= 16
+    rows.clear()
+    assert list(model.watch(BLANKED[:1], **asked))[-1].answer.passes == sum(rows)
+
+
+ROUNDS = [
+    {"rollouts": 40, "batch_size": 8},  # all of a batch end at the same step
+    {"reasoning": "restarts", "rollouts": 40, "threshold": 99.0, "halt": "never"},
+    {"reasoning": "restarts", "rollouts": 13, "threshold": 0.5, "batch_size": 5},
+    {"rollouts": 12, "halt": "q", "threshold": 0.5},
+]
+
+
+@pytest.mark.parametrize("asked", ROUNDS, ids=str)
+@pytest.mark.parametrize("graphs", [False, True])
+def test_no_more_steps_are_held_than_are_used(monkeypatch, asked, graphs):
+    """On a GPU each is a graph, which takes long to capture: every size once, and kept."""
+    model, made, alive = tiny_model(), [], [0, 0]
+    if graphs:
+        monkeypatch.setattr(inference_step, "Capture", InPlace)
+        monkeypatch.setattr(inference_step, "_is_captured", lambda device: True)
+        monkeypatch.setattr(rollouts, "AHEAD", 256)
+    real = inference_step.borrowed
+
+    @contextmanager
+    def borrowed(*arguments):
+        with real(*arguments) as step:
+            alive[0] += 1
+            alive[1] = max(alive)
+            try:
+                yield step
+            finally:
+                alive[0] -= 1
+
+    init = InferenceStep.__init__
+    monkeypatch.setattr(
+        InferenceStep, "__init__", lambda self, m, n, g=True: made.append(n) or init(self, m, n, g)
+    )
+    monkeypatch.setattr("trm_fast.lanes.borrowed", borrowed)
+    for puzzles in (1, N):
+        model.predict(BLANKED[:puzzles], depth=D, **asked)
+        assert alive[0] == 0 and alive[1] <= 2, "two, while one goes on from the other"
+        if graphs:
+            assert len(set(made)) == len(made), "a size was captured again"
+            made.clear()
+            model.predict(BLANKED[:puzzles], depth=D, **asked)
+            assert made == []
+            inference_step._free.clear()
+
+
+def test_where_no_answer_is_better_the_first_of_a_rollout_stands(model, monkeypatch):
+    """Every q -inf, as of weights that are not finite."""
+    real = rollouts.Lanes.step
+    tokens, _, _ = stacked(by_hand(model, BLANKED))
+
+    def step(self):
+        said = real(self)
+        return replace(said, q=torch.full_like(said.q, -torch.inf))
+
+    monkeypatch.setattr(rollouts.Lanes, "step", step)
+    for select in ("q", "mode", "first-q"):
+        found = model.predict(BLANKED, depth=D, rollouts=2, select=select)
+        assert found.step.tolist() == [1] * N and found.rollout.tolist() == [0] * N
+        given = with_given(model, BLANKED, tokens[:, 0, 0])
+        assert torch.equal(found.tokens, given)
 
 
 def test_the_same_answers_as_the_rule_without_early_exit(model):

@@ -44,8 +44,8 @@ def test_mazes_have_eight_images(measure, tmp_path):
     status, out, err = measure(run, "--preset", "vote", "--rollouts", "9", *given)
     assert (status, out) == (2, "")
     assert err == (
-        "trm-fast evaluate: a maze has 8 symmetries: --rollouts must be at most 8 or differ by "
-        "noise or --init random, got 9\n"
+        "trm-fast evaluate: a maze has 8 symmetries: --rollouts must be at most 8, or differ by "
+        "noise or random first states, got 9\n"
     )
     more = ("--rollouts", "9", "--rollouts-by", "symmetry", "--noise", "0.1")
     assert measure(run, *more, *given)[0] == 0

@@ -207,9 +207,11 @@ def _reports(
 
 
 def _boards(options: argparse.Namespace, source: Source, ranks: Ranks) -> int:
-    """How many this process measures, at most."""
+    """How many this process measures, at most: its part of every batch."""
+    mine, whole = options.batch_size, options.batch_size * ranks.world
     every = [len(arrays.inputs) for arrays in source.dataset.sets.values()]
-    return -(-sum(min(count, options.max_puzzles or count) for count in every) // ranks.world)
+    counts = [min(count, options.max_puzzles or count) for count in every]
+    return sum(min(count, -(-count // whole) * mine) for count in counts)
 
 
 def _source(options: argparse.Namespace, loaded: Loaded, ranks: Ranks) -> Source:

@@ -52,7 +52,7 @@ class InferenceStep:
         size: N.  cuda_graph: False never captures.
 
     Attributes:
-        size: N.
+        size: N.  used: B; where it is raised, `restart` has to be given the new ones.
     """
 
     def __init__(self, model: Model, size: int, cuda_graph: bool = True) -> None:
@@ -63,7 +63,7 @@ class InferenceStep:
             "puzzle_identifiers": torch.zeros(size, dtype=torch.int32, device=device),
         }
         self._carry = model.initial_carry(self._data)
-        self.size, self._used = size, size
+        self.size, self.used = size, size
         self._output: StepOutput | None = None
         self._capture = Capture(self._run, device, cuda_graph)
         self._weights = _places(model) if self.captures else ()
@@ -87,10 +87,10 @@ class InferenceStep:
         """Take new puzzles, "inputs" [B, L] int, "puzzle_identifiers" [B] int, B <= N; and the
         weights as they are now."""
         self._refresh()
-        self._used = len(batch["inputs"])
+        self.used = len(batch["inputs"])
         for name, place in self._data.items():
-            place[: self._used].copy_(batch[name])
-            place[self._used :].zero_()
+            place[: self.used].copy_(batch[name])
+            place[self.used :].zero_()
         self._carry.halted.fill_(True)
         self._carry.steps.zero_()
 
@@ -118,11 +118,10 @@ class InferenceStep:
                 place[items] = batch[name].to(place.dtype)
             self._carry.steps[items] = 0
 
-    def go_on_from(self, other: InferenceStep, items: Tensor, used: int) -> None:
-        """Take over the `items` [M] int64 of another step of the model as they stand; there will be
-        `used` items in all, M <= used <= N, the others given to `restart`."""
+    def go_on_from(self, other: InferenceStep, items: Tensor) -> None:
+        """Take over the `items` [B] int64 of another step of the model, B <= N, as they stand."""
         self._refresh()
-        self._used = used
+        self.used = len(items)
         theirs, mine = other._carry, self._carry
         pairs = [(theirs.steps, mine.steps), (theirs.halted, mine.halted)]
         pairs += [(other._data[name], place) for name, place in self._data.items()]
@@ -130,7 +129,7 @@ class InferenceStep:
         states = named(theirs.inner_carry)
         pairs += [(states[n], state) for n, state in named(mine.inner_carry).items()]
         for source, place in pairs:
-            place[: len(items)] = source[items]
+            place[: self.used] = source[items]
 
     def states(self) -> dict[str, Tensor]:
         """The states [N, S, D] that the next step starts from, by name, to be changed in place; of
@@ -141,8 +140,8 @@ class InferenceStep:
         """The next supervision step; the tensors are the caller's."""
         self._capture()
         assert self._output is not None
-        found, rows = self._output, slice(self._used)
-        if not self.captures and self._used == self.size:
+        found, rows = self._output, slice(self.used)
+        if not self.captures and self.used == self.size:
             return found
         return StepOutput(
             found.preds[rows].clone(), found.q[rows].clone(), found.logits[rows].clone()

@@ -48,16 +48,15 @@ class Labelled:
 
 def labelled_batches(
     batches: Batches, max_puzzles: int | None = None, ranks: Ranks = SINGLE, numbered: bool = False
-) -> Iterator[tuple[str, dict[str, Tensor], Tensor]]:
+) -> Iterator[tuple[str, dict[str, Tensor], Tensor | None]]:
     """(set name, the rows of this process that count, as the Batch [B, ...], their numbers [B]
-    int64), also where none of a batch does.
+    int64 if `numbered`), also where none of a batch does.
 
     Args:
         batches: (set name, Batch, size) as `PuzzleDataset` yields them; rows that are all padding
             (every label -100) do not count.
         max_puzzles: boards of each set, from its start; None is all.
         ranks: the processes among which each batch is divided.
-        numbered: whether numbers are wanted; else they may be 0 where no limit needs them.
     """
     before: dict[str, int] = {}  # labelled boards of a set so far, of all processes
     for name, batch, _ in batches:
@@ -71,7 +70,7 @@ def labelled_batches(
             rows = rows[: max(0, max_puzzles - first)]
             if before[name] >= max_puzzles and isinstance(batches, PuzzleDataset):
                 batches.skip_set()
-        numbers = first + torch.arange(len(rows))
+        numbers = first + torch.arange(len(rows)) if numbered else None
         yield name, {key: value[rows] for key, value in batch.items()}, numbers
 
 
@@ -97,20 +96,17 @@ def unlabelled(dataset: PuzzleDataset) -> list[str]:
     return [name for name, arrays in dataset.sets.items() if not labels(arrays)]
 
 
-def _parts(batches: Iterable[tuple[dict[str, Tensor], Tensor]]) -> Iterator[Labelled]:
+def _parts(batches: Iterable[tuple[dict[str, Tensor], Tensor | None]]) -> Iterator[Labelled]:
     held: list[Labelled] = []
+    size = 0
     for batch, numbers in batches:
-        held.append(
-            Labelled(
-                batch["inputs"].cpu(),
-                batch["labels"].cpu(),
-                batch["puzzle_identifiers"].cpu(),
-                numbers,
-            )
-        )
-        if sum(part.inputs.nbytes + part.labels.nbytes for part in held) >= PART_BYTES:
+        assert numbers is not None
+        inputs, labels = batch["inputs"].cpu(), batch["labels"].cpu()
+        held.append(Labelled(inputs, labels, batch["puzzle_identifiers"].cpu(), numbers))
+        size += inputs.nbytes + labels.nbytes
+        if size >= PART_BYTES:
             yield _joined(held)
-            held = []
+            held, size = [], 0
     if held:
         yield _joined(held)
 

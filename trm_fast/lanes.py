@@ -112,13 +112,16 @@ class Lanes:
 
     def __exit__(self, *error: Any) -> None:
         self._held.close()
+        self._step, self._own = None, {}
 
     def begin(self, items: Tensor) -> None:
         """Work on these items [N] int64, puzzle * rollouts + rollout, and on no others."""
-        own, batch = self._fresh(items)
-        self._own = own
-        step = self._borrow(len(items))
-        step.start(batch)
+        self._own, batch = self._fresh(items)
+        if len(items) > self.size or self.too_wide_for(len(items)):
+            self._held.close()
+            self._borrow(len(items))
+        assert self._step is not None
+        self._step.start(batch)
         self._restart(torch.arange(len(items), device=items.device), batch)
 
     def replace(self, places: Tensor, items: Tensor) -> None:
@@ -128,24 +131,36 @@ class Lanes:
             self._own[name][places] = values
         self._restart(places, batch)
 
-    def change(self, places: Tensor, items: Tensor) -> None:
-        """Go on with the items in these places [M] only, and work on others [E] behind them."""
+    def extend(self, items: Tensor) -> None:
+        """Work on other items [M], too, behind those there are; at most to `size`."""
+        assert self._step is not None
+        own, batch = self._fresh(items)
+        before, count = self._step.used, self._step.used + len(items)
+        self._own = {name: torch.cat([kept, own[name]]) for name, kept in self._own.items()}
+        self._step.used = count
+        self._restart(torch.arange(before, count, device=items.device), batch)
+
+    def keep(self, places: Tensor, room: int) -> None:
+        """Go on with the items in these places [M] only, with room for so many."""
         before, held = self._step, self._held
         assert before is not None
         self._held = ExitStack()
-        count = len(places) + len(items)
-        self._borrow(count).go_on_from(before, places, count)
-        own, batch = self._fresh(items)
-        self._own = {name: torch.cat([kept[places], own[name]]) for name, kept in self._own.items()}
+        if before.captures and room > before.size:  # every size is a graph of its own
+            room = max(room, 2 * before.size)
+        self._borrow(room).go_on_from(before, places)
+        self._own = {name: values[places] for name, values in self._own.items()}
         held.close()
-        self._restart(torch.arange(len(places), count, device=items.device), batch)
+
+    @property
+    def size(self) -> int:
+        """Items that there is room for."""
+        return self._step.size if self._step is not None else 0
 
     def too_wide_for(self, items: int) -> bool:
-        """Whether `change` is worth while for so few."""
-        assert self._step is not None
-        if self._step.captures:  # every size is a graph of its own
-            return 4 * items <= self._step.size
-        return items < self._step.size
+        """Whether `keep` is worth while for so few."""
+        if self._step is not None and self._step.captures:
+            return 4 * items <= self.size
+        return items < self.size
 
     def _borrow(self, count: int) -> InferenceStep:
         self._step = self._held.enter_context(borrowed(self._model, count, self._cuda_graph))

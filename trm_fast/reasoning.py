@@ -143,7 +143,8 @@ class Reasoning:
             noisy_states(config, self.noise_on)
         init = "random" if by == "init" else self.init
         if init == "random" and not _states(config):
-            raise ValueError(f"init='random' is for networks with states, {config.kind} has none")
+            given = "by='init'" if self.by == "init" else "init='random'"
+            raise ValueError(f"{given} is for networks with states, {config.kind} has none")
         differs = bool(self.noise) or init == "random"
         if by == "symmetry" and self.rollouts > 1:
             if kind.symmetries == 0:
@@ -153,7 +154,8 @@ class Reasoning:
             if kind.symmetries is not None and self.rollouts > kind.symmetries and not differs:
                 raise ValueError(
                     f"a {kind.name} has {kind.symmetries} symmetries: rollouts must be at most "
-                    f"{kind.symmetries} or differ by noise or init='random', got {self.rollouts}"
+                    f"{kind.symmetries}, or differ by noise or random first states, got "
+                    f"{self.rollouts}"
                 )
         if self.select == "valid" and kind.rules is None:
             raise ValueError("select='valid' is for Sudoku and mazes, whose rules are known")

@@ -50,7 +50,8 @@ class Point:
         at: depth, or rollouts.
         exact: share of puzzles right, by the selector.
         rule: share of puzzles of which a step so far kept the rules; None where none are known.
-        passes: mean supervision steps of a puzzle.  seconds: mean, by its part of all passes.
+        passes: mean supervision steps of a puzzle.  seconds: what they take at the mean of all
+            passes, those in vain (`schedule.py`) among them.
     """
 
     at: int
@@ -80,7 +81,7 @@ class ReasoningReport:
         valid: share of chosen answers that keep the rules.  rule: share of puzzles of which any
             step kept them.  Both None where no rules are known.
         passes, passes_max: mean and maximum over puzzles.
-        seconds, seconds_max: mean of a puzzle, and by the passes of the longest one.
+        seconds: mean of a puzzle, with passes in vain.  seconds_max: by the passes of the longest.
         by_depth: against depth: of all rollouts, of sequential ones of the first.
         by_rollouts: against their number; empty where they end each other at the same step.
         risk: against confidence.
@@ -147,8 +148,15 @@ def measure(
     """
     tally = _Tally(model, plan, abstain)
     budget = budget or Budget(plan.budget)
-    before = budget.used
-    for puzzles, result, marks in _run(model, parts, plan, batch_size, budget, tally.rules, made):
+    before, passes = budget.used, 0
+
+    def tell(count: int) -> None:
+        nonlocal passes
+        passes += count
+        if made is not None:
+            made(count)
+
+    for puzzles, result, marks in _run(model, parts, plan, batch_size, budget, tally.rules, tell):
         chosen, tokens = tally.add(puzzles, result, marks)
         there = chosen.step > 0
         if observe is not None and bool(there.any()):
@@ -161,7 +169,7 @@ def measure(
                     "q_halt_logits": chosen.q[there],
                 }
             )
-    return tally.report(ranks, budget.used - before)
+    return tally.report(ranks, budget.used - before, passes)
 
 
 def traces(
@@ -218,12 +226,16 @@ def _run(
     for part in parts:
         for rows, rollouts in blocks(model, _on_device(model, part), plan, batch_size, budget):
             puzzles = part.of(rows)
-            marks = _Marks(puzzles, plan, rules)
+            # A plan that selects by the rules asks about every answer itself.
+            marks = _Marks(puzzles, plan, None if plan.select == "valid" else rules)
             for stepped in rollouts.run():
                 marks.see(stepped)
                 if made is not None:
                     made(len(stepped.items))
-            yield puzzles, rollouts.result(), marks
+            result = rollouts.result()
+            if result.valid is not None:
+                marks.kept = result.valid
+            yield puzzles, result, marks
 
 
 def _on_device(model: Model, puzzles: Labelled) -> Puzzles:
@@ -320,11 +332,11 @@ class _Tally:
         exact = (chosen.of(right) & (chosen.step > 0)).sum()
         return [int(exact), int(kept.flatten(1).any(-1).sum()), int(record.steps.sum())]
 
-    def report(self, ranks: Ranks, seconds: float) -> ReasoningReport:
-        """Of all processes, this one having worked for so many seconds."""
+    def report(self, ranks: Ranks, seconds: float, made: int) -> ReasoningReport:
+        """Of all processes, this one having made so many passes in so many seconds."""
         sums = self._sums
         parts = [
-            np.array([seconds]),
+            np.array([seconds, made]),
             sums.whole,
             sums.selectors,
             sums.by_depth,
@@ -344,7 +356,7 @@ class _Tally:
         if not count:
             raise ValueError("there is nothing to evaluate: the data has no puzzles")
         _, exact, cell, valid, rule, passes = (whole / count).tolist()
-        of_a_pass = float(time[0]) / max(whole[5], 1)
+        of_a_pass = float(time[0]) / max(time[1], 1)
 
         def curve(places: Sequence[int], values: np.ndarray) -> list[Point]:
             return [

@@ -28,7 +28,7 @@ from trm_fast.timing import synchronize
 
 __all__ = ["Budget", "Record", "Result", "Rollouts", "Stepped", "puzzles_at_once", "record_bytes"]
 
-RECORD_BYTES = 1 << 28  # of one record, where it holds more than one puzzle
+RECORD_BYTES = 1 << 27  # of one record, where it holds more than one puzzle; two live at a time
 AHEAD = 16  # items side by side on a CPU up to which a further one costs much less than the first
 
 
@@ -39,7 +39,7 @@ class Record:
     Attributes:
         q: [P, K, D] float32.  moved: [P, K, D] float32; both see `lanes.Said`.
         said: [P, K, D] int64, the same number for the same answer to a puzzle, and for two that
-            differ with a chance of less than 2**-50.
+            differ with a chance of 2**-64 (times the power of two that is in all differences).
         steps: [P, K] int64, steps run: what lies beyond means nothing.
     """
 
@@ -79,9 +79,12 @@ class Result:
 
     def tokens(self, rollout: Tensor, step: Tensor) -> Tensor:
         """[P, L] int64, the answers of these rollouts [P] at steps [P], 1-based: the last ones or
-        those of highest q."""
+        those of highest q; of step 0, any."""
         rows = torch.arange(len(step))
         ended = step == self.record.steps[rows, rollout]
+        q = torch.where(self.record.ran[rows, rollout], self.record.q[rows, rollout], -torch.inf)
+        held = ended | (step == 0) | (step == q.argmax(-1) + 1)
+        assert bool(held.all()), "an answer that is neither the last nor the best"
         best, last = self.best[rows, rollout], self.last[rows, rollout]
         return torch.where(ended.unsqueeze(-1), last, best).long()
 
@@ -225,22 +228,27 @@ class Rollouts:
         busy = np.flatnonzero(self._items >= 0)
         taken = self._schedule.take(self._width - len(busy), self._ahead - len(busy))
         items, count = np.array(taken, np.int64), len(busy) + len(taken)
-        free = np.flatnonzero(self._items < 0)
         if not len(busy):
             self._items = items
             if count:
                 lanes.begin(self._on_device(items))
-        elif count > len(self._items) or lanes.too_wide_for(count):
-            lanes.change(self._on_device(busy), self._on_device(items))
-            self._items = np.concatenate([self._items[busy], items])
-        elif len(items):
-            places = free[: len(items)]
-            self._items[places] = items
-            lanes.replace(self._on_device(places), self._on_device(items))
-        return count > 0
+            return count > 0
+        free = np.flatnonzero(self._items < 0)
+        behind = max(0, len(items) - len(free))
+        if len(self._items) + behind > lanes.size or lanes.too_wide_for(count):
+            lanes.keep(self._on_device(busy), count)
+            self._items, free = self._items[busy], free[:0]
+        places, behind = free[: len(items)], len(items) - min(len(free), len(items))
+        if len(places):
+            self._items[places] = items[: len(places)]
+            lanes.replace(self._on_device(places), self._on_device(items[: len(places)]))
+        if behind:
+            self._items = np.concatenate([self._items, items[-behind:]])
+            lanes.extend(self._on_device(items[-behind:]))
+        return True
 
     def _on_device(self, numbers: np.ndarray) -> Tensor:
-        return torch.from_numpy(numbers).to(self._inputs.device)
+        return torch.from_numpy(numbers).to(self._inputs.device, non_blocking=True)
 
     def _note(self, said: Said) -> Stepped:
         """Write down a step, and end what it ends."""

@@ -44,10 +44,11 @@ class Schedule:
         self._first = np.zeros(puzzles, np.int64)  # that has not failed
 
     def take(self, room: int, spare: int) -> list[int]:
-        """The next items, at most `room`; of those that are begun ahead at most `spare`."""
+        """The next items, at most `room`; such that are begun ahead only while there are fewer than
+        `spare` in all."""
         waiting = self._waiting
         taken = [waiting.popleft() for _ in range(min(room, len(waiting)))]
-        spare = min(spare, room - len(taken))
+        spare = min(spare, room) - len(taken)
         if spare > 0 and self._sequential:
             taken += self._ahead(spare)
         return taken

@@ -105,9 +105,11 @@ def _mode(record: Record, plan: Reasoning) -> Choice:
 
 def _alike(said: Tensor) -> Tensor:
     """[P, K] int64 from 0: the same number for the same answer [P, K] to a puzzle, for no other."""
-    puzzle = torch.arange(len(said)).unsqueeze(-1).expand_as(said)
-    pairs = torch.stack([puzzle, said], -1).flatten(0, 1)
-    return pairs.unique(dim=0, return_inverse=True)[1].view_as(said)
+    ordered, order = said.sort(-1)
+    differs = torch.ones_like(ordered, dtype=torch.int64)  # the first of a puzzle, too
+    differs[:, 1:] = ordered[:, 1:] != ordered[:, :-1]
+    number = differs.flatten().cumsum(0).view_as(said) - 1
+    return torch.empty_like(number).scatter_(1, order, number)
 
 
 def _residual(record: Record, plan: Reasoning) -> Choice:

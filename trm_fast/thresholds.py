@@ -132,12 +132,14 @@ def said_of(fit: Fit) -> dict[str, Any]:
 
 
 def digest_of(model: Model) -> str:
-    """What tells these weights from others: SHA-256 over their names, types, shapes and bytes.
+    """What tells these weights from others: SHA-256 over their names, types, shapes and bytes, and
+    how often they are applied.
 
     Puzzle rows are left out, which may be gigabytes: runs with `freeze_weights`, which train
     nothing else, have the digest of the model that they started from.
     """
-    found = hashlib.sha256()
+    config = model.config
+    found = hashlib.sha256(f"{config.kind} {config.H_cycles}x{config.L_cycles}\n".encode())
     for name, value in sorted(model.state_dict().items()):
         if not name.startswith("inner.puzzle_emb."):
             found.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())

@@ -245,8 +245,10 @@ class PuzzleDataset(IterableDataset):  # type: ignore[type-arg]
 
     def skip_set(self) -> None:
         """Go on with the next set in the test-mode iteration that is under way."""
-        if self.config.test_set_mode and self._position is not None:
-            self._position = {"set": self._position["set"] + 1, "first": 0}
+        here = self._position
+        if self.config.test_set_mode and here is not None and here["first"]:
+            following = here["set"] + 1
+            self._position = {"set": following, "first": 0} if following < len(self._sets) else None
 
     def _iter_test(self, start: dict[str, Any] | None) -> Iterator[tuple[str, Batch, int]]:
         names = list(self._sets)
@@ -262,7 +264,7 @@ class PuzzleDataset(IterableDataset):  # type: ignore[type-arg]
                 examples = np.arange(local, max(local, min(local + self.local_batch_size, end)))
                 self._position = {"set": set_index, "first": begin + size}
                 yield name, self.collate(name, examples), end - begin
-                if self._position is not None and self._position["set"] > set_index:
+                if self._position is None or self._position["set"] > set_index:
                     break
         self._position = None
 

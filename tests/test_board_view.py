@@ -160,6 +160,7 @@ def test_the_answer_is_as_sure_as_its_step():
         rollout=torch.tensor([1]),
         passes=torch.tensor([2]),
         confidence=torch.tensor([0.7]),
+        cut=torch.tensor([False]),
     )
     glance = answer_glance(view, [one], answers)
     assert (glance.rollout, glance.step, glance.q, glance.valid) == (2, 1, 1.0, True)

@@ -286,7 +286,7 @@ def test_bare_lines_get_their_labels_from_the_solver(measure, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "status", "said"),
     [
-        (("--jsno",), 2, "unrecognized arguments: --jsno; see --help"),
+        (("--jsno",), 2, "unrecognized arguments: --jsno (did you mean '--json'?); see --help"),
         (("--max-puzzles", "0"), 2, "argument --max-puzzles: '0' is not a whole number from 1 to"),
         (("--steps", "-1"), 2, "argument --depth/--steps: '-1' is not a whole number from 1 to"),
         (("--batch-size", "x"), 2, "argument --batch-size: 'x' is not a whole number from 1 to"),

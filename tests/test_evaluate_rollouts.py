@@ -278,6 +278,7 @@ def test_one_budget_is_for_all_sets(measure, data, tmp_path, monkeypatch):
     asked = ("--data", root, "--data", other, "--depth", "2", "--json")
     reports = json.loads(measure(*asked, "--budget", "3")[1])["sets"]
     assert [report["passes"] for report in reports.values()] == [2, 1]
+    assert [report["cut"] for report in reports.values()] == [0, 1]
     assert [report["seconds"] for report in reports.values()] == pytest.approx([2 / 9, 1 / 9])
 
 
@@ -286,6 +287,8 @@ def test_a_budget_that_is_up_answers_nothing(measure):
     assert (report["exact"], report["cell"], report["passes"], report["puzzles"]) == (0, 0, 0, 9)
     status, out, _ = measure("--budget", "0")
     assert status == 0 and "0 seconds in all" in out
+    assert "\n  cut short     100.00 %   by the budget\n" in out
+    assert "cut short" not in measure("--depth", "1", "--rollouts", "2")[1]
 
 
 # Pictures
@@ -303,7 +306,7 @@ def test_the_picture_has_a_panel_for_each_curve(measure, tmp_path):
     both, one = tmp_path / "both.png", tmp_path / "one.PNG"
     both.write_text("old")
     status, out, err = measure("--preset", "vote", *SMALL, "--plot", both, "--json")
-    assert (status, err) == (0, "") and json.loads(out)["sets"]
+    assert (status, err) == (0, f"{both} written\n") and json.loads(out)["sets"]
     assert measure("--plot", one)[0] == 0  # of one rollout: against depth alone
     assert size_of(both) == (1210, 495) and size_of(one) == (605, 495)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["both.png", "one.PNG"]
@@ -389,6 +392,10 @@ def test_a_picture_that_cannot_be_does_not_cost_the_report(measure, tmp_path, mo
             "--schedule sequential of --preset restarts",
         ),
         (("--calibrate", "--select", "q", "--schedule", "sequential"), "--schedule sequential"),
+        (("--noise-on", "z_H"), "--noise-on is for --noise above 0"),
+        (("--threshold", "2"), "--threshold is for --halt q or --select first-q"),
+        (("--preset", "restarts", "--tolerance", "1"), "--tolerance is for --halt fixed-point"),
+        (("--calibrate",), "9 boards are too few to tell 99.0% by, 100 are needed"),
         (("--abstain", "2"), "argument --abstain: '2' is not a number from 0 to 1; see --help"),
         (("--abstain", "x"), "argument --abstain: 'x' is not a number from 0 to 1; see --help"),
         (("--noise", "0.1", "--noise-on", "z"), "argument --noise-on: invalid choice: 'z'"),

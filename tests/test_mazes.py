@@ -114,7 +114,7 @@ def test_solve_answers_mazes_of_a_file(run, tmp_path, capsys, monkeypatch):
         answer = torch.from_numpy(cells(ANSWER)).long().repeat(n, 1)
         first = torch.zeros(n, dtype=torch.int64)
         sure = torch.full((n,), 0.5)
-        return Answers(answer, torch.zeros(n), first + 2, first, first + 3, sure)
+        return Answers(answer, torch.zeros(n), first + 2, first, first + 3, sure, first > 0)
 
     monkeypatch.setattr(solve, "predict", right)
     assert solve.main(["-i", str(path), "-m", run]) == 0
@@ -131,6 +131,7 @@ def test_solve_answers_mazes_of_a_file(run, tmp_path, capsys, monkeypatch):
         "confidence": 0.5,
         "step": 2,
         "rollout": 1,
+        "cut": False,
         "passes": 3,
         "abstained": False,
     }

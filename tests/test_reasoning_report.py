@@ -22,6 +22,7 @@ GRIDS = [
     np.array([0, 1, *order])[GRID] + 1 for order in permutations((2, 3, 4))
 ]  # the clue, 1 in the first cell, stays
 IGNORED = -100
+CUT = torch.zeros(N, dtype=torch.bool)
 
 
 def made(seed=22):
@@ -168,6 +169,7 @@ def plain_report(plan, inputs, labels, tokens, q, moved, steps, confidences):
         "rule": share(valid.any((1, 2))),
         "passes": steps.sum() / N,
         "passes_max": max(steps.sum(1)),
+        "cut": 0.0,
         "by_depth": [point(d, 1 if one_after_another else K, d) for d in (1, 2, 3, 4, 5)],
         "by_rollouts": [point(k, k, D) for k in (1, 2, 3, 4)] if curve else [],
         "risk": risk,
@@ -213,7 +215,8 @@ class Recorded:
         if self.plan.select == "valid":
             kept = [keeps(self.inputs[at[0]], self.tokens[at]) for at in np.ndindex(self.q.shape)]
             valid = torch.tensor(kept, dtype=torch.bool).view(self.q.shape)
-        return Result(record, torch.from_numpy(best), torch.from_numpy(last), valid)
+        answers = torch.from_numpy(best), torch.from_numpy(last)
+        return Result(record, *answers, valid, CUT[: len(self.q)])
 
 
 def ended(plan, inputs, tokens, q, steps):

@@ -414,7 +414,7 @@ def test_a_budget_ends_it_with_what_is_there(model, monkeypatch):
     none = model.predict(BLANKED, budget=0.0)
     assert none.step.tolist() == none.passes.tolist() == [0] * N
     assert torch.equal(none.tokens, BLANKED.long())
-    assert (none.q == -torch.inf).all() and (none.confidence == 0).all()
+    assert (none.q == -torch.inf).all() and (none.confidence == 0).all() and none.cut.all()
     real = rollouts.Lanes.step
 
     def step(self):
@@ -423,8 +423,13 @@ def test_a_budget_ends_it_with_what_is_there(model, monkeypatch):
 
     monkeypatch.setattr(rollouts.Lanes, "step", step)
     found = model.predict(BLANKED, depth=D, rollouts=2, budget=3.5, batch_size=N)
-    assert found.passes.tolist() == [4] * N
+    assert found.passes.tolist() == [4] * N and found.cut.all()
     want = model.predict(BLANKED, depth=4)
+    assert not want.cut.any()
+    restarts = {"reasoning": "restarts", "depth": 2, "rollouts": 3, "threshold": 99.0}
+    some = model.predict(BLANKED, **restarts, batch_size=1, budget=25.5)
+    assert some.passes.tolist() == [6, 6, 6, 4, 4], "by turns"
+    assert some.cut.tolist() == [False] * 3 + [True] * 2
     assert torch.equal(found.tokens, want.tokens)
     seen = []
     for frame in model.watch(BLANKED[:1], depth=D, rollouts=2, budget=3.5):

@@ -208,8 +208,16 @@ def test_the_newest_run_is_the_default(ask, tmp_path, monkeypatch):
     ("arguments", "status", "said"),
     [
         ((), 2, "no puzzle given: 81 characters as argument, -i FILE, or stdin"),
-        ((SOLVED, "--stesp", "1"), 2, "unrecognized arguments: --stesp 1; see --help"),
-        ((SOLVED, "--step", "1"), 2, "unrecognized arguments: --step 1; see --help"),
+        (
+            (SOLVED, "--stesp", "1"),
+            2,
+            "unrecognized arguments: --stesp 1 (did you mean '--steps'?)",
+        ),
+        (
+            (SOLVED, "--step", "1"),
+            2,
+            "unrecognized arguments: --step 1 (did you mean '--steps'?)",
+        ),
         (
             (SOLVED, "--steps", "0"),
             2,

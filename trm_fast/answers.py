@@ -27,6 +27,7 @@ class Answers:
         rollout: [N] int64, from 0.
         passes: [N] int64, supervision steps of all rollouts of the puzzle that were needed.
         confidence: [N] float32 in [0, 1]: sigmoid(q), or with select="mode" the share of votes.
+        cut: [N] bool, whether the budget ran out before its rollouts had ended.
     """
 
     tokens: Tensor
@@ -35,6 +36,7 @@ class Answers:
     rollout: Tensor
     passes: Tensor
     confidence: Tensor
+    cut: Tensor
 
 
 @dataclass(frozen=True)

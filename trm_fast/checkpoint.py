@@ -361,6 +361,8 @@ def _read_manifest(folder: Path) -> tuple[int, dict[str, dict[str, Any]]]:
     digest = manifest.pop("sha256", None)
     if digest != body_digest(manifest):
         raise CheckpointError(f"{path}: damaged (its checksum does not match)")
+    if str(manifest.get("format")).startswith("trm_fast data set"):
+        raise CheckpointError(f"{folder}: is a data set, not a checkpoint")
     if manifest.get("format") != FORMAT:
         raise CheckpointError(f"{path}: format {show(manifest.get('format'))}; {FORMAT} is known")
     step, files = manifest.get("step"), manifest.get("files")

@@ -107,8 +107,7 @@ def _drawn(options: argparse.Namespace, loaded: Loaded, reports: Reports) -> int
     fault = None
     if options.plot:
         fault = draw(measured, asked_reasoning(options, loaded), options.plot)
-    if fault is not None:
-        say(f"trm-fast evaluate: {fault}", err=True)
+        say(f"{options.plot} written" if fault is None else f"trm-fast evaluate: {fault}", err=True)
     return USAGE if fault else 0
 
 
@@ -194,10 +193,10 @@ def _reports(
     asks = is_asked(options) or options.plot or options.abstain is not None
     if not asks and options.calibrate is None:
         return _measure(options, loaded, source, evaluators, ranks)
-    ranks.together(lambda: check_asked(options, loaded, ranks))
+    boards = _boards(options, source, ranks)
+    ranks.together(lambda: check_asked(options, loaded, boards, ranks))
     observe = evaluators.begin(source.dataset.directories)
     sets = labelled_sets(source.dataset, options.max_puzzles, ranks)
-    boards = _boards(options, source, ranks)
     if options.calibrate is not None:
         calibrated(options, loaded, sets, boards, source.names)
         if not asks:

@@ -40,8 +40,9 @@ ENOUGH = 1000  # answers are, for any threshold
 SHOWN_LOGITS = (0, 1, 2, 3, 4, 5, 6)  # confidences that get a row
 
 
-def check_asked(options: argparse.Namespace, loaded: Loaded, ranks: Ranks) -> None:
-    """CommandError for options that cannot be followed, before anything is worked out."""
+def check_asked(options: argparse.Namespace, loaded: Loaded, boards: int, ranks: Ranks) -> None:
+    """CommandError for options that cannot be followed with so many boards, before anything is
+    worked out."""
     asked_reasoning(options, loaded)
     if options.plot:
         check_picture(options.plot, "png")
@@ -51,6 +52,12 @@ def check_asked(options: argparse.Namespace, loaded: Loaded, ranks: Ranks) -> No
         raise CommandError(USAGE, "--calibrate must be above 0, got 0")
     if ranks.world > 1:
         raise CommandError(USAGE, "--calibrate is for one process")
+    least = _least(options.calibrate)
+    if boards < least:
+        raise CommandError(
+            USAGE,
+            f"{boards} boards are too few to tell {options.calibrate:.1%} by, {least} are needed",
+        )
 
 
 def measured(
@@ -144,6 +151,11 @@ def _fit_text(fit: Fit, plan: Reasoning, names: tuple[str, ...]) -> str:
     return "\n".join(lines)
 
 
+def _least(target: float) -> int:
+    """Answers by which an accuracy can be told."""
+    return min(ENOUGH, round(1 / max(1 - target, 1 / ENOUGH)))
+
+
 def _check_fit(fit: Fit) -> None:
     """CommandError for a threshold that cannot be trusted."""
     if not fit.reached:
@@ -152,7 +164,7 @@ def _check_fit(fit: Fit) -> None:
             f"no threshold makes {fit.target:.1%} of the answers above it right, the best one "
             f"{fit.chosen.accuracy:.1%}: nothing is kept",
         )
-    least = min(ENOUGH, round(1 / max(1 - fit.target, 1 / ENOUGH)))
+    least = _least(fit.target)
     answered = round(fit.chosen.answered * fit.puzzles)
     if answered < least:
         raise CommandError(
@@ -168,6 +180,7 @@ def _restarts(options: argparse.Namespace, loaded: Loaded) -> Reasoning:
     known = kind_of(loaded.model.config).name in PRESETS["restarts"]
     # All that the fit runs is every step: what chooses or ends is measured afterwards.
     options.select = options.halt = options.schedule = options.budget = None
+    options.threshold = options.tolerance = None
     if options.rollouts is None and options.preset is None and known:
         options.preset = "restarts"
     plan = asked_reasoning(options, loaded)
@@ -179,6 +192,9 @@ def set_lines(
 ) -> list[str]:
     """One set: the answers that count, the selectors, both curves, and confidence."""
     noun = "board" if report.puzzles == 1 else "boards"
+    cut = []
+    if report.cut:
+        cut.append(f"  {'cut short':<14}{percent(report.cut)}   by the budget")
     runs = "1 rollout" if plan.rollouts == 1 else f"{plan.rollouts} rollouts by {plan.by}"
     lines = [
         f"set {title}: {report.puzzles} {noun}, {runs}, up to {plan.depth} steps each{_how(plan)}",
@@ -191,6 +207,7 @@ def set_lines(
         f"  {'passes':<14}{report.passes:>8.1f}     a board, at most {report.passes_max}",
         f"  {'seconds':<14}{report.seconds:>8.4f}     a board, by its passes at most "
         f"{report.seconds_max:.4f}",
+        *cut,
         "",
         "  of the same steps, without the rules" + " " * 8 + "with them",
     ]

@@ -352,7 +352,9 @@ def _answers(inputs: Tensor, result: Result, plan: Reasoning) -> Answers:
     answered = choice.step.unsqueeze(-1) > 0
     tokens = torch.where(answered, result.tokens(choice.rollout, choice.step), inputs.long())
     passes = record.steps.sum(-1)
-    return Answers(tokens, choice.q, choice.step, choice.rollout, passes, choice.confidence)
+    return Answers(
+        tokens, choice.q, choice.step, choice.rollout, passes, choice.confidence, result.cut
+    )
 
 
 def _puzzles(

@@ -19,6 +19,7 @@ from trm_fast.capture import graphs_allowed
 from trm_fast.config import QUANTIZED
 from trm_fast.console import positive, say
 from trm_fast.model import Model
+from trm_fast.options import did_you_mean
 from trm_fast.pretrained import WEIGHTS, build, read_saved
 
 USAGE, MODEL, UNREADABLE, MISMATCH = 2, 3, 4, 5
@@ -138,6 +139,8 @@ def load_or_stop(path: str | os.PathLike[str], options: argparse.Namespace) -> L
         loaded = load(path, weights=weights, device=device, quantize=quantize)
     except (ValueError, OSError) as error:
         raise CommandError(MODEL, error) from None
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
     for note in loaded.notes:
         say(f"note: {note}", err=True)
     return loaded
@@ -160,6 +163,10 @@ class Parser(argparse.ArgumentParser):
         )
 
     def error(self, message: str) -> NoReturn:
+        unknown = message.removeprefix("unrecognized arguments: ")
+        if unknown != message and unknown.startswith("--"):
+            given = unknown.split()[0].partition("=")[0]
+            message += did_you_mean(given, self._option_string_actions)
         raise CommandError(USAGE, f"{message}; see --help")
 
     def add_model(self) -> None:
@@ -178,6 +185,16 @@ class Parser(argparse.ArgumentParser):
             help="moving average or raw weights (default: ema where the run kept it)",
         )
 
+    def add_threads(self) -> None:
+        """The option of every command that answers."""
+        self.add_argument(
+            "--threads",
+            type=positive,
+            metavar="N",
+            help="CPU threads (default: PyTorch's, one a core; fewer are faster where other work "
+            "keeps the cores busy)",
+        )
+
     def add_shared(self) -> None:
         """The options that every answer command has."""
         self.add_model()
@@ -191,6 +208,7 @@ class Parser(argparse.ArgumentParser):
         self.add_argument(
             "--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: auto)"
         )
+        self.add_threads()
         self.add_argument(
             "--quantize",
             choices=QUANTIZED,

@@ -119,9 +119,26 @@ def asked_reasoning(options: argparse.Namespace, loaded: Loaded) -> Reasoning:
         given = reasoning_of(options.preset, kind_of(model.config), changes)
         if options.steps is not None or given.depth is None:
             changes["depth"] = supervision_depth(loaded, options.steps)
-        return plan_for(model, options.preset, **changes)
+        plan = plan_for(model, options.preset, **changes)
     except ValueError as error:
         raise CommandError(USAGE, _as_options(str(error), changes, options.preset)) from None
+    idle = _without_effect(plan, changes)
+    if idle is not None:
+        raise CommandError(USAGE, idle)
+    return plan
+
+
+def _without_effect(plan: Reasoning, given: Collection[str]) -> str | None:
+    """A line about an option that changes nothing of this plan."""
+    used = {
+        "noise_on": (plan.noise > 0, "--noise above 0"),
+        "threshold": (plan.halt == "q" or plan.select == "first-q", "--halt q or --select first-q"),
+        "tolerance": (plan.halt == "fixed-point", "--halt fixed-point"),
+    }
+    for name, (effect, where) in used.items():
+        if name in given and not effect:
+            return f"{OPTIONS[name]} is for {where}"
+    return None
 
 
 def is_asked(options: argparse.Namespace) -> bool:

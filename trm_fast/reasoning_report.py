@@ -81,6 +81,7 @@ class ReasoningReport:
         valid: share of chosen answers that keep the rules.  rule: share of puzzles of which any
             step kept them.  Both None where no rules are known.
         passes, passes_max: mean and maximum over puzzles.
+        cut: share of puzzles whose rollouts the budget ended.
         seconds: mean of a puzzle, with passes in vain.  seconds_max: by the passes of the longest.
         by_depth: against depth: of all rollouts, of sequential ones of the first.
         by_rollouts: against their number; empty where they end each other at the same step.
@@ -95,6 +96,7 @@ class ReasoningReport:
     rule: float | None
     passes: float
     passes_max: int
+    cut: float
     seconds: float
     seconds_max: float
     by_depth: list[Point]
@@ -251,7 +253,7 @@ def _on_device(model: Model, puzzles: Labelled) -> Puzzles:
 class _Sums:
     """Sums over puzzles of one process."""
 
-    whole: np.ndarray  # puzzles, exact, cell, valid, rule, passes
+    whole: np.ndarray  # puzzles, exact, cell, valid, rule, passes, cut
     selectors: np.ndarray
     by_depth: np.ndarray  # [points, exact, rule, passes]
     by_rollouts: np.ndarray
@@ -282,7 +284,7 @@ class _Tally:
         more = [] if abstain is None else [_logit(np.array(abstain))]
         self._logits = np.unique([*LOGITS, *more])
         self._sums = _Sums(
-            np.zeros(6),
+            np.zeros(7),
             np.zeros(len(SELECTORS)),
             np.zeros((len(self._depths), 3)),
             np.zeros((len(self._rollouts), 3)),
@@ -307,6 +309,7 @@ class _Tally:
             chosen.of(kept),
             kept.flatten(1).any(-1),
             passes,
+            result.cut,
         )
         sums.whole += [float(c.double().sum()) for c in columns]
         sums.most = max(sums.most, int(passes.max()) if len(passes) else 0)
@@ -355,7 +358,7 @@ class _Tally:
         count = whole[0]
         if not count:
             raise ValueError("there is nothing to evaluate: the data has no puzzles")
-        _, exact, cell, valid, rule, passes = (whole / count).tolist()
+        _, exact, cell, valid, rule, passes, cut = (whole / count).tolist()
         of_a_pass = float(time[0]) / max(time[1], 1)
 
         def curve(places: Sequence[int], values: np.ndarray) -> list[Point]:
@@ -373,6 +376,7 @@ class _Tally:
             rule=rule if self.rules else None,
             passes=passes,
             passes_max=most,
+            cut=cut,
             seconds=float(time[0]) / count,
             seconds_max=most * of_a_pass,
             by_depth=curve(self._depths, by_depth),

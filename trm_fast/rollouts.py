@@ -70,12 +70,14 @@ class Result:
         last: [P, K, L] of the last step; of a rollout that went further than counts, of one that
             does not count. Both of the type of `token_dtype`.
         valid: [P, K, D] bool, which answers keep the rules; None unless the plan selects by them.
+        cut: [P] bool, whether there were more steps to make.
     """
 
     record: Record
     best: Tensor
     last: Tensor
     valid: Tensor | None
+    cut: Tensor
 
     def tokens(self, rollout: Tensor, step: Tensor) -> Tensor:
         """[P, L] int64, the answers of these rollouts [P] at steps [P], 1-based: the last ones or
@@ -210,7 +212,8 @@ class Rollouts:
         if self._valid is not None:
             valid = torch.from_numpy(self._valid).unflatten(0, (-1, k))
         steps = torch.from_numpy(self._schedule.counted(self._taken))
-        return Result(Record(q, moved, said, steps), best, last, valid)
+        cut = torch.from_numpy(self._schedule.unfinished())
+        return Result(Record(q, moved, said, steps), best, last, valid, cut)
 
     @torch.inference_mode()
     def run(self) -> Iterator[Stepped]:

@@ -36,10 +36,11 @@ class Schedule:
         order = items[:, 0] if self._sequential else items if plan.stops else items.T
         self._waiting = deque(order.ravel().tolist())
         self._limit = np.full(puzzles, plan.depth)  # steps that count of every rollout of a puzzle
+        at_once = 1 if self._sequential else self._k
+        self._running = np.full(puzzles, at_once)  # or waiting for a place
         # Of rollouts in sequence:
         self._answer = np.full(puzzles, self._k)  # the first that has found one
         self._begun = np.ones(puzzles, np.int64)
-        self._running = np.ones(puzzles, np.int64)  # or waiting for a place
         self._failed = np.zeros((puzzles, self._k + 1), bool)
         self._first = np.zeros(puzzles, np.int64)  # that has not failed
 
@@ -77,7 +78,9 @@ class Schedule:
         puzzle, rollout = np.divmod(items, self._k)
         if not self._sequential:
             np.minimum.at(self._limit, puzzle[found], taken[found])
-            return over | found | (taken >= self._limit[puzzle])
+            over = over | found | (taken >= self._limit[puzzle])
+            np.subtract.at(self._running, puzzle[over], 1)
+            return over
         np.minimum.at(self._answer, puzzle[found], rollout[found])
         ended = over | found | (taken >= self._limit[puzzle])
         over = ended | (rollout > self._answer[puzzle])
@@ -92,6 +95,10 @@ class Schedule:
                 self._begun[p] += 1
                 self._running[p] += 1
         return over
+
+    def unfinished(self) -> np.ndarray:
+        """[P] bool: of which puzzles there are steps to make."""
+        return self._running > 0
 
     def counted(self, taken: np.ndarray) -> np.ndarray:
         """[P, K] int64, of the steps that each item made, [P * K], those that count."""

@@ -53,6 +53,7 @@ from trm_fast.watching import Watching, add_options, is_watched
 __all__ = ["main", "newest_run"]
 
 BROKEN = 1
+CUT = ", cut short by --budget"
 """Exit status when at least one answer breaks the rules or is withheld."""
 
 RUNS = "checkpoints"
@@ -66,6 +67,7 @@ class Found:
         plan: how the model was asked.
         confidence: see `Answers`.  step: 1-based, 0 where none was made.
         rollout: 1-based.  passes: supervision steps of all rollouts.
+        cut: whether the budget ran out before they had ended.
         abstain: the confidence below which there is no answer.
     """
 
@@ -74,6 +76,7 @@ class Found:
     step: int
     rollout: int
     passes: int
+    cut: bool
     abstain: float
 
     @property
@@ -87,13 +90,13 @@ class Found:
 
     def text(self) -> str:
         """How sure, and at what cost."""
-        sure = f"halting confidence {self.confidence:.3f} at step {self.step}"
-        votes = f"{self.confidence:.3f} of the votes"
-        if self.plan.rollouts == 1:
-            return votes if self.plan.select == "mode" else sure
-        if self.plan.select == "mode":
-            return f"{votes}, {self.passes} passes"
-        return f"{sure} of rollout {self.rollout}, {self.passes} passes"
+        mode, several = self.plan.select == "mode", self.plan.rollouts > 1
+        text = f"halting confidence {self.confidence:.3f} at step {self.step}"
+        if mode:
+            text = f"{self.confidence:.3f} of the votes"
+        elif several:
+            text += f" of rollout {self.rollout}"
+        return text + (f", {self.passes} passes" if several else "") + (CUT if self.cut else "")
 
     def to_dict(self) -> dict[str, Any]:
         """Ready for JSON."""
@@ -102,6 +105,7 @@ class Found:
             "step": self.step,
             "rollout": self.rollout,
             "passes": self.passes,
+            "cut": self.cut,
             "abstained": bool(self.withheld),
         }
 
@@ -348,13 +352,14 @@ def _answer(
         batch_size=options.batch_size,
     )
     tokens = answers.tokens.numpy()
-    columns = (answers.confidence, answers.step, answers.rollout + 1, answers.passes)
+    rollout = answers.rollout + 1
+    columns = (answers.confidence, answers.step, rollout, answers.passes, answers.cut)
     facts = list(zip(*(column.tolist() for column in columns), strict=True))
     solved: list[Any] = []
     asked: list[Any] = list(puzzles)
     for index, puzzle in enumerate(asked):
-        sure, step, rollout, passes = facts[index]
-        found = Found(plan, sure, step, rollout, passes, options.abstain or 0.0)
+        sure, step, turn, passes, cut = facts[index]
+        found = Found(plan, sure, step, turn, passes, cut, options.abstain or 0.0)
         if isinstance(puzzle, Maze):
             path = with_walls(tokens[index], puzzle.cells)
             right, words = verdict(puzzle.cells, path)

@@ -335,7 +335,7 @@ class Watching:
             )
         plan = plan_for(model, reasoning, **settings)
         assert plan.depth is not None
-        budget = Budget(plan.budget)
+        budget, several = Budget(plan.budget), len(inputs) > 1
         parts = []
         with Screen(options.fps, err=options.json) as screen:
             for number, puzzle in enumerate(inputs):
@@ -353,9 +353,11 @@ class Watching:
                 for frame in seen:
                     shown = _glances(view, frame, shown)
                     if options.watch:
-                        size = screen.size
-                        text = frame_text(view, shown, plan.depth, colour=screen.live, size=size)
-                        screen.draw(text)
+                        text = frame_text(
+                            view, shown, plan.depth, colour=screen.live, size=screen.size
+                        )
+                        head = f"puzzle {number + 1} of {len(inputs)}\n" if several else ""
+                        screen.draw(head + text)
                     if pictures:
                         frames.append(shown)
                     if frame.answer is not None:

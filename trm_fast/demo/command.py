@@ -69,6 +69,7 @@ def _parser() -> Parser:
     parser.add_argument(
         "--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: auto)"
     )
+    parser.add_threads()
     parser.add_argument(
         "--quantize", choices=QUANTIZED, help="products in 8 bits (default: the run's own)"
     )

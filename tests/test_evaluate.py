@@ -433,3 +433,13 @@ def test_a_terminal_is_told_how_far_it_is(measure, monkeypatch):
     monkeypatch.setattr(sys, "stderr", io.StringIO())
     measure("--batch-size", "4")
     assert sys.stderr.getvalue() == "", "what is no terminal is told nothing"
+
+
+def test_threads_are_those_asked_for(measure):
+    before = torch.get_num_threads()
+    try:
+        assert measure("--threads", "1")[0] == 0 and torch.get_num_threads() == 1
+        status, out, err = measure("--threads", "0")
+        assert (status, out) == (2, "") and err.startswith("trm-fast evaluate: argument --threads")
+    finally:
+        torch.set_num_threads(before)

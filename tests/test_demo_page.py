@@ -157,25 +157,78 @@ def endless(server, monkeypatch):
     ended.set()
 
 
-def begins(page):
+def begins(page, speed=0):
     """Press the button and wait for a frame."""
-    page.evaluate("document.getElementById('speed').value = '0'")
+    page.evaluate("speed => { document.getElementById('speed').value = speed; }", str(speed))
     page.click("#run")
     expects(page.locator("#where")).to_contain_text("frame")
 
 
-def test_stopping_ends_the_work_and_the_playing(page, server, endless):
-    begins(page)
+def works(server):
+    """Whether the server still does, 2 seconds from now at the latest."""
+    free = server.slots["solve"].acquire(timeout=2)
+    if free:
+        server.slots["solve"].release()
+    return not free
+
+
+@pytest.mark.parametrize("speed", [0, 2])
+def test_stopping_ends_the_work_and_the_playing(page, server, endless, speed):
+    begins(page, speed)
     shows(page, "#status", "Thinking…")
     assert not server.slots["solve"].acquire(blocking=False)
-    page.click("#tab-arc")  # where there is no model
-    assert page.get_attribute("#play", "aria-label") == "Pause"
+    expects(page.locator("#scrub")).not_to_have_attribute("max", re.compile("^[0-9]$"))
     page.click("#stop")
-    assert server.slots["solve"].acquire(timeout=2)
-    server.slots["solve"].release()
     shows(page, "#status", "Stopped.")
-    page.wait_for_selector("#play[aria-label=Play]")
-    assert page.is_hidden("#verdict")
+    assert page.get_attribute("#play", "aria-label") == "Play"
+    where = page.text_content("#where")
+    at, frames = map(int, re.fullmatch(r"frame (\d+) of (\d+)", where).groups())
+    assert at == frames > 10, "it rests at the newest"
+    best = page.text_content("#verdict")
+    assert re.match(r"Best so far, not final: .* \(rollout \d, step 3, q .*, confidence ", best)
+    assert page.get_attribute("#verdict", "class").split() == ["verdict"] and not works(server)
+    page.wait_for_timeout(700)
+    assert page.text_content("#where") == where
+
+
+@pytest.mark.parametrize("tab", ["maze", "arc"])
+def test_another_tab_ends_the_work_and_the_playing(page, server, endless, tab):
+    """With a model of its kind and without: what was shown is of the tab that was left."""
+    invitation = page.text_content("#status")
+    begins(page, 2)
+    page.click(f"#tab-{tab}")
+    shows(page, "#status", invitation)
+    stage = "#player, #boards, #curve-box, #legend, #verdict, #text-box"
+    assert page.locator(stage).evaluate_all("all => all.map(e => e.hidden)") == [True] * 6
+    assert page.is_visible("#intro") and page.is_disabled("#stop") and not works(server)
+    page.wait_for_timeout(700)
+    assert page.is_hidden("#player") and page.text_content("#status") == invitation
+    page.click("#tab-sudoku")
+    begins(page)
+    assert page.is_visible("#boards") and page.is_hidden("#intro")
+
+
+def test_a_pause_holds_while_frames_come(page, endless):
+    begins(page)
+    page.click("#play")
+    where = page.text_content("#where").split(" of ")[0]
+    page.wait_for_timeout(300)
+    assert page.text_content("#where").split(" of ")[0] == where
+    assert page.get_attribute("body", "data-busy") == "true"
+
+
+def test_a_refused_run_leaves_nothing_of_the_one_before(page):
+    begins(page, 2)
+    shows(page, "#status", "Done: the steps are being shown, the answer comes last.")
+    page.fill("#set-rollouts", "500")
+    page.click("#run")
+    shows(page, "#message", "rollouts is 500; at most 128 are allowed here")
+    shows(page, "#status", "No answer.")
+    for tab in ("sudoku", "maze"):
+        page.click(f"#tab-{tab}")
+        assert page.is_hidden("#player") and page.is_hidden("#boards") and page.is_visible("#intro")
+    page.wait_for_timeout(700)
+    assert page.is_hidden("#player")
 
 
 def test_stop_is_in_sight_on_a_narrow_screen(page, endless):
@@ -208,23 +261,25 @@ def test_a_fault_midway_ends_the_playing(page):
     page.click("#run")
     shows(page, "#message", "it broke")
     shows(page, "#status", "No answer.")
-    page.wait_for_selector("#play[aria-label=Play]")  # after what there is was played
-    shows(page, "#where", "frame 3 of 3")
+    assert page.get_attribute("#play", "aria-label") == "Play"
+    assert page.text_content("#where") == "frame 3 of 3"
 
 
 def test_the_end_is_not_told_before_it_is_shown(page):
     solved_at = page.locator("#verdict")
     page.evaluate("document.getElementById('speed').value = '2'")
     page.click("#run")
-    shows(page, "#status", "Done.")
+    shown_yet = "Done: the steps are being shown, the answer comes last."
+    shows(page, "#status", shown_yet)
     page.click("#play")
     assert page.get_attribute("#play", "aria-label") == "Play"
     assert solved_at.is_hidden() and page.is_hidden("#text-box")
-    assert "valid" not in page.inner_text(".stage-head")
+    assert page.text_content("#status") == shown_yet
     page.focus("#scrub")
     page.keyboard.press("End")
     shows(page, "#where", "the answer")
     assert solved_at.inner_text().startswith("Answer: valid") and page.is_visible("#text-box")
+    assert page.text_content("#status") == "Done."
 
 
 def test_grounds_and_marks_of_cells(page):

@@ -163,6 +163,22 @@ def test_what_happened_is_said_to_those_who_listen(page):
     assert page.evaluate("window.said") == [], "the answer is told once"
 
 
+def test_without_an_answer_the_best_so_far_is_named(page):
+    """Of the newest frame, the rollout of highest q, whichever is shown large."""
+    frames = [[state(1, 3, 9.0), state(1, 4, 0.5)], [state(2, 3, -1.0), state(2, 4, 1.5)]]
+    answers_with(page, 2, frames)
+    page.evaluate("document.getElementById('speed').value = '2'")
+    page.click("#run")
+    shows(page, "#status", "No answer.")
+    shows(page, "#message", "the server stopped before the answer")
+    want = "Best so far, not final: said (rollout 2, step 2, q +1.50, confidence 0.818)"
+    shows(page, "#verdict", want)
+    assert page.text_content("#where") == "frame 2 of 2" and page.is_hidden("#text-box")
+    assert page.text_content("#large-caption").startswith("Rollout 2 at step 2 of 4")
+    goes_to(page, "Home", "frame 1 of 2")
+    assert page.text_content("#verdict") == want
+
+
 def test_a_fault_is_said_and_unsaid(page):
     page.route("**/api/solve", lambda route: route.fulfill(status=503, body="busy: try again\n"))
     page.click("#run")

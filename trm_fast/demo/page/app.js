@@ -14,6 +14,8 @@ const HINTS = {
   maze: "n lines of n characters: # wall, space or . open, S start, G goal.",
 };
 
+const INVITATION = $("status").textContent;
+
 let known = null;
 let settings = null;
 let kind = null; // of the tab that is open
@@ -22,7 +24,7 @@ const fetching = {}; // the same of a puzzle that is fetched, by `place`
 let pending = null; // ends when that puzzle is there, or is not to be had
 const chosen = {}; // by kind: which model, and what stands in the box to paste into
 const puzzles = {}; // what is asked, by `place`
-const player = new Player();
+const player = new Player(() => { $("status").textContent = "Done."; });
 const grid = new Grid($("grid"), (text) => load({ text }), edited);
 
 function say(message) {
@@ -50,7 +52,10 @@ function edited() {
 /** Show the tab of a kind of puzzle. */
 function open(tabbed) {
   if (tabbed === kind) return;
-  if (kind) chosen[kind] = { model: $("model").value, paste: $("paste").value };
+  if (kind) {
+    chosen[kind] = { model: $("model").value, paste: $("paste").value };
+    leave();
+  }
   kind = tabbed;
   for (const tab of $("tabs").children) {
     const own = tab.dataset.kind === kind;
@@ -76,6 +81,14 @@ function open(tabbed) {
   if (chosen[kind]) $("model").value = chosen[kind].model;
   $("paste").value = chosen[kind]?.paste || "";
   openModel();
+}
+
+/** What is worked on and what is shown belong to the tab that is left. */
+function leave() {
+  stop();
+  if (working) busy(false);
+  player.clear();
+  $("status").textContent = INVITATION;
 }
 
 function openModel() {
@@ -165,6 +178,7 @@ function question() {
 
 async function run() {
   stop();
+  player.clear();
   say("");
   working = new AbortController();
   const mine = working;
@@ -182,12 +196,15 @@ async function run() {
       if (working !== mine) return;
       if (line.start) begun(puzzle, line.start);
       else if (line.frame) player.add(line.frame);
-      else if (line.answer) { player.finish(line.answer); ended = true; }
+      else if (line.answer) {
+        ended = true;
+        $("status").textContent = "Done: the steps are being shown, the answer comes last.";
+        player.finish(line.answer);
+      }
       else if (line.error) throw new Error(line.error);
     }
     if (working !== mine) return;
     if (!ended) throw new Error("the server stopped before the answer");
-    $("status").textContent = "Done.";
   } catch (error) {
     if (working !== mine) return; // another run has taken over the page
     player.end();

@@ -4,12 +4,16 @@ import { draw, palette } from "./board.js";
 import { drawCurves, lineOf } from "./chart.js";
 
 const $ = (id) => document.getElementById(id);
+const PARTS = ["player", "boards", "curve-box", "legend", "verdict", "text-box"];
 const sigmoid = (q) => 1 / (1 + Math.exp(-q));
 const signed = (q) => (q === null ? "none" : `${q >= 0 ? "+" : "−"}${Math.abs(q).toFixed(2)}`);
 
 export class Player {
-  constructor() {
+  /** @param told called when an answer is told, once its picture is reached */
+  constructor(told) {
+    this.told = told;
     this.frames = [];
+    this.cards = [];
     this.at = 0;
     this.answer = null;
     this.chosen = null; // a rollout that was clicked; null follows the best
@@ -30,26 +34,33 @@ export class Player {
 
   /** Begin with a puzzle; depth and rollouts as the server says them. */
   start(puzzle, { depth, rollouts }) {
-    this.pause();
-    Object.assign(this, { puzzle, depth, frames: [], at: 0, answer: null, chosen: null, over: false, scrolled: null });
-    this.watcher.disconnect();
+    this.clear();
+    Object.assign(this, { puzzle, depth, at: 0, chosen: null, over: false, scrolled: null });
     this.cards = Array.from({ length: rollouts }, (_, index) => this.card(index));
     $("rollouts").replaceChildren(...this.cards.map((card) => card.button));
-    $("rollouts").scrollTop = 0;
     for (const card of this.cards) this.watcher.observe(card.button);
     $("boards").classList.toggle("single", rollouts === 1);
     $("rollouts").hidden = rollouts === 1;
     $("rollouts").classList.toggle("few", rollouts <= 4);
     $("intro").hidden = true;
     for (const id of ["player", "boards", "curve-box"]) $(id).hidden = false;
+    $("rollouts").scrollTop = 0; // which what is hidden would not take
     const arc = puzzle.kind === "arc";
     $("legend").hidden = arc && !puzzle.solution;
     $("legend").classList.toggle("arc", arc);
     $("broken-words").textContent = arc ? "unlike the solution" : "breaks a rule";
-    $("verdict").hidden = true;
-    $("text-box").hidden = true;
     $("scrub").max = 0;
     this.play();
+  }
+
+  /** Nothing to show: as the page begins. */
+  clear() {
+    this.pause();
+    this.watcher.disconnect();
+    Object.assign(this, { frames: [], cards: [], answer: null });
+    for (const id of PARTS) $(id).hidden = true;
+    $("where").textContent = "";
+    $("intro").hidden = false;
   }
 
   card(index) {
@@ -78,10 +89,17 @@ export class Player {
     this.follow();
   }
 
-  /** No more frames and no answer will come: stopped, or a fault. */
+  /** No answer will come, by Stop or a fault: rest at the newest frame and say what is best in it. */
   end() {
+    if (!this.frames.length) { this.clear(); return; }
+    this.pause();
     this.over = true;
-    if (this.at >= this.last) this.pause();
+    this.show(this.last);
+    if (this.answer) return;
+    const frame = this.frames.at(-1);
+    const index = this.best(frame);
+    const state = frame.rollouts[index];
+    if (state) this.tell(`Best so far, not final: ${this.brief(state)} (${this.place(index, state)})`, null);
   }
 
   /** The end: {cells, q, step, rollout, valid, words, ...}; an answer is one more frame. */
@@ -89,22 +107,31 @@ export class Player {
     this.answer = answer;
     this.answered = { ...answer, sure: this.sureOf(answer) };
     $("scrub").max = this.last;
-    this.follow();
+    if (this.playing && Number($("speed").value) === 0) this.show(this.last);
   }
 
   /** Say what the answer is, once the picture of it is reached. */
   reveal() {
     if (!$("verdict").hidden) return;
     const answer = this.answer;
-    const rollout = this.frames[0].rollouts.length > 1 ? `rollout ${answer.rollout + 1}, ` : "";
-    const sure = answer.q === null ? "" : `, confidence ${sigmoid(answer.q).toFixed(3)}`;
     const passes = `${answer.passes} pass${answer.passes === 1 ? "" : "es"} of the network`;
-    const verdict = $("verdict");
-    verdict.hidden = false;
-    verdict.textContent = `Answer: ${this.brief(answer)} (${rollout}step ${answer.step}, q ${signed(answer.q)}${sure}; ${passes})`;
-    verdict.className = `verdict ${answer.valid === null ? "" : answer.valid ? "good" : "bad"}`;
+    this.tell(`Answer: ${this.brief(answer)} (${this.place(answer.rollout, answer)}; ${passes})`, answer.valid);
     $("answer").textContent = `${answer.line}\n\n${answer.words}`;
     $("text-box").hidden = false;
+    this.told();
+  }
+
+  tell(words, valid) {
+    const verdict = $("verdict");
+    verdict.hidden = false;
+    verdict.textContent = words;
+    verdict.className = `verdict ${valid === null ? "" : valid ? "good" : "bad"}`;
+  }
+
+  place(rollout, state) {
+    const name = this.frames[0].rollouts.length > 1 ? `rollout ${rollout + 1}, ` : "";
+    const sure = state.q === null ? "" : `, confidence ${sigmoid(state.q).toFixed(3)}`;
+    return `${name}step ${state.step}, q ${signed(state.q)}${sure}`;
   }
 
   /** The answer's card is scrolled to at the end; before it the list is where it was. */
@@ -121,7 +148,7 @@ export class Player {
 
   /** At once: the newest picture, drawn when the browser draws next. */
   follow() {
-    if (this.following || Number($("speed").value) !== 0) return;
+    if (!this.playing || this.following || Number($("speed").value) !== 0) return;
     this.following = true;
     requestAnimationFrame(() => {
       if (this.following) this.show(this.last); // unless paused meanwhile
@@ -193,7 +220,11 @@ export class Player {
   /** Which rollout is large: the chosen one, the answer's, else that of highest q. */
   shown(frame, ended) {
     if (this.chosen !== null) return this.chosen;
-    if (ended) return this.answer.rollout;
+    return ended ? this.answer.rollout : this.best(frame);
+  }
+
+  /** The rollout of highest q. */
+  best(frame) {
     const running = frame.rollouts.map((state, index) => ({ state, index })).filter((one) => one.state);
     const q = (one) => (one.state.q === null ? -Infinity : one.state.q);
     return running.reduce((best, one) => (q(one) > q(best) ? one : best), running[0] || { index: 0 }).index;

@@ -219,7 +219,7 @@ def test_a_pause_holds_while_frames_come(page, endless):
 
 def test_a_refused_run_leaves_nothing_of_the_one_before(page):
     begins(page, 2)
-    shows(page, "#status", "Done: the steps are being shown, the answer comes last.")
+    shows(page, "#status", "Done: showing steps.")
     page.fill("#set-rollouts", "500")
     page.click("#run")
     shows(page, "#message", "rollouts is 500; at most 128 are allowed here")
@@ -269,7 +269,7 @@ def test_the_end_is_not_told_before_it_is_shown(page):
     solved_at = page.locator("#verdict")
     page.evaluate("document.getElementById('speed').value = '2'")
     page.click("#run")
-    shown_yet = "Done: the steps are being shown, the answer comes last."
+    shown_yet = "Done: showing steps."
     shows(page, "#status", shown_yet)
     page.click("#play")
     assert page.get_attribute("#play", "aria-label") == "Play"

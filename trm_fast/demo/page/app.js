@@ -198,7 +198,7 @@ async function run() {
       else if (line.frame) player.add(line.frame);
       else if (line.answer) {
         ended = true;
-        $("status").textContent = "Done: the steps are being shown, the answer comes last.";
+        $("status").textContent = "Done: showing steps.";
         player.finish(line.answer);
       }
       else if (line.error) throw new Error(line.error);

@@ -435,6 +435,12 @@ def test_a_terminal_is_told_how_far_it_is(measure, monkeypatch):
     assert sys.stderr.getvalue() == "", "what is no terminal is told nothing"
 
 
+def test_a_data_set_is_no_checkpoint(measure, data):
+    status, out, err = measure(model=data[0])
+    said = f"trm-fast evaluate: {data[0]}: is a data set, not a checkpoint\n"
+    assert (status, out, err) == (3, "", said)
+
+
 def test_threads_are_those_asked_for(measure):
     before = torch.get_num_threads()
     try:

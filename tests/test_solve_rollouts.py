@@ -3,12 +3,13 @@
 import io
 import json
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 from answering import BLANK, SOLVED, save_run, tiny_model
 
-from trm_fast import solve
+from trm_fast import rollouts, solve
 from trm_fast.thresholds import FILE, keep_threshold
 
 CLUES = "12..34..21..43.."
@@ -152,6 +153,21 @@ def test_where_the_time_is_up_there_is_no_answer(ask, more):
     assert (told["answer"], told["valid"], told["abstained"]) == (None, False, True)
     assert told["broken"] is None, "there is no answer that could break a rule"
     assert (told["step"], told["passes"], told["confidence"]) == (0, 0, 0.0)
+
+
+def test_what_a_budget_cut_short_is_said(ask, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(rollouts, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    real = rollouts.Lanes.step
+    monkeypatch.setattr(
+        rollouts.Lanes, "step", lambda self: now.append(now.pop() + 1) or real(self)
+    )
+    asked = (CLUES, "--rollouts", "2", "--depth", "3")
+    for seconds, said, passes in (("1.5", ", 4 passes, cut short by --budget\n", 4), ("9", "", 6)):
+        out = ask(*asked, "--budget", seconds)[1]
+        assert out.endswith(said or ", 6 passes\n")
+        (told,) = json.loads(ask(*asked, "--budget", seconds, "--json")[1])["answers"]
+        assert (told["cut"], told["passes"]) == (bool(said), passes)
 
 
 @pytest.mark.parametrize("preset", CASES)

@@ -223,6 +223,9 @@ def test_watching_shows_every_step_and_answers_the_same(run, capsys):
     assert answers == plain
     heads = [line for line in frames.split("\n") if line.startswith("step ")]
     assert heads == [f"step {step} of 3" for step in (1, 2, 3)] * 2
+    named = [line for line in frames.split("\n") if line.startswith("puzzle ")]
+    assert named == ["puzzle 1 of 2"] * 3 + ["puzzle 2 of 2"] * 3
+    assert "puzzle 1" not in ask(run, capsys, CLUES, "--watch")[1]
     assert "[1][2]|" in frames and "\033" not in out
 
 

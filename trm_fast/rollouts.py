@@ -241,13 +241,14 @@ class Rollouts:
         if len(self._items) + behind > lanes.size or lanes.too_wide_for(count):
             lanes.keep(self._on_device(busy), count)
             self._items, free = self._items[busy], free[:0]
-        places, behind = free[: len(items)], len(items) - min(len(free), len(items))
-        if len(places):
-            self._items[places] = items[: len(places)]
-            lanes.replace(self._on_device(places), self._on_device(items[: len(places)]))
-        if behind:
-            self._items = np.concatenate([self._items, items[-behind:]])
-            lanes.extend(self._on_device(items[-behind:]))
+        places = free[: len(items)]
+        first, rest = np.split(items, [len(places)])
+        if len(first):
+            self._items[places] = first
+            lanes.replace(self._on_device(places), self._on_device(first))
+        if len(rest):
+            self._items = np.concatenate([self._items, rest])
+            lanes.extend(self._on_device(rest))
         return True
 
     def _on_device(self, numbers: np.ndarray) -> Tensor:

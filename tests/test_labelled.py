@@ -62,15 +62,12 @@ def test_no_more_is_read_of_a_set_than_is_measured():
         data.collate = lambda name, rows, real=real, read=read: (
             read.append(name) or real(name, rows)
         )
-        found = [
-            (name, names_of(batch["inputs"])) for name, batch, _ in labelled_batches(data, most)
-        ]
-        assert len(read) == batches and sum(len(rows) for _, rows in found) == sum(
-            len(boards[:most]) for boards in WHOLE.values()
-        )
+        found = [len(batch["labels"]) for _, batch, *_ in labelled_batches(data, most)]
+        assert len(read) == batches
+        assert sum(found) == sum(len(boards[:most]) for boards in WHOLE.values())
     # What is no PuzzleDataset is read to its end.
     whole = list(dataset())
-    assert [len(batch["labels"]) for _, batch, _ in labelled_batches(whole, 1)] == [1, 0, 0, 1]
+    assert [len(batch["labels"]) for _, batch, *_ in labelled_batches(whole, 1)] == [1, 0, 0, 1]
 
 
 def test_a_skipped_set_is_not_gone_back_to():
@@ -96,6 +93,8 @@ def test_a_skipped_set_is_not_gone_back_to():
 
 class Pair:
     """Two processes one after the other: the sizes that they would tell each other."""
+
+    world = 2
 
     def __init__(self, rank, sizes):
         self.rank, self._sizes = rank, iter(sizes)
@@ -128,7 +127,24 @@ def test_processes_number_and_limit_through_each_other():
             assert [told[b] for b in boards[:most]] == list(range(len(boards[:most])))
 
 
-@pytest.mark.parametrize(("room", "sizes"), [(1, [3, 3, 3]), (200, [9]), (100, [6, 3])])
+@pytest.mark.parametrize("room", [1, 60, 100])
+def test_processes_end_a_part_behind_the_same_batch(monkeypatch, room):
+    """Also where one has fewer labelled boards than the other."""
+    monkeypatch.setattr(labelled, "PART_BYTES", room)
+    sizes = [[2, 1], [1, 2], [2, 1], [1, 2]]
+    ends = []
+    for rank in (0, 1):
+        asked = []
+        pair = Pair(rank, sizes)
+        real = pair.numbers
+        pair.numbers = lambda number, real=real, asked=asked: asked.append(number) or real(number)
+        sets = labelled_sets(dataset(rank=rank, world=2), None, pair)
+        ends.append([len(asked) for _, parts in sets for _ in parts])
+    # A batch is 4 boards of 24 bytes, 48 bytes of each; the end of a set is seen behind it.
+    assert ends[0] == ends[1] == {1: [1, 2, 3, 4], 60: [2, 4, 4], 100: [3, 4]}[room]
+
+
+@pytest.mark.parametrize(("room", "sizes"), [(1, [3, 3, 3]), (300, [9]), (100, [6, 3])])
 def test_a_set_is_held_in_parts(monkeypatch, room, sizes):
     monkeypatch.setattr(labelled, "PART_BYTES", room)  # a board takes 2 * 3 * 4 bytes
     (_, one), *_ = ((name, list(parts)) for name, parts in labelled_sets(dataset()))
@@ -138,14 +154,14 @@ def test_a_set_is_held_in_parts(monkeypatch, room, sizes):
 
 def test_numbers_are_asked_for_only_where_they_matter():
     class Mute:
-        rank = 0
+        rank, world = 0, 1
 
         def numbers(self, number):
             raise AssertionError("asked")
 
     found = list(labelled_batches(dataset(), None, Mute()))
-    assert sum(len(batch["labels"]) for _, batch, _ in found) == 12
-    assert {numbers for *_, numbers in found} == {None}
+    assert sum(len(batch["labels"]) for _, batch, *_ in found) == 12
+    assert {numbers for _, _, numbers, _ in found} == {None}
     assert SINGLE.numbers(3) == [3]
 
 

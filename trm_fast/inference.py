@@ -211,7 +211,7 @@ def evaluate(
     depth = _depth(model, steps)
     tallies: dict[str, _Tally] = {}
     with evaluating(model):
-        for name, batch, _ in labelled_batches(batches, max_puzzles, ranks):
+        for name, batch, *_ in labelled_batches(batches, max_puzzles, ranks):
             tally = tallies.setdefault(name, _Tally(depth, loss_type, rules, cuda_graph))
             if len(batch["labels"]):
                 outputs = tally.add(model, {key: t.to(device) for key, t in batch.items()})

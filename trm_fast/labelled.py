@@ -22,7 +22,7 @@ from trm_fast.distributed import SINGLE, Ranks
 
 __all__ = ["Batches", "Labelled", "labelled_batches", "labelled_sets", "unlabelled"]
 
-PART_BYTES = 1 << 27  # of the puzzles of a set that are held at a time
+PART_BYTES = 1 << 27  # of the puzzles of a set that a process holds at a time
 Batches = Iterable[tuple[str, dict[str, Tensor], int]]
 
 
@@ -48,9 +48,9 @@ class Labelled:
 
 def labelled_batches(
     batches: Batches, max_puzzles: int | None = None, ranks: Ranks = SINGLE, numbered: bool = False
-) -> Iterator[tuple[str, dict[str, Tensor], Tensor | None]]:
+) -> Iterator[tuple[str, dict[str, Tensor], Tensor | None, int]]:
     """(set name, the rows of this process that count, as the Batch [B, ...], their numbers [B]
-    int64 if `numbered`), also where none of a batch does.
+    int64 if `numbered`, size as it was), also where none of a batch does.
 
     Args:
         batches: (set name, Batch, size) as `PuzzleDataset` yields them; rows that are all padding
@@ -59,7 +59,7 @@ def labelled_batches(
         ranks: the processes among which each batch is divided.
     """
     before: dict[str, int] = {}  # labelled boards of a set so far, of all processes
-    for name, batch, _ in batches:
+    for name, batch, size in batches:
         rows = (batch["labels"] != IGNORE_LABEL_ID).any(-1).nonzero().squeeze(-1)
         first = 0
         if numbered or max_puzzles is not None:
@@ -71,7 +71,7 @@ def labelled_batches(
             if before[name] >= max_puzzles and isinstance(batches, PuzzleDataset):
                 batches.skip_set()
         numbers = first + torch.arange(len(rows)) if numbered else None
-        yield name, {key: value[rows] for key, value in batch.items()}, numbers
+        yield name, {key: value[rows] for key, value in batch.items()}, numbers, size
 
 
 def labelled_sets(
@@ -82,7 +82,7 @@ def labelled_sets(
     `labelled_batches`."""
     every = labelled_batches(batches, max_puzzles, ranks, numbered=True)
     for name, group in groupby(every, key=lambda item: item[0]):
-        yield name, _parts((batch, numbers) for _, batch, numbers in group)
+        yield name, _parts((item[1:] for item in group), ranks.world)
 
 
 def unlabelled(dataset: PuzzleDataset) -> list[str]:
@@ -96,17 +96,22 @@ def unlabelled(dataset: PuzzleDataset) -> list[str]:
     return [name for name, arrays in dataset.sets.items() if not labels(arrays)]
 
 
-def _parts(batches: Iterable[tuple[dict[str, Tensor], Tensor | None]]) -> Iterator[Labelled]:
+def _parts(
+    batches: Iterable[tuple[dict[str, Tensor], Tensor | None, int]], world: int
+) -> Iterator[Labelled]:
+    """All processes end a part behind the same batch: they number each batch together, and one that
+    works on its part meanwhile would keep the others waiting."""
     held: list[Labelled] = []
-    size = 0
-    for batch, numbers in batches:
+    rows = 0  # of all processes
+    for batch, numbers, size in batches:
         assert numbers is not None
         inputs, labels = batch["inputs"].cpu(), batch["labels"].cpu()
         held.append(Labelled(inputs, labels, batch["puzzle_identifiers"].cpu(), numbers))
-        size += inputs.nbytes + labels.nbytes
-        if size >= PART_BYTES:
+        rows += size
+        of_a_row = inputs.shape[1] * (inputs.itemsize + labels.itemsize)
+        if rows * of_a_row >= PART_BYTES * world:
             yield _joined(held)
-            held, size = [], 0
+            held, rows = [], 0
     if held:
         yield _joined(held)
 
